@@ -1,0 +1,112 @@
+"""The codec's ops by name, each run by the backend that was asked for: the only place that chooses one.
+
+Backends: `reference` (plain PyTorch), `native` (the compiled extension, CPU and CUDA), `triton`, and `auto`: the
+fastest that supports the device, dtype and gradients at hand. A named backend that cannot run raises and says why;
+only `auto` falls back. Set it with `use_backend(...)` or the environment variable DAC_FAST_BACKEND.
+
+For an op `f`, a backend's module has `f` with the reference's signature, and `f_unsupported` with the same
+arguments, which returns None, or why it cannot run them.
+"""
+
+import importlib
+import os
+
+from dac_fast.ops import reference
+from dac_fast.ops.reference import BANDS
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+# Per op, the backends that have it beside the reference, the one that `auto` prefers first.
+IMPLEMENTATIONS = {
+    "snake": {"triton": "dac_kernels.snake", "native": "dac_kernels.native"},
+    "rvq_encode": {"triton": "dac_kernels.rvq"},
+    "rvq_decode": {"triton": "dac_kernels.rvq"},
+    "stft_bands": {"native": "dac_kernels.native"},
+    "disc_preprocess": {"native": "dac_kernels.native"},
+}
+
+_backend = None
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; accepted: {', '.join(BACKENDS)}")
+    return name
+
+
+def backend() -> str:
+    """The backend in force: that of `use_backend`, else of DAC_FAST_BACKEND, else `auto`."""
+    return _backend or _checked(os.environ.get("DAC_FAST_BACKEND", "auto"), "DAC_FAST_BACKEND")
+
+
+class use_backend:  # noqa: N801 (a function to its users)
+    """Sets the backend from now on; as a context manager, until the block ends.
+
+    Raises:
+        ValueError: the name is not one of `BACKENDS`.
+    """
+
+    def __init__(self, name: str):
+        global _backend
+        self._before = _backend
+        _backend = _checked(name, "backend")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _backend
+        _backend = self._before
+
+
+def choose(op: str, *args, **kwargs) -> tuple[str, str]:
+    """Which backend runs `op` on these arguments, and why not a faster one (for `dac-fast doctor`).
+
+    Raises:
+        RuntimeError: the backend was named and cannot run them.
+    """
+    name, reasons = backend(), []
+    if name == "reference":
+        return name, "asked for"
+    for candidate, module in IMPLEMENTATIONS[op].items():
+        if name not in ("auto", candidate):
+            continue
+        reason = getattr(importlib.import_module(module), f"{op}_unsupported")(*args, **kwargs)
+        if reason is None and name == "auto" and candidate == "triton" and not args[0].is_cuda:
+            reason = "Triton is chosen for CUDA tensors only"
+        if reason is None:
+            return candidate, "; ".join(reasons)
+        reasons.append(f"{candidate}: {reason}")
+    if name != "auto":
+        raise RuntimeError(f"backend {name!r} cannot run {op}: {'; '.join(reasons) or 'it has no such op'}")
+    return "reference", "; ".join(reasons)
+
+
+def _run(op: str, *args, **kwargs):
+    name, _ = choose(op, *args, **kwargs)
+    module = reference if name == "reference" else importlib.import_module(IMPLEMENTATIONS[op][name])
+    return getattr(module, op)(*args, **kwargs)
+
+
+def snake(x, alpha):
+    return _run("snake", x, alpha)
+
+
+def rvq_encode(z, in_weights, in_biases, codebooks, out_weights, out_biases, counts=None, lengths=None):
+    return _run("rvq_encode", z, in_weights, in_biases, codebooks, out_weights, out_biases, counts, lengths)
+
+
+def rvq_decode(codes, codebooks, out_weights, out_biases):
+    return _run("rvq_decode", codes, codebooks, out_weights, out_biases)
+
+
+def stft_bands(x, windows, bands=BANDS, layout="channels_first", dtype=None):
+    return _run("stft_bands", x, windows, bands, layout, dtype)
+
+
+def disc_preprocess(x):
+    return _run("disc_preprocess", x)
+
+
+for _name in IMPLEMENTATIONS:
+    globals()[_name].__doc__ = getattr(reference, _name).__doc__

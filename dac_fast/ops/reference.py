@@ -1,0 +1,187 @@
+"""Every op of the codec in plain PyTorch: the specification that each backend is checked against.
+
+Shapes: B items, C channels, T samples or time steps, N codebooks of K entries with d dimensions,
+D latent channels, F latent frames. Everything here is differentiable by autograd.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fractions of the spectrum that the multi-resolution discriminator looks at separately (paper, section 3.4).
+BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+
+
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    """Snake activation `x + sin(alpha x)^2 / (alpha + 1e-9)` (arXiv 2006.08195; paper, section 3.1).
+
+    Args:
+        x: [B, C, T], any float dtype.
+        alpha: [1, C, 1], one frequency per channel.
+    """
+    return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+
+
+def valid_mask(lengths: Tensor, size: int) -> Tensor:
+    """[B, 1, size] booleans: True where a position lies before its item's length. lengths: int64 [B]."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
+
+
+def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest codebook entry under cosine distance; the first one where several tie (paper, section 3.2).
+
+    Args:
+        latents: [B, d, F].
+        codebook: [K, d].
+    Returns:
+        int64 [B, F].
+    """
+    rows = F.normalize(latents.transpose(1, 2).reshape(-1, latents.shape[1]))
+    entries = F.normalize(codebook)
+    distance = rows.square().sum(1, keepdim=True) - 2 * rows @ entries.t() + entries.square().sum(1)
+    return distance.argmin(1).view(latents.shape[0], latents.shape[2])
+
+
+def rvq_encode(
+    z: Tensor,
+    in_weights: Sequence[Tensor],
+    in_biases: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
+    counts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Residual vector quantisation with factorised codes (paper, section 3.2).
+
+    Stage i projects the residual down, picks the nearest entry, projects that entry back up and subtracts it.
+    Gradients pass each search straight through. The residual always loses the full quantised value, also for
+    items whose `counts` leave that stage out of the sum.
+
+    Args:
+        z: [B, D, F].
+        in_weights, in_biases: per stage [d_i, D] and [d_i].
+        codebooks: per stage [K_i, d_i].
+        out_weights, out_biases: per stage [D, d_i] and [D].
+        counts: int64 [B], codebooks each item keeps (quantizer dropout); None: all of them.
+        lengths: int64 [B], valid frames of each item; None: all of them. Past its length an item's outputs are
+            zero and its losses see nothing.
+    Returns:
+        quantised z [B, D, F]; codes int64 [B, N, F]; latents [B, sum d_i, F]; commitment loss and codebook loss,
+        scalars: per item the mean squared error over (d, F), mean over the batch, summed over the kept stages.
+    """
+    residual = z
+    quantised = torch.zeros_like(z)
+    codes, latents = [], []
+    commitment = codebook_loss = z.new_zeros(())
+    valid = None if lengths is None else valid_mask(lengths, z.shape[2])
+
+    def mean_square(error: Tensor) -> Tensor:
+        if valid is None:
+            return error.square().mean((1, 2))
+        return (error.square() * valid).sum((1, 2)) / (lengths * error.shape[1])
+
+    for i, codebook in enumerate(codebooks):
+        latent = F.conv1d(residual, in_weights[i].unsqueeze(2), in_biases[i])
+        code = nearest_code(latent, codebook)
+        entry = F.embedding(code, codebook).transpose(1, 2)
+        straight_through = latent + (entry - latent).detach()
+        output = F.conv1d(straight_through, out_weights[i].unsqueeze(2), out_biases[i])
+        residual = residual - output
+
+        keep = z.new_ones(z.shape[0]) if counts is None else (counts > i).to(z.dtype)
+        quantised = quantised + output * keep[:, None, None]
+        commitment = commitment + (mean_square(latent - entry.detach()) * keep).mean()
+        codebook_loss = codebook_loss + (mean_square(entry - latent.detach()) * keep).mean()
+        codes.append(code)
+        latents.append(latent)
+
+    codes, latents = torch.stack(codes, dim=1), torch.cat(latents, dim=1)
+    if valid is not None:
+        quantised, codes, latents = quantised * valid, codes * valid, latents * valid
+    return quantised, codes, latents, commitment, codebook_loss
+
+
+def rvq_decode(
+    codes: Tensor, codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
+) -> Tensor:
+    """Codes back to the quantised latent: the sum of every stage's projected entry.
+
+    Args:
+        codes: int64 [B, N, F]; N may be smaller than the number of codebooks given, the first N are used.
+        codebooks, out_weights, out_biases: per stage [K_i, d_i], [D, d_i] and [D].
+    Returns:
+        [B, D, F].
+    """
+    entries = (F.embedding(codes[:, i], codebooks[i]).transpose(1, 2) for i in range(codes.shape[1]))
+    return sum(F.conv1d(e, out_weights[i].unsqueeze(2), out_biases[i]) for i, e in enumerate(entries))
+
+
+def disc_preprocess(x: Tensor) -> Tensor:
+    """What every discriminator does to its input: remove the mean over time, then scale the peak to 0.8.
+
+    Args:
+        x: [..., T]; each leading index is a signal of its own.
+    """
+    x = x - x.mean(dim=-1, keepdim=True)
+    return 0.8 * x / (x.abs().amax(dim=-1, keepdim=True) + 1e-9)
+
+
+def band_edges(window: int, bands: Sequence[tuple[float, float]] = BANDS) -> list[tuple[int, int]]:
+    """First and one-past-last FFT bin of each band, for a window of that many samples."""
+    bins = window // 2 + 1
+    return [(int(low * bins), int(high * bins)) for low, high in bands]
+
+
+def minimum_length(samples: int, window: int) -> int:
+    """Samples that a signal of about that length needs for the reflections of `stft_bands` to stay inside it."""
+    hop = window // 4
+    return 3 * hop // 2 + -samples % hop + 1
+
+
+def stft_bands(
+    x: Tensor,
+    windows: Sequence[int],
+    bands: Sequence[tuple[float, float]] = BANDS,
+    layout: str = "channels_first",
+    dtype: torch.dtype | None = None,
+) -> list[list[Tensor]]:
+    """Complex spectrogram of each window, cut into frequency bands: the multi-resolution discriminator's input.
+
+    Hann windows, hop of a quarter window. Frame t starts at sample `t hop - 3 hop / 2`; there are ceil(T / hop)
+    frames; everything outside the signal is its reflection.
+
+    Args:
+        x: [B, T] audio.
+        windows: window lengths in samples.
+        bands: (low, high) fractions of the spectrum.
+        layout: "channels_first" (contiguous) or "channels_last" (strides of torch.channels_last).
+        dtype: of the outputs; None: that of x.
+    Returns:
+        per window, per band: [B, 2, frames, bins], real part then imaginary part.
+    Raises:
+        ValueError: the signal is too short for a window's reflection, or the layout is unknown.
+    """
+    memory_formats = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+    if layout not in memory_formats:
+        raise ValueError(f"layout is {layout!r}; accepted: {', '.join(memory_formats)}")
+    outputs = []
+    for window in windows:
+        hop, samples = window // 4, x.shape[-1]
+        if samples < minimum_length(samples, window):
+            raise ValueError(
+                f"{samples} samples are too few for a window of {window}: at least {minimum_length(samples, window)}"
+            )
+        frames = math.ceil(samples / hop)
+        padded = F.pad(x[:, None], (3 * hop // 2, 3 * hop // 2 + frames * hop - samples), mode="reflect")[:, 0]
+        hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
+        spectrum = torch.stft(padded, window, hop, window=hann, center=False, return_complex=True)
+        spectrum = torch.view_as_real(spectrum).permute(0, 3, 2, 1)
+        outputs.append([
+            spectrum[..., low:high].to(dtype or x.dtype).contiguous(memory_format=memory_formats[layout])
+            for low, high in band_edges(window, bands)
+        ])
+    return outputs

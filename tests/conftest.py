@@ -1,0 +1,24 @@
+"""Shared fixtures. The Triton interpreter must be chosen before Triton is imported, hence here."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of golden vectors (see its README)."""
+    return Path(__file__).parent / "golden"
