@@ -1,0 +1,99 @@
+"""Spectrograms and mel filterbanks for losses and metrics, in plain differentiable PyTorch.
+
+B items, C channels, T samples. Everything is computed in float32, or in float64 where the audio is float64.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOWS = ("hann", "sqrt_hann", "hamming", "blackman", "average")
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32, unless it is float64: FFTs know neither float16 nor bfloat16."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def analysis_window(length: int, window_type: str = "hann") -> Tensor:
+    """A periodic window of that many samples, float32 [length].
+
+    Raises:
+        ValueError: the length is not a positive multiple of 4, or the type is not one of `WINDOWS`.
+    """
+    if length < 4 or length % 4:
+        raise ValueError(f"window length is {length}; accepted: positive multiples of 4 samples (the hop is a quarter)")
+    if window_type not in WINDOWS:
+        raise ValueError(f"window_type is {window_type!r}; accepted: {', '.join(WINDOWS)}")
+    if window_type == "average":
+        window = torch.full((length,), 1 / length, dtype=torch.float64)
+    elif window_type == "sqrt_hann":
+        window = torch.hann_window(length, dtype=torch.float64).sqrt()
+    else:
+        window = getattr(torch, f"{window_type}_window")(length, dtype=torch.float64)
+    return window.float()
+
+
+def magnitude_spectrogram(x: Tensor, window: Tensor, match_stride: bool = False) -> Tensor:
+    """Magnitude of the short-time Fourier transform, with a hop of a quarter window and reflected edges.
+
+    Args:
+        x: [..., T] audio.
+        window: [W], as of `analysis_window`.
+        match_stride: frames are aligned as the outputs of a convolution with that stride: ceil(T / hop) of them,
+            frame t covering samples `t hop - 3 hop / 2` on. Otherwise frame t is centred on sample `t hop`, and
+            there are floor(T / hop) + 1.
+    Returns:
+        [..., W / 2 + 1, frames].
+    Raises:
+        ValueError: the signal is too short to be reflected.
+    """
+    x = full_precision(x)
+    samples, length = x.shape[-1], window.shape[0]
+    hop = length // 4
+    left = right = length // 2
+    if match_stride:
+        left = (length - hop) // 2
+        right = left + -samples % hop
+    if samples <= right:
+        raise ValueError(f"{samples} samples are too few for a window of {length}: at least {right + 1}")
+    padded = F.pad(x.reshape(-1, 1, samples), (left, right), mode="reflect")[:, 0]
+    spectrum = torch.stft(padded, length, hop, window=window.to(x), center=False, return_complex=True)
+    return spectrum.abs().view(*x.shape[:-1], *spectrum.shape[1:])
+
+
+def hz_to_mel(hz: Tensor) -> Tensor:
+    """Slaney's mel scale (Auditory Toolbox, 1998): linear with 3 mels per 200 Hz up to 1 kHz, logarithmic above."""
+    return torch.where(hz < 1000, 3 * hz / 200, 15 + 27 * torch.log(hz.clamp(min=1000) / 1000) / math.log(6.4))
+
+
+def mel_to_hz(mel: Tensor) -> Tensor:
+    """Inverse of `hz_to_mel`."""
+    return torch.where(mel < 15, 200 * mel / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+
+
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None) -> Tensor:
+    """Triangular filters, equally spaced on Slaney's mel scale, each of unit area over frequency (Slaney's norm).
+
+    Args:
+        sample_rate: in Hz.
+        n_fft: FFT length in samples.
+        n_mels: number of filters.
+        fmin, fmax: edges of the lowest and highest filter in Hz; fmax None: half the sample rate.
+    Returns:
+        float32 [n_mels, n_fft // 2 + 1].
+    Raises:
+        ValueError: fmin and fmax are not in order.
+    """
+    fmax = sample_rate / 2 if fmax is None else fmax
+    if not 0 <= fmin < fmax:
+        raise ValueError(f"mel_fmin is {fmin} Hz and mel_fmax {fmax} Hz; accepted: 0 <= mel_fmin < mel_fmax")
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    low, high = hz_to_mel(torch.tensor([fmin, fmax], dtype=torch.float64)).tolist()
+    edges = mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (edges[2:] - edges[:-2])).float()
