@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dac_fast import ops
 from dac_fast.model.layers import WeightNorm, default_init
 from dac_fast.ops.reference import band_edges
+from dac_fast.resample import filter_bank
 from dac_fast.spectral import full_precision
 
 BANDS = ops.BANDS
@@ -89,13 +90,7 @@ class MPD(nn.Module):
 
 
 class SincResample(nn.Module):
-    """Differentiable resampling by a ratio of integers (J. O. Smith, "Digital Audio Resampling Home Page").
-
-    A Hann-windowed sinc of 24 zero crossings a side, cut off at 0.945 of half the lower rate.
-    """
-
-    ZEROS = 24
-    ROLLOFF = 0.945
+    """Differentiable resampling with the filters of `dac_fast.resample`; rates in Hz."""
 
     def __init__(self, old_rate: int, new_rate: int):
         super().__init__()
@@ -103,21 +98,21 @@ class SincResample(nn.Module):
         self.old, self.new = old_rate // divisor, new_rate // divisor
         if self.old == self.new:
             return
-        cutoff = self.ROLLOFF * min(self.old, self.new)
-        self.width = math.ceil(self.ZEROS * self.old / cutoff)
-        # One filter per output phase; output j lies at input position j old / new.
-        positions = torch.arange(-self.width, self.width + self.old, dtype=torch.float64) / self.old
-        phases = torch.arange(self.new, dtype=torch.float64)[:, None] / self.new
-        crossings = ((positions - phases) * cutoff).clamp(-self.ZEROS, self.ZEROS)
-        kernel = torch.sinc(crossings) * torch.cos(math.pi * crossings / (2 * self.ZEROS)).square()
-        kernel = kernel / kernel.sum(1, keepdim=True)
-        self.register_buffer("kernel", kernel[:, None].float(), persistent=False)
+        filters = torch.from_numpy(filter_bank(self.old, self.new))
+        taps = filters.shape[1]
+        self.before = taps // 2 - 1
+        # One output channel per phase: its filter, at the place of its first sample within a stride of `old`.
+        kernel = torch.zeros(self.new, 1, taps + self.old - 1)
+        for phase in range(self.new):
+            start = phase * self.old // self.new
+            kernel[phase, 0, start : start + taps] = filters[phase]
+        self.register_buffer("kernel", kernel, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1, T] to [B, 1, floor(T new_rate / old_rate)]."""
         if self.old == self.new:
             return x
-        padded = F.pad(x, (self.width, self.width + self.old), mode="replicate")
+        padded = F.pad(x, (self.before, self.kernel.shape[2] - self.before - 1), mode="replicate")
         phases = F.conv1d(padded, self.kernel.to(x), stride=self.old)
         return phases.transpose(1, 2).flatten(1)[:, None, : x.shape[-1] * self.new // self.old]
 

@@ -37,19 +37,19 @@ def fill_by_formula(module):
         parameter.copy_(value.view_as(parameter))
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    {
-        "mpd2": lambda: MPD(2),
-        "mpd3": lambda: MPD(3),
-        "msd1": lambda: MSD(1, 44100),
-        "msd2": lambda: MSD(2, 44100),
-        "mrd512": lambda: MRD(512, sample_rate=44100),
-        "mrd2048": lambda: MRD(2048, sample_rate=44100),
-    }.items(),
-)
-def test_golden_maps(golden, name, make):
-    discriminator = make()
+GOLDEN = {
+    "mpd2": lambda: MPD(2),
+    "mpd3": lambda: MPD(3),
+    "msd1": lambda: MSD(1, 44100),
+    "msd2": lambda: MSD(2, 44100),
+    "mrd512": lambda: MRD(512, sample_rate=44100),
+    "mrd2048": lambda: MRD(2048, sample_rate=44100),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_maps(golden, name):
+    discriminator = GOLDEN[name]()
     fill_by_formula(discriminator)
     with np.load(golden / "bands.npz") as arrays, torch.no_grad():
         maps = discriminator(torch.from_numpy(arrays["audio"]))
@@ -151,8 +151,8 @@ def test_step_gradients_equal_a_plain_composition(shared):
     """One discriminator and one generator step in float64; also with the spectra of both signals computed once."""
     discriminator = Discriminator(**SMALL).double()
     parameters = list(discriminator.parameters())
-    real = torch.randn(2, 1, 501, dtype=torch.float64)
-    fake = torch.randn(2, 1, 501, dtype=torch.float64, requires_grad=True)
+    real = torch.randn(2, 1, 131, dtype=torch.float64)
+    fake = torch.randn(2, 1, 131, dtype=torch.float64, requires_grad=True)
 
     fakes, reals = plain_maps(discriminator, fake), plain_maps(discriminator, real)
     loss = sum(f[-1].square().mean() + (1 - r[-1]).square().mean() for f, r in zip(fakes, reals, strict=True))

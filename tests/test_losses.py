@@ -29,36 +29,36 @@ def pair(golden):
         return torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
 
 
-@pytest.mark.parametrize(
-    ("name", "loss"),
-    {
-        "mel_train": MelSpectrogramLoss(**MEL_TRAIN),
-        "mel_eval": MelSpectrogramLoss(),
-        "stft_eval": MultiScaleSTFTLoss(),
-        "sisdr_loss": SISDRLoss(),
-        "l1": L1Loss(),
-        "gan_d": GANLoss(stand_in).discriminator_loss,
-        "gan_g": lambda x, y: GANLoss(stand_in).generator_loss(x, y)[0],
-        "gan_feat": lambda x, y: GANLoss(stand_in).generator_loss(x, y)[1],
-    }.items(),
-)
-def test_golden_values(golden, pair, name, loss):
+GOLDEN = {
+    "mel_train": MelSpectrogramLoss(**MEL_TRAIN),
+    "mel_eval": MelSpectrogramLoss(),
+    "stft_eval": MultiScaleSTFTLoss(),
+    "sisdr_loss": SISDRLoss(),
+    "l1": L1Loss(),
+    "gan_d": GANLoss(stand_in).discriminator_loss,
+    "gan_g": lambda x, y: GANLoss(stand_in).generator_loss(x, y)[0],
+    "gan_feat": lambda x, y: GANLoss(stand_in).generator_loss(x, y)[1],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(golden, pair, name):
     expected = json.loads((golden / "losses.json").read_text())[name]
-    assert loss(*pair).item() == pytest.approx(expected, rel=1e-5)
+    assert GOLDEN[name](*pair).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    {
-        "sr44100_n2048_m80": (44100, 2048, 80),
-        "sr44100_n32_m5": (44100, 32, 5),
-        "sr24000_n512_m40": (24000, 512, 40),
-        "sr16000_n1024_m160": (16000, 1024, 160),
-    }.items(),
-)
-def test_mel_filters(golden, name, arguments):
+FILTERS = {
+    "sr44100_n2048_m80": (44100, 2048, 80),
+    "sr44100_n32_m5": (44100, 32, 5),
+    "sr24000_n512_m40": (24000, 512, 40),
+    "sr16000_n1024_m160": (16000, 1024, 160),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_mel_filters(golden, name):
     with np.load(golden / "mel_filters.npz") as arrays:
-        torch.testing.assert_close(mel_filters(*arguments), torch.from_numpy(arrays[name]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(mel_filters(*FILTERS[name]), torch.from_numpy(arrays[name]), rtol=1e-6, atol=1e-9)
 
 
 def test_windows_are_those_of_scipy():
