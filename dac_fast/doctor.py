@@ -1,0 +1,77 @@
+"""What `dac-fast doctor` says: versions, devices, and the backend of every op."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dac_fast import ops
+from dac_fast.config import PRESETS
+from dac_fast.download import cached
+from dac_fast.version import __version__
+
+
+def report(console: Console):
+    """Print the findings as tables."""
+    for title, rows in (("versions", _versions()), ("devices", _devices()), ("models", _models()), ("ops", _ops())):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+
+
+def _versions():
+    yield "dac_fast", __version__
+    yield "python", platform.python_version()
+    for package in ("torch", "triton", "numpy", "soundfile"):
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield "CUDA (of torch)", torch.version.cuda or "none: a CPU build of torch"
+
+
+def _devices():
+    yield "cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"
+    if not torch.cuda.is_available():
+        yield "cuda", "no device"
+
+
+def _models():
+    for name in PRESETS:
+        path = cached(name)
+        yield name, path if path.exists() else f"not downloaded (dac-fast download {name})"
+
+
+def _ops():
+    """Per op and device: the backend that `auto` picks, and why none of the faster ones."""
+    from dac_kernels import native
+
+    yield "native extension", native.status(), ""
+    yield "DAC_FAST_BACKEND", os.environ.get("DAC_FAST_BACKEND", "not set: auto"), ""
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for name, arguments in _examples(device).items():
+            backend, reason = ops.choose(name, *arguments)
+            yield f"{name} on {device}", backend, reason
+
+
+def _examples(device: str) -> dict[str, tuple]:
+    """Small arguments of every op."""
+    x = torch.zeros(1, 8, 64, device=device)
+    project = [torch.zeros(4, 8, device=device)], [torch.zeros(4, device=device)]
+    codebooks = [torch.zeros(16, 4, device=device)]
+    restore = [torch.zeros(8, 4, device=device)], [torch.zeros(8, device=device)]
+    return {
+        "snake": (x, torch.ones(1, 8, 1, device=device)),
+        "rvq_encode": (x, *project, codebooks, *restore),
+        "rvq_decode": (torch.zeros(1, 1, 64, dtype=torch.int64, device=device), codebooks, *restore),
+        "stft_bands": (torch.zeros(1, 4096, device=device), [1024]),
+        "disc_preprocess": (torch.zeros(1, 4096, device=device),),
+    }

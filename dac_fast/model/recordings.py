@@ -1,0 +1,167 @@
+"""Recordings to `DACFile`s and back, in constant memory, as `DAC.compress` and `DAC.decompress` do it.
+
+A recording is read block by block, twice: once for its loudness, once to be encoded. It is resampled to the codec's
+rate, brought to a loudness (channels whose peak would then pass 1 are scaled down to it), its channels encoded as
+items of a batch. The gains stand in the file, and decoding takes them back.
+
+Files of the published package hold the recording's loudness instead of the gains: decoding brings each channel to
+that loudness, as the published package does.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from dac_fast.audio import LoudnessMeter, Recording, normalization_gains
+from dac_fast.container import DACFile
+from dac_fast.model import chunks
+from dac_fast.resample import resampled
+
+DEFAULT_CHUNK_SECONDS = 10.0
+
+
+def compress(
+    codec,
+    source,
+    chunk_seconds: float | None = None,
+    n_quantizers: int | None = None,
+    normalize_db: float | None = -16.0,
+    padding: bool = True,
+    progress: Callable[[float], None] = lambda seconds: None,
+) -> DACFile:
+    """A recording to codes.
+
+    Args:
+        codec: the `DAC`.
+        source: path of an audio file of any rate and channel count, or (array [C, T] or [T], rate in Hz).
+        chunk_seconds: what is encoded at once; None: 10 s. The codes do not depend on it (float rounding aside).
+        n_quantizers: use the first that many codebooks; None: all.
+        normalize_db: loudness to bring the recording to, in LUFS (the published models' training data: -16); None:
+            as it is.
+        padding: False encodes as the published package's chunk mode does, chunk by chunk without padding, and then
+            chunk_seconds matters: for its files (format "dac1"), when they are to be equal to its own.
+        progress: called with the seconds that were just encoded.
+    Raises:
+        AudioError: the recording cannot be read, is empty, or holds NaN or infinity.
+        ValueError: chunk_seconds or n_quantizers is out of range.
+    """
+    if chunk_seconds is None:
+        chunk_seconds = DEFAULT_CHUNK_SECONDS
+    if not chunk_seconds > 0:
+        raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
+    n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
+    recording = Recording(source)
+
+    meter = LoudnessMeter(codec.sample_rate, recording.channels)
+    samples = 0
+    for block in recording.blocks(codec.sample_rate):
+        meter.update(block)
+        samples += block.shape[1]
+    loudness = meter.integrated()
+    gains = normalization_gains(loudness, meter.peaks, normalize_db)
+
+    def blocks():
+        for block in recording.blocks(codec.sample_rate):
+            yield torch.from_numpy(block * gains[:, None]).to(next(codec.parameters()))
+
+    hop = codec.hop_length
+    frames = -(-max(samples, 1) // hop)
+    if padding or samples <= chunk_seconds * codec.sample_rate:
+        padding, chunk_length = True, frames
+        parts = chunks.encode(codec, blocks(), max(round(chunk_seconds * codec.sample_rate / hop), 1), n_quantizers)
+    else:
+        window = -(-int(chunk_seconds * codec.sample_rate) // hop) * hop
+        chunk_length = codec.encoder.output_length(window, padded=False)
+        parts = chunks.encode_unpadded(codec, blocks(), window, n_quantizers)
+    codes = []
+    for part in parts:
+        codes.append(part.cpu())
+        progress(part.shape[-1] * hop / codec.sample_rate)
+    return DACFile(
+        codes=torch.cat(codes, dim=-1),
+        chunk_length=chunk_length,
+        original_length=recording.frames,
+        input_db=loudness,
+        channels=recording.channels,
+        sample_rate=recording.sample_rate,
+        padding=padding,
+        gains=gains,
+        codebook_size=codec.config.codebook_size,
+        model_sample_rate=codec.sample_rate,
+        hop_length=hop,
+        model=codec.name,
+    )
+
+
+def decompress(codec, file) -> tuple[np.ndarray, int]:
+    """A `DACFile`, or the path of one, to (float32 array [C, T], rate in Hz), of the original length.
+
+    Raises:
+        DACFileError: the file is damaged.
+        ValueError: the file is another codec's.
+    """
+    file = file if isinstance(file, DACFile) else DACFile.load(file)
+    return np.concatenate(list(decompressed_blocks(codec, file)), axis=1), file.sample_rate
+
+
+def decompressed_blocks(codec, file: DACFile) -> Iterator[np.ndarray]:
+    """The blocks, float32 [C, n], of what `decompress` returns whole."""
+    _check_fits(codec, file)
+    codes = file.codes.to(next(codec.parameters()).device)
+    if file.padding:
+        chunk_frames = max(round(DEFAULT_CHUNK_SECONDS * codec.sample_rate / codec.hop_length), 1)
+        parts = chunks.decode(codec, codes, chunk_frames)
+    else:
+        parts = chunks.decode_unpadded(codec, codes, file.chunk_length)
+    blocks = (part.float().cpu().numpy() for part in parts)
+    if file.gains is None:
+        blocks = _at_loudness(blocks, codec.sample_rate, file.input_db)
+    else:
+        blocks = (block / np.asarray(file.gains, np.float32)[:, None] for block in blocks)
+    return _of_length(resampled(blocks, codec.sample_rate, file.sample_rate), file.original_length)
+
+
+def _at_loudness(blocks: Iterable[np.ndarray], rate: int, target_db: float) -> Iterator[np.ndarray]:
+    """Every channel brought to that loudness by itself, which is known at the end only: kept on disk until then."""
+    with tempfile.TemporaryFile() as spool:
+        meters, shapes = [], []
+        for block in blocks:
+            meters = meters or [LoudnessMeter(rate, 1) for _ in block]
+            for meter, channel in zip(meters, block, strict=True):
+                meter.update(channel[None])
+            spool.write(np.ascontiguousarray(block, np.float32).tobytes())
+            shapes.append(block.shape)
+        gains = np.array([10 ** ((target_db - meter.integrated()) / 20) for meter in meters], np.float32)
+        spool.seek(0)
+        for shape in shapes:
+            block = np.frombuffer(spool.read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
+            yield block * gains[:, None]
+
+
+def _of_length(blocks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Exactly that many samples: cut, or filled up with zeros."""
+    left, channels = length, 1
+    for block in blocks:
+        channels = block.shape[0]
+        yield block[:, :left]
+        left -= min(left, block.shape[1])
+    if left:
+        yield np.zeros((channels, left), np.float32)
+
+
+def _check_fits(codec, file: DACFile):
+    """Fail early where the codes are evidently another codec's."""
+    c = codec.config
+    stages, highest = file.codes.shape[1], int(file.codes.max())
+    if stages > c.n_codebooks or highest >= c.codebook_size:
+        raise ValueError(
+            f"the file has {stages} codebooks and codes up to {highest}; "
+            f"this codec takes {c.n_codebooks} codebooks of {c.codebook_size}"
+        )
+    if file.model_sample_rate and (file.model_sample_rate, file.hop_length) != (c.sample_rate, c.hop_length):
+        raise ValueError(
+            f"the file is of a codec at {file.model_sample_rate} Hz with {file.hop_length} samples per frame; "
+            f"this one is at {c.sample_rate} Hz with {c.hop_length}"
+        )
