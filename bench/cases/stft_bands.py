@@ -1,0 +1,55 @@
+"""The multi-resolution discriminator's spectrograms: 72 real and 72 generated signals of 0.38 s, three windows.
+
+Bytes: forward reads the audio and writes every band of every window; backward reads their gradients and writes the
+audio's.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from bench import parity, providers
+from bench.harness import Case, Prepared, Settings
+from dac_fast.ops import reference
+
+WINDOWS = (2048, 1024, 512)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Forward and backward; on the CPU a twelfth of the batch."""
+    signals, samples = (2, 2000) if quick else (144 if device == "cuda" else 12, round(0.38 * 44100))
+    return [
+        Case(
+            "stft_bands", direction, device, "float32", f"{signals}x{samples}",
+            partial(prepare, signals, samples, direction), priority=0,
+        )
+        for direction in ("forward", "backward")
+    ]  # fmt: skip
+
+
+def prepare(signals: int, samples: int, direction: str, settings: Settings) -> Prepared:
+    """Inputs, providers and check for that many signals of that many samples."""
+    torch.manual_seed(0)
+    x = 0.3 * torch.randn(signals, samples, device=settings.device)
+    functions = providers.functions("stft_bands", x, WINDOWS)
+    bins = sum(math.ceil(samples / (window // 4)) * (window // 2 + 1) for window in WINDOWS)
+    size = 4 * signals * (samples + 2 * bins)
+
+    def bands(x):
+        return tree_leaves(reference.stft_bands(x, WINDOWS))
+
+    if direction == "forward":
+        check = parity.as_good_as(bands(x), bands(x.double()))
+        return Prepared(providers.forward(functions, x, WINDOWS), check, size)
+
+    gradients = [torch.randn_like(band) for band in bands(x)]
+
+    def gradient(dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(bands(leaf), [leaf], [g.to(dtype) for g in gradients])
+
+    check = parity.as_good_as(gradient(x.dtype), gradient(torch.float64))
+    x.requires_grad_()
+    return Prepared(providers.backward(functions, (x, WINDOWS), [x], gradients), check, size)

@@ -1,0 +1,222 @@
+"""A case, and how it is run: start each provider, check its outputs, time those that pass.
+
+The result file is one JSON document, written again after every case, so that nothing is lost:
+
+    environment   see environment.py; `limits`: the copy bandwidth and matrix products measured in the same run
+    rows          one per case and provider: `status` is "timed", "failed" or "skipped", the last two with a `reason`
+    running       the case under way (a document that still has one was cut off in it)
+    not_run       cases that the time budget did not reach
+    steps         the other steps of `python -m bench gpu`
+"""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import timing
+from bench.environment import environment
+from bench.providers import Provider
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run cases.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        seconds: of timing per provider and case, about.
+        rounds: in which the providers take turns.
+        providers: names to run; empty: all.
+        published_python: a Python that can `import dac`, the published package; None: leave it out.
+        quick: shapes that run in a moment, for the harness's own test.
+    """
+
+    device: str
+    seconds: float = 1.0
+    rounds: int = 7
+    providers: Sequence[str] = ()
+    published_python: str | None = None
+    quick: bool = False
+
+
+@dataclass
+class Prepared:
+    """A case ready to run.
+
+    Attributes:
+        providers: by name, the baseline first.
+        check: of a provider's outputs: returns their error, raises AssertionError where they are wrong.
+        bytes_moved: that the op cannot do without: each input and output tensor once; None: not of interest.
+        flops: of its matrix products and convolutions; 0: it has none.
+    """
+
+    providers: dict[str, Provider]
+    check: Callable[[Sequence], float]
+    bytes_moved: int | None
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compute, at one size.
+
+    Attributes:
+        op: name in `dac_fast.ops`, or "codec".
+        direction: what of it: forward, backward; encode, decode, both.
+        device: "cpu" or "cuda". dtype: "float32", ….
+        shape: of the input, and where it occurs.
+        prepare: makes the inputs, of `Settings`.
+        priority: 0 is run first.
+    """
+
+    op: str
+    direction: str
+    device: str
+    dtype: str
+    shape: str
+    prepare: Callable[[Settings], Prepared] = field(repr=False)
+    priority: int = 1
+
+    @property
+    def name(self) -> str:
+        """What `--case` patterns match."""
+        return "/".join((self.op, self.direction, self.device, self.dtype, self.shape))
+
+
+def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
+    """Check and time every provider of a case; returns one row each."""
+    head = {
+        "case": case.name,
+        "op": case.op,
+        "direction": case.direction,
+        "device": case.device,
+        "dtype": case.dtype,
+        "shape": case.shape,
+    }
+    try:
+        prepared = case.prepare(settings)
+    except Exception as error:  # reported in its row; the other cases go on
+        return [head | {"provider": "all", "status": "failed", "reason": _one_line(error)}]
+
+    rows, samplers, closers = [], {}, []
+    for name, provider in prepared.providers.items():
+        if settings.providers and name not in settings.providers:
+            continue
+        row = head | {"provider": name}
+        rows.append(row)
+        if isinstance(provider, str):
+            row |= {"status": "skipped", "reason": provider}
+            continue
+        try:
+            run = provider()
+            closers.append(getattr(run, "close", None))
+            row |= {"error": prepared.check(run())}
+            sample = getattr(run, "sample", None) or timing.sampler(run, case.device)
+            sample(1)
+        except AssertionError as error:
+            row |= {"status": "failed", "reason": f"parity: {_one_line(error)}"}
+        except Exception as error:  # likewise
+            row |= {"status": "failed", "reason": _one_line(error)}
+        else:
+            samplers[name] = sample
+
+    timed = [row for row in rows if row["provider"] in samplers]
+    try:
+        samples = timing.measure(samplers, settings.seconds, settings.rounds)
+    except Exception as error:  # likewise
+        for row in timed:
+            row |= {"status": "failed", "reason": f"while timing: {_one_line(error)}"}
+    else:
+        for row in timed:
+            row |= {"status": "timed"} | timing.summary(samples[row["provider"]])
+            row |= _throughput(row["p50_ms"], prepared, limits, case.dtype)
+    finally:
+        for close in filter(None, closers):
+            close()
+    return rows
+
+
+def _throughput(milliseconds: float, prepared: Prepared, limits: dict, dtype: str) -> dict:
+    """GB/s, its share of the copy bandwidth, and the share of the roof: the floor the device sets, over the time."""
+    values, floors = {}, []
+    if prepared.bytes_moved:
+        gb_s = prepared.bytes_moved / milliseconds / 1e6
+        values |= {
+            "bytes": prepared.bytes_moved,
+            "gb_s": gb_s,
+            "share_of_copy": gb_s / limits["copy_gb_s"],
+        }
+        floors.append(prepared.bytes_moved / limits["copy_gb_s"] / 1e6)
+    if prepared.flops:
+        values |= {"flops": prepared.flops, "tflop_s": prepared.flops / milliseconds / 1e9}
+        floors.append(prepared.flops / limits["matmul_tflop_s"][dtype] / 1e9)
+    return values | ({"share_of_roof": max(floors) / milliseconds} if floors else {})
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def run_all(
+    cases: Sequence[Case], settings: Settings, path: Path, budget: float | None = None, commit: str | None = None
+):
+    """Run cases in order of priority and write the document to `path`; one that is there already is continued.
+
+    Args:
+        budget: seconds; a case is not started after that many.
+        commit: see `environment`.
+    """
+    start = time.monotonic()
+    document = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
+    if "environment" not in document:
+        document["environment"] = environment(settings.device, commit)
+    if "limits" not in document:
+        document["limits"] = timing.limits(settings.device, settings.quick)
+    rows = document.setdefault("rows", [])
+    if cut := document.pop("running", None):
+        rows.append({"case": cut, "provider": "all", "status": "failed", "reason": "the process ended in this case"})
+    done = {row["case"] for row in rows}
+    remaining = [case for case in sorted(cases, key=lambda c: c.priority) if case.name not in done]
+
+    for i, case in enumerate(remaining):
+        document["not_run"] = [c.name for c in remaining[i:]]
+        if budget is not None and time.monotonic() - start > budget:
+            break
+        write(document | {"running": case.name}, path)
+        new = run_case(case, settings, document["limits"])
+        rows += new
+        document["not_run"] = document["not_run"][1:]
+        write(document, path)
+        print_rows(new)
+        torch._dynamo.reset()
+        gc.collect()
+        if case.device == "cuda":
+            # After an illegal access this raises: the process is of no more use, and its successor goes on from here.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    write(document, path)
+
+
+def write(document: dict, path: Path):
+    """Replace the file in one step: a reader, or a process that dies, never leaves half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def print_rows(rows: Sequence[dict]):
+    """Progress: the case, then a line per provider."""
+    print(rows[0]["case"] if rows else "no provider of that name", flush=True)
+    for row in rows:
+        result = f"{row['p50_ms']:10.4f} ms" if row["status"] == "timed" else f"{row['status']}: {row['reason']}"
+        print(f"  {row['provider']:<22}{result}", flush=True)
