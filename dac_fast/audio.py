@@ -90,7 +90,8 @@ class Recording:
     def _from_array(self, size: int) -> Iterator[np.ndarray]:
         for start in range(0, self.frames, size):
             with np.errstate(over="ignore"):
-                yield self._array[:, start : start + size].astype(np.float32)
+                piece = self._array[:, start : start + size].astype(np.float32)
+            yield piece
 
     def _from_file(self, size: int) -> Iterator[np.ndarray]:
         import soundfile
