@@ -1,0 +1,39 @@
+"""Tables derived from weights, computed once for each version of them."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class PerVersion:
+    """The result of `build` on groups of tensors, kept while those very tensors live unchanged.
+
+    Unchanged as autograd counts it: an in-place change is seen, and so is assigning to `.data`; one made through
+    `.data` in place is not. Nothing is kept where gradients must flow through the result, under torch.compile, and
+    during CUDA graph capture. An entry dies with the first of its tensors.
+    """
+
+    def __init__(self, build: Callable):
+        self.build, self.entries = build, {}
+
+    def __call__(self, *groups: Sequence[Tensor]):
+        """`build(*groups)`, remembered where that is safe."""
+        tensors = [tensor for group in groups for tensor in group]
+        if (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            or any(t.is_inference() for t in tensors)
+            or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return self.build(*groups)
+        key = tuple(map(id, tensors))
+        version = [(t._version, t.data_ptr(), t.dtype) for t in tensors]
+        if key not in self.entries or self.entries[key][0] != version:
+            # Also usable by later calls that do record gradients of their input.
+            with torch.inference_mode(False), torch.no_grad():
+                tables = self.build(*groups)
+            references = [weakref.ref(t, lambda _: self.entries.pop(key, None)) for t in tensors]
+            self.entries[key] = version, tables, references
+        return self.entries[key][1]

@@ -1,0 +1,229 @@
+"""Residual vector quantisation with factorised codes in Triton (Descript Audio Codec, arXiv 2306.06546, section 3.2).
+
+The residual of stage i is r_i = z - sum_{j<i} (W_out,j q_j + b_out,j), and all that a stage needs of it are its d
+numbers W_in,i r_i + b_in,i. Those follow from the stages before without ever forming r_i:
+
+    latent_i = P_i - sum_{j<i} M_ij q_j
+    P_i      = W_in,i z + b_in,i - sum_{j<i} W_in,i b_out,j      one GEMM for all stages
+    M_ij     = W_in,i W_out,j                                    d x d, once per set of weights
+
+so one kernel, that holds a block of frames, runs all N searches. The quantised output is one GEMM over the chosen
+entries. Everything that decides a code is fp32 arithmetic of our own kernels: a GEMM of torch's would follow the
+user's TF32 switches, whose rounding changes codes.
+
+Backward: the latents solve the block-triangular system (I + L) latent = P with L the blocks M_ij, j < i, and each
+chosen entry passes its gradient straight to its latent; so the gradient of P is one solve with (I + L)^T and
+everything else are GEMMs on [N d, B F].
+
+Shapes: B items, F frames, N stages of K entries with d dimensions, D latent channels; R = N d.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dac_kernels.launch import DTYPES, device_unsupported
+from dac_kernels.per_version import PerVersion
+from dac_kernels.rvq_kernels import decode, earlier_stages, gather, project, search, valid_mask
+
+MAX_DIM, MAX_SIZE = 32, 4096
+
+
+@dataclass(frozen=True)
+class _EncodeTables:
+    in_weight: Tensor  # [R, D]
+    bias: Tensor  # [R], of the projections
+    cross: Tensor  # [R, R], the M_ij
+    units: Tensor  # [N, d, K]
+    half_norms: Tensor  # [N, K]
+
+
+@dataclass(frozen=True)
+class _DecodeTables:
+    codebooks: Tensor  # [N, K, d]
+    out_weight: Tensor  # [D, R]
+    out_bias: Tensor  # [N, D]
+
+
+def _build_decode_tables(codebooks, out_weights, out_biases) -> _DecodeTables:
+    return _DecodeTables(
+        torch.stack(list(codebooks)).float(),
+        torch.cat(list(out_weights), dim=1).float(),
+        torch.stack(list(out_biases)).float(),
+    )
+
+
+def _build_encode_tables(in_weights, in_biases, codebooks, out_weights, out_biases) -> _EncodeTables:
+    tables = _build_decode_tables(codebooks, out_weights, out_biases)
+    stages, _, dim = tables.codebooks.shape
+    in_weight = torch.cat(list(in_weights)).float()
+    # W_in applied to every column of W_out and to every output bias.
+    columns = torch.cat([tables.out_weight, tables.out_bias.t()], dim=1)[None]
+    products = project(in_weight, columns, in_weight.new_zeros(in_weight.shape[0]))[0]
+    cross, shifts = products.split([stages * dim, stages], dim=1)
+    earlier = earlier_stages(stages, dim, cross.device)[:, ::dim]
+    bias = torch.cat(list(in_biases)).float() - (shifts * earlier).sum(1)
+    unit = F.normalize(tables.codebooks.detach(), dim=2)
+    units, half_norms = unit.transpose(1, 2).contiguous(), 0.5 * unit.square().sum(2)
+    return _EncodeTables(in_weight, bias, cross.contiguous(), units, half_norms)
+
+
+_decode_tables = PerVersion(_build_decode_tables)
+_encode_tables = PerVersion(_build_encode_tables)
+
+
+def _weights_unsupported(x: Tensor, depth: int | None, *groups: Sequence[Tensor]) -> str | None:
+    """Why codebooks, projections and biases do not fit one search, or None."""
+    names = ("codebooks", "out_weights", "out_biases", "in_weights", "in_biases")
+    stages, first = len(groups[0]), groups[0][0] if groups[0] else None
+    if first is None or first.dim() != 2:
+        return "there is no codebook [K, d]"
+    (size, dim), depth = first.shape, depth or groups[1][0].shape[0]
+    if dim > MAX_DIM or size > MAX_SIZE:
+        return f"codebooks are {size} x {dim}; accepted: up to {MAX_SIZE} entries of up to {MAX_DIM} dimensions"
+    shapes = ((size, dim), (depth, dim), (depth,), (dim, depth), (dim,))
+    for name, shape, group in zip(names, shapes, groups, strict=False):
+        if len(group) != stages:
+            return f"{len(group)} {name} for {stages} codebooks"
+        for tensor in group:
+            if tensor.shape != shape:
+                return f"{name} of shape {tuple(tensor.shape)} and {shape} together; accepted: one for all stages"
+            if tensor.dtype not in DTYPES:
+                return f"{name} are {tensor.dtype}; accepted: float32, float16, bfloat16"
+            if tensor.device != x.device:
+                return f"{name} are on {tensor.device}, the input on {x.device}"
+    return None
+
+
+def rvq_encode_unsupported(
+    z, in_weights, in_biases, codebooks, out_weights, out_biases, counts=None, lengths=None
+) -> str | None:
+    """Why `rvq_encode` cannot run on these arguments, or None."""
+    if reason := device_unsupported(z):
+        return reason
+    if z.dtype not in DTYPES:
+        return f"z is {z.dtype}; accepted: float32, float16, bfloat16"
+    if z.dim() != 3 or not z.numel():
+        return f"z has shape {tuple(z.shape)}; accepted: [B, D, F], none of them 0"
+    return _weights_unsupported(z, z.shape[1], codebooks, out_weights, out_biases, in_weights, in_biases)
+
+
+def rvq_encode(
+    z: Tensor,
+    in_weights: Sequence[Tensor],
+    in_biases: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
+    counts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Residual vector quantisation; gradients pass each search straight through.
+
+    Args:
+        z: [B, D, F], float32, float16 or bfloat16. The search computes in float32 in any case.
+        in_weights, in_biases: per stage [d, D] and [d].
+        codebooks: per stage [K, d], with K <= 4096 and d <= 32 the same for all.
+        out_weights, out_biases: per stage [D, d] and [D].
+        counts: int64 [B], codebooks each item keeps; None: all. What it leaves out still lowers the residual.
+        lengths: int64 [B], valid frames of each item; None: all. Past them outputs are zero and losses see nothing.
+    Returns:
+        quantised z [B, D, F]; codes int64 [B, N, F], the first of equally near entries; latents [B, N d, F];
+        commitment loss and codebook loss, scalars: per item the mean squared error over (d, F), mean over the
+        batch, summed over the kept stages. All but the codes have z's dtype.
+    Raises:
+        ValueError: `rvq_encode_unsupported` has a reason.
+    """
+    weights = (in_weights, in_biases, codebooks, out_weights, out_biases)
+    if reason := rvq_encode_unsupported(z, *weights, counts, lengths):
+        raise ValueError(reason)
+    encoding, decoding = _encode_tables(*weights), _decode_tables(*weights[2:])
+    (items, _, size), (stages, _, dim) = z.shape, decoding.codebooks.shape
+
+    projections = project(encoding.in_weight, z, encoding.bias)
+    latents, entries, codes = search(
+        projections, encoding.cross, decoding.codebooks.detach(), encoding.units, encoding.half_norms, lengths
+    )
+
+    # Each item's and stage's share in the losses.
+    share = z.new_full((items, stages), 1 / (items * dim), dtype=torch.float32)
+    share = share / (size if lengths is None else lengths[:, None])
+    if counts is None:
+        kept, bias = entries, decoding.out_bias.sum(0)[None, :, None]
+    else:
+        keep = (torch.arange(stages, device=z.device) < counts[:, None]).float()
+        share = share * keep
+        kept = entries * keep.repeat_interleave(dim, 1)[:, :, None]
+        bias = torch.matmul(keep, decoding.out_bias)[:, :, None]
+    share = share.repeat_interleave(dim, 1)[:, :, None]
+
+    quantised = torch.baddbmm(bias, decoding.out_weight.expand(items, -1, -1), kept)
+    if lengths is not None:
+        quantised = quantised * valid_mask(lengths, size)
+
+    commitment = ((latents - entries.detach()).square() * share).sum()
+    if torch.is_grad_enabled() and decoding.codebooks.requires_grad:
+        rows = gather(codes, decoding.codebooks)
+        rows = rows if lengths is None else rows * valid_mask(lengths, size)
+        codebook_loss = ((rows - latents.detach()).square() * share).sum()
+    else:
+        codebook_loss = commitment.detach().clone()
+    quantised, latents, commitment, codebook_loss = (
+        t.to(z.dtype) for t in (quantised, latents, commitment, codebook_loss)
+    )
+    return quantised, codes, latents, commitment, codebook_loss
+
+
+def rvq_decode_unsupported(codes, codebooks, out_weights, out_biases) -> str | None:
+    """Why `rvq_decode` cannot run on these arguments, or None."""
+    if reason := device_unsupported(codes):
+        return reason
+    if codes.dtype != torch.int64 or codes.dim() != 3:
+        return f"codes are {codes.dtype} of shape {tuple(codes.shape)}; accepted: int64 [B, N, F]"
+    if not 1 <= codes.shape[1] <= len(codebooks):
+        return f"codes of {codes.shape[1]} codebooks; accepted: 1 to {len(codebooks)}"
+    return _weights_unsupported(codes, None, codebooks, out_weights, out_biases)
+
+
+def rvq_decode(
+    codes: Tensor, codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
+) -> Tensor:
+    """Codes back to the quantised latent: the sum of every stage's projected entry, in fp32 arithmetic.
+
+    Args:
+        codes: int64 [B, N, F]; of more codebooks than N the first N are used. A code outside its codebook gives NaN.
+        codebooks, out_weights, out_biases: per stage [K, d], [D, d] and [D], as for `rvq_encode`.
+    Returns:
+        [B, D, F], of the codebooks' dtype.
+    Raises:
+        ValueError: `rvq_decode_unsupported` has a reason.
+    """
+    if reason := rvq_decode_unsupported(codes, codebooks, out_weights, out_biases):
+        raise ValueError(reason)
+    tables = _decode_tables(codebooks, out_weights, out_biases)
+    stages, dim = codes.shape[1], tables.codebooks.shape[2]
+    weight, bias = tables.out_weight[:, : stages * dim], tables.out_bias[:stages].sum(0)
+    return decode(codes.contiguous(), tables.codebooks[:stages], weight, bias, codebooks[0].dtype)
+
+
+def warmup(
+    shapes: Sequence[tuple[int, int, int]],
+    stages: int,
+    size: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cuda",
+) -> None:
+    """Compile and tune `rvq_encode` and `rvq_decode` for inputs [B, D, F] of these shapes, before a graph's capture."""
+    for items, depth, frames in shapes:
+        groups = [
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(stages)]
+            for shape in ((dim, depth), (dim,), (size, dim), (depth, dim), (depth,))
+        ]
+        z = torch.zeros((items, depth, frames), dtype=dtype, device=device)
+        codes = rvq_encode(z, *groups)[1]
+        rvq_encode(z, *groups, lengths=torch.full((items,), frames, device=device))
+        rvq_decode(codes, *groups[2:])

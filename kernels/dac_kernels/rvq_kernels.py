@@ -1,0 +1,279 @@
+# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
+"""The three Triton kernels of residual vector quantisation and their registered ops: project, search, decode.
+
+`rvq.py` has the formulas and puts them together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dac_kernels.launch import jit, launch, tl, tuned
+
+
+@jit
+def _project_kernel(
+    weight, x, bias, y, R, D, frames, size, x_b, x_d, x_f,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # y [B, R, F] = weight [R, D] x [B, D, F] + bias [R] in fp32; `frames` is B F, `size` is F.
+    blocks = tl.cdiv(R, BLOCK_R)
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    frame = pid // blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    item, time = frame // size, frame % size
+    x_at = x + item * x_b + time * x_f
+    total = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        w = tl.load(weight + row[:, None] * D + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
+        inside = (d < D)[:, None] & (frame < frames)[None, :]
+        v = tl.load(x_at[None, :] + d.to(tl.int64)[:, None] * x_d, mask=inside, other=0.0).to(tl.float32)
+        total = tl.dot(w, v, total, input_precision="ieee")
+    total += tl.load(bias + row, mask=row < R, other=0.0)[:, None]
+    at = y + (item[None, :] * R + row[:, None]) * size + time[None, :]
+    tl.store(at, total, mask=(row < R)[:, None] & (frame < frames)[None, :])
+
+
+@jit
+def _search_kernel(
+    projections, cross, codebooks, units, half_norms, lengths, codes, latents, entries, N, K, frames, size,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # projections, latents, entries [B, N, DIM, F]; codes [B, N, F]; cross [N, DIM, N, DIM]; codebooks [N, K, DIM];
+    # units [N, DIM, K], the entries normalised; half_norms [N, K], half their squared lengths (of 1 or 0).
+    frame = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = frame < frames
+    item, time = frame // size, frame % size
+    valid = inside
+    if RAGGED:
+        valid &= time < tl.load(lengths + item, mask=inside, other=0)
+    dim = tl.arange(0, DIM_PADDED)
+    used = (dim < DIM)[None, :]
+    at = (item * N * DIM * size + time)[:, None] + dim.to(tl.int64)[None, :] * size
+    codes_at = codes + item * N * size + time
+    # In int64, like every product with a stride.
+    stage = tl.full((), DIM, tl.int64) * size
+
+    for i in range(N):
+        latent = tl.load(projections + at + i * stage, mask=inside[:, None] & used, other=0.0)
+        for j in range(i):
+            # Written by this very program, some barrier ago.
+            code = tl.load(codes_at + j * size, mask=inside, other=0)
+            for k in tl.static_range(DIM):
+                entry = tl.load(codebooks + (j * K + code) * DIM + k)
+                column = tl.load(cross + ((i * DIM + dim) * N + j) * DIM + k, mask=dim < DIM, other=0.0)
+                latent = tl.fma(-column[None, :], entry[:, None], latent)
+
+        # Smallest squared distance of unit vectors a, e: largest a e - |e|^2 / 2. One vector per dimension, held in
+        # registers, makes the search plain fp32 multiply-adds with no shared memory.
+        length = tl.sqrt(tl.sum(latent * latent, axis=1))
+        unit = latent / tl.maximum(length, 1e-12)[:, None]
+        parts = ()
+        for k in tl.static_range(DIM):
+            # Triton knows no unpacking into a tuple.
+            parts = parts + (tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None],)  # noqa: RUF005
+        column = tl.arange(0, BLOCK_K)
+        best = tl.full((BLOCK_F, BLOCK_K), float("-inf"), tl.float32)
+        index = tl.zeros((BLOCK_F, BLOCK_K), tl.int32) + column[None, :]
+        for start in range(0, K, BLOCK_K):
+            entry = start + column
+            known = entry < K
+            score = tl.zeros_like(best) - tl.load(half_norms + i * K + entry, mask=known, other=float("inf"))[None, :]
+            for k in tl.static_range(DIM):
+                part = tl.load(units + (i * DIM + k) * K + entry, mask=known, other=0.0)
+                score = tl.fma(parts[k], part[None, :], score)
+            # Strictly better only: the first of equals stays, and so it does in every column.
+            better = score > best
+            best = tl.where(better, score, best)
+            index = tl.where(better, entry[None, :], index)
+        top = tl.max(best, axis=1)
+        code = tl.min(tl.where(best == top[:, None], index, K), axis=1)
+
+        chosen = tl.load(codebooks + (i * K + code)[:, None] * DIM + dim[None, :], mask=used, other=0.0)
+        mask = inside[:, None] & used
+        tl.store(codes_at + i * size, tl.where(valid, code, 0).to(tl.int64), mask=inside)
+        tl.store(latents + at + i * stage, tl.where(valid[:, None], latent, 0.0), mask=mask)
+        tl.store(entries + at + i * stage, tl.where(valid[:, None], chosen, 0.0), mask=mask)
+        tl.debug_barrier()
+
+
+@jit
+def _decode_kernel(
+    codes, codebooks, weight, bias, y, N, K, D, frames, size, weight_row,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # y [B, D, F] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks [N, K, DIM].
+    blocks = tl.cdiv(D, BLOCK_D)
+    pid = tl.program_id(0).to(tl.int64)
+    d = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    frame = pid // blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    item, time = frame // size, frame % size
+    total = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
+    for start in range(0, N * DIM, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        stage = (r // DIM)[:, None]
+        inside = (r < N * DIM)[:, None] & (frame < frames)[None, :]
+        code = tl.load(codes + (item[None, :] * N + stage) * size + time[None, :], mask=inside, other=0)
+        # A code that does not exist must be seen, not read from somewhere else.
+        known = (code >= 0) & (code < K)
+        entry = tl.load(codebooks + (stage * K + code) * DIM + (r % DIM)[:, None], mask=inside & known, other=0.0)
+        entry = tl.where(known, entry, float("nan"))
+        w_mask = (d < D)[:, None] & (r < N * DIM)[None, :]
+        w = tl.load(weight + d[:, None] * weight_row + r[None, :], mask=w_mask, other=0.0)
+        total = tl.dot(w, entry, total, input_precision="ieee")
+    total += tl.load(bias + d, mask=d < D, other=0.0)[:, None]
+    at = y + (item[None, :] * D + d[:, None]) * size + time[None, :]
+    tl.store(at, total.to(y.dtype.element_ty), mask=(d < D)[:, None] & (frame < frames)[None, :])
+
+
+@torch.library.custom_op("dac_kernels::rvq_project", mutates_args=())
+def project(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """fp32 [B, R, F] = weight [R, D] x [B, D, F] + bias [R], whatever torch's TF32 switches say."""
+    (rows, depth), (items, _, size) = weight.shape, x.shape
+    y = x.new_empty((items, rows, size), dtype=torch.float32)
+    frames = items * size
+    programs = -(-rows // 32) * -(-frames // 32)
+    args = (weight, x, bias, y, rows, depth, frames, size, *x.stride())
+    launch(_project_kernel, programs, *args, BLOCK_R=32, BLOCK_F=32, BLOCK_D=32, num_warps=4)
+    return y
+
+
+@project.register_fake
+def _(weight, x, bias):
+    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]), dtype=torch.float32)
+
+
+def _save_project(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _project_gradients(ctx, g):
+    weight, x = ctx.saved_tensors
+    d_weight = torch.matmul(_flat(g), _flat(x.float()).t()) if ctx.needs_input_grad[0] else None
+    d_x = torch.matmul(weight.t(), g).to(x.dtype) if ctx.needs_input_grad[1] else None
+    return d_weight, d_x, g.sum((0, 2))
+
+
+project.register_autograd(_project_gradients, setup_context=_save_project)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, R, F] to [R, B F]."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def earlier_stages(stages: int, dim: int, device: torch.device) -> Tensor:
+    """[N d, N d] booleans: True where the column's stage lies before the row's."""
+    stage = torch.arange(stages, device=device).repeat_interleave(dim)
+    return stage[:, None] > stage
+
+
+@torch.library.custom_op("dac_kernels::rvq_search", mutates_args=())
+def search(
+    projections: Tensor,
+    cross: Tensor,
+    codebooks: Tensor,
+    units: Tensor,
+    half_norms: Tensor,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """latents [B, R, F] and entries [B, R, F], fp32, the latter straight-through, and codes int64 [B, N, F].
+
+    From projections [B, R, F], cross [R, R] (of which the blocks below the diagonal count), codebooks [N, K, d],
+    units [N, d, K] and half_norms [N, K]; all fp32. Past an item's length everything is zero.
+    """
+    (items, _, size), (stages, entries, dim) = projections.shape, codebooks.shape
+    latents, chosen = torch.empty_like(projections), torch.empty_like(projections)
+    codes = projections.new_empty((items, stages, size), dtype=torch.int64)
+    frames = items * size
+    tensors = (projections, cross, codebooks, units, half_norms, codes if lengths is None else lengths)
+
+    def run(config):
+        options = {"DIM": dim, "DIM_PADDED": 1 << (dim - 1).bit_length(), "RAGGED": lengths is not None, **config}
+        args = (*tensors, codes, latents, chosen, stages, entries, frames, size)
+        launch(_search_kernel, -(-frames // config["BLOCK_F"]), *args, **options)
+
+    key = "rvq_search", projections.device, stages, entries, dim, frames.bit_length()
+    run(tuned(key, _search_configs(dim), run))
+    return latents, chosen, codes
+
+
+def _search_configs(dim: int) -> tuple[dict, ...]:
+    """The rows that a thread holds cost `dim` registers each, so wide codes take few."""
+    sizes = ((8, 128),) if dim > 16 else ((16, 128), (32, 64))
+    return tuple({"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes)
+
+
+@search.register_fake
+def _(projections, cross, codebooks, units, half_norms, lengths):
+    codes = projections.new_empty((projections.shape[0], codebooks.shape[0], projections.shape[2]), dtype=torch.int64)
+    return torch.empty_like(projections), torch.empty_like(projections), codes
+
+
+def _save_search(ctx, inputs, output):
+    _, cross, codebooks, _, _, lengths = inputs
+    ctx.save_for_backward(cross, output[1], lengths)
+    ctx.stages, _, ctx.dim = codebooks.shape
+
+
+def _search_gradients(ctx, g_latents, g_entries, _):
+    cross, entries, lengths = ctx.saved_tensors
+    g = g_latents + g_entries
+    if lengths is not None:
+        g = g * valid_mask(lengths, g.shape[2])
+    lower = earlier_stages(ctx.stages, ctx.dim, g.device)
+    # Strictly triangular, so the implied diagonal of ones makes it I + L^T.
+    d_projections = torch.linalg.solve_triangular((cross * lower).t(), _flat(g), upper=True, unitriangular=True)
+    d_cross = -torch.matmul(d_projections, _flat(entries).t()) * lower
+    return d_projections.unflatten(1, (g.shape[0], -1)).transpose(0, 1), d_cross, None, None, None, None
+
+
+search.register_autograd(_search_gradients, setup_context=_save_search)
+
+
+def valid_mask(lengths: Tensor, size: int) -> Tensor:
+    """[B, 1, F] booleans: True before each item's length."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
+
+
+def gather(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Entries [B, N d, F] of codes [B, N, F] in codebooks [N, K, d]."""
+    stages, size, dim = codebooks.shape
+    rows = codes + torch.arange(stages, device=codes.device)[:, None] * size
+    return F.embedding(rows, codebooks.reshape(-1, dim)).transpose(2, 3).flatten(1, 2)
+
+
+@torch.library.custom_op("dac_kernels::rvq_decode", mutates_args=())
+def decode(codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, D, F] from codes [B, N, F], fp32 codebooks [N, K, d], weight [D, N d] with unit stride, and bias [D]."""
+    (items, stages, size), (_, entries, dim), depth = codes.shape, codebooks.shape, weight.shape[0]
+    y = codes.new_empty((items, depth, size), dtype=dtype)
+    frames = items * size
+    programs = -(-depth // 64) * -(-frames // 32)
+    args = (codes, codebooks, weight, bias, y, stages, entries, depth, frames, size, weight.stride(0))
+    launch(_decode_kernel, programs, *args, DIM=dim, BLOCK_D=64, BLOCK_F=32, BLOCK_R=16, num_warps=4)
+    return y
+
+
+@decode.register_fake
+def _(codes, codebooks, weight, bias, dtype):
+    return codes.new_empty((codes.shape[0], weight.shape[0], codes.shape[2]), dtype=dtype)
+
+
+def _save_decode(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _decode_gradients(ctx, g):
+    codes, codebooks, weight = ctx.saved_tensors
+    g = g.float()
+    stages, size, dim = codebooks.shape
+    d_weight = torch.matmul(_flat(g), _flat(gather(codes, codebooks)).t())
+    d_entries = torch.matmul(weight.t(), g).unflatten(1, (stages, dim)).transpose(2, 3)
+    rows = codes + torch.arange(stages, device=codes.device)[:, None] * size
+    d_codebooks = torch.ops.aten.embedding_dense_backward(d_entries, rows, stages * size, -1, False)
+    return None, d_codebooks.view(codebooks.shape), d_weight, g.sum((0, 2)), None
+
+
+decode.register_autograd(_decode_gradients, setup_context=_save_decode)

@@ -1,0 +1,301 @@
+# ruff: noqa: N803, N806 (sizes and strides of a kernel are named as in its formulas)
+"""Snake activations in Triton: one pass over the tensor forward, one backward.
+
+    snake       y = x + sin(alpha x)^2 / (alpha + 1e-9)       arXiv 2006.08195; Descript Audio Codec
+    snake_beta  y = x + sin(alpha x)^2 / (beta + 1e-9)        BigVGAN, arXiv 2206.04658
+
+The backward pass keeps only x: with s = sin(alpha x) and c = cos(alpha x),
+
+    dx     = g (1 + 2 s c alpha / (beta + 1e-9))
+    dalpha = sum of g 2 s c x / (beta + 1e-9)
+    dbeta  = sum of -g s^2 / (beta + 1e-9)^2
+
+and for `snake`, where alpha is beta too, the last two are added. Each program writes its own fp32 partial sums and a
+second reduction adds them in a fixed order: no atomics, the same bits on every run.
+
+Sine and cosine. sin^2 and sin cos have period pi, so alpha x is reduced to r in [-pi/2, pi/2] by the nearest multiple
+of pi, which is subtracted in three pieces (Cody and Waite), the first one exactly and from the unrounded product by a
+fused multiply-add. On r, sin is an odd polynomial of degree 9 (relative error 5e-9 before rounding) and cos an even one
+of degree 10 (3e-10). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma fuses, as every GPU does; where
+it rounds the product first, 1.2e-7 |alpha x| comes on top, as in PyTorch's own fp32. Beyond, the error grows with
+|alpha x| but sin^2 stays in [0, 1], so y is off by at most 1 / beta. The compiler's own sine is not used: its
+full-range path spills to local memory.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dac_kernels.launch import DTYPES, device_unsupported, jit, launch, tl, tuned
+
+# Elements of a tile and warps that share it; the backward pass takes the first one always, because its partial sums,
+# hence its bits, depend on the tile.
+CONFIGS = tuple({"elements": e, "num_warps": w} for e, w in ((2048, 4), (1024, 4), (4096, 8)))
+
+
+@jit
+def _reduced(x, alpha):
+    # alpha x minus the nearest multiple of pi. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer;
+    # 3.140625 has 8 significant bits, so its product with that integer is exact.
+    k = tl.fma(x, alpha * 0.3183098861837907, 12582912.0) - 12582912.0
+    r = tl.fma(x, alpha, k * -3.140625)
+    r = tl.fma(k, -9.67502593994140625e-4, r)
+    return tl.fma(k, -1.509957990978376432e-7, r)
+
+
+@jit
+def _sine(r):
+    u = r * r
+    p = tl.fma(u, 2.6089039693033556e-06, -0.00019811101083178073)
+    p = tl.fma(u, p, 0.008333087898790836)
+    p = tl.fma(u, p, -0.16666659712791443)
+    return tl.fma(r * u, p, r)
+
+
+@jit
+def _cosine(r):
+    u = r * r
+    p = tl.fma(u, -2.607681608424173e-07, 2.476187000866048e-05)
+    p = tl.fma(u, p, -0.00138884037733078)
+    p = tl.fma(u, p, 0.04166664183139801)
+    p = tl.fma(u, p, -0.5)
+    return tl.fma(u, p, 1.0)
+
+
+@jit
+def _tile(C, T, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    # Item, channels [BLOCK_C, 1] and times [1, BLOCK_T] of this program, and its row of partial sums, in int64.
+    # Neighbouring programs are neighbours in memory.
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0).to(tl.int64)
+    if C_FAST:
+        c_block = pid % c_blocks
+        row = pid // c_blocks
+    else:
+        c_block = pid // t_blocks % c_blocks
+        row = pid // (t_blocks * c_blocks) * t_blocks + pid % t_blocks
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    t = row % t_blocks * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    return row // t_blocks, c, t, row
+
+
+@jit
+def _forward_kernel(
+    x, alpha, beta, y, C, T, x_b, x_c, x_t, y_b, y_c, y_t,
+    ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    if C_FAST:
+        C = tl.multiple_of(C, ALIGN)
+        x_b, x_t = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_t, ALIGN)
+        y_b, y_t = tl.multiple_of(y_b, ALIGN), tl.multiple_of(y_t, ALIGN)
+    else:
+        T = tl.multiple_of(T, ALIGN)
+        x_b, x_c = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_c, ALIGN)
+        y_b, y_c = tl.multiple_of(y_b, ALIGN), tl.multiple_of(y_c, ALIGN)
+    b, c, t, _ = _tile(C, T, C_FAST, BLOCK_C, BLOCK_T)
+    inside = (c < C) & (t < T)
+    value = tl.load(x + b * x_b + c * x_c + t * x_t, mask=inside, other=0.0).to(tl.float32)
+    frequency = tl.load(alpha + c, mask=c < C, other=1.0).to(tl.float32)
+    gain = 1.0 / (tl.load(beta + c, mask=c < C, other=1.0).to(tl.float32) + 1e-9)
+    sine = _sine(_reduced(value, frequency))
+    # Where the reduction has lost all precision the polynomial may leave [-1, 1]; NaN must pass.
+    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    result = tl.fma(square, gain, value)
+    tl.store(y + b * y_b + c * y_c + t * y_t, result.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_kernel(
+    x, alpha, beta, g, dx, partials, C, T, x_b, x_c, x_t, g_b, g_c, g_t, dx_b, dx_c, dx_t,
+    ALIGN: tl.constexpr, C_FAST: tl.constexpr, SHARED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    if C_FAST:
+        C = tl.multiple_of(C, ALIGN)
+        x_b, x_t = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_t, ALIGN)
+        g_b, g_t = tl.multiple_of(g_b, ALIGN), tl.multiple_of(g_t, ALIGN)
+        dx_b, dx_t = tl.multiple_of(dx_b, ALIGN), tl.multiple_of(dx_t, ALIGN)
+    else:
+        T = tl.multiple_of(T, ALIGN)
+        x_b, x_c = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_c, ALIGN)
+        g_b, g_c = tl.multiple_of(g_b, ALIGN), tl.multiple_of(g_c, ALIGN)
+        dx_b, dx_c = tl.multiple_of(dx_b, ALIGN), tl.multiple_of(dx_c, ALIGN)
+    b, c, t, row = _tile(C, T, C_FAST, BLOCK_C, BLOCK_T)
+    inside = (c < C) & (t < T)
+    value = tl.load(x + b * x_b + c * x_c + t * x_t, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(g + b * g_b + c * g_c + t * g_t, mask=inside, other=0.0).to(tl.float32)
+    frequency = tl.load(alpha + c, mask=c < C, other=1.0).to(tl.float32)
+    gain = 1.0 / (tl.load(beta + c, mask=c < C, other=1.0).to(tl.float32) + 1e-9)
+
+    r = _reduced(value, frequency)
+    sine, cosine = _sine(r), _cosine(r)
+    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    double = 2.0 * sine * cosine
+    double = tl.clamp(double, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    result = tl.fma(grad * double, frequency * gain, grad)
+    tl.store(dx + b * dx_b + c * dx_c + t * dx_t, result.to(dx.dtype.element_ty), mask=inside)
+
+    d_alpha = grad * double * value
+    d_beta = grad * square * -gain
+    out = partials + row * C + c
+    if SHARED:
+        tl.store(out, gain * tl.sum(d_alpha + d_beta, axis=1, keep_dims=True), mask=c < C)
+    else:
+        rows = tl.num_programs(0).to(tl.int64) // tl.cdiv(C, BLOCK_C)
+        tl.store(out, gain * tl.sum(d_alpha, axis=1, keep_dims=True), mask=c < C)
+        tl.store(out + rows * C, gain * tl.sum(d_beta, axis=1, keep_dims=True), mask=c < C)
+
+
+def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict]:
+    """Programs, rows of partial sums, and constants of a launch over tensors [B, C, T], the first of which decides."""
+    b, c, t = tensors[0].shape
+    c_fast = tensors[0].stride(1) == 1 and (t == 1 or tensors[0].stride(2) != 1)
+    fast, slow = (c, t) if c_fast else (t, c)
+    # The largest extent along the fast axis that wastes little more of the tile than the best one.
+    extents = [32 << i for i in range(6)]
+    padded = {e: -(-fast // e) * e for e in extents}
+    fast_block = max(e for e in extents if padded[e] <= 1.125 * min(padded.values()))
+    slow_block = min(elements // fast_block, 1 << (slow - 1).bit_length())
+    block_c, block_t = (fast_block, slow_block) if c_fast else (slow_block, fast_block)
+    # What is known to divide every row's start: the width of the vector loads.
+    strides = [stride for tensor in tensors for stride in (tensor.stride(0), tensor.stride(2 if c_fast else 1))]
+    align = math.gcd(16, fast, *strides)
+    rows = b * -(-t // block_t)
+    constants = {"ALIGN": align, "C_FAST": c_fast, "BLOCK_C": block_c, "BLOCK_T": block_t}
+    return rows * -(-c // block_c), rows, constants
+
+
+@torch.library.custom_op("dac_kernels::snake", mutates_args=())
+def _snake(x: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
+    """beta: None where it is alpha."""
+    y = torch.empty_like(x)
+    _, channels, time = x.shape
+
+    def run(config):
+        programs, _, constants = _geometry(config["elements"], x, y)
+        args = (x, alpha, alpha if beta is None else beta, y, channels, time, *x.stride(), *y.stride())
+        launch(_forward_kernel, programs, *args, num_warps=config["num_warps"], **constants)
+
+    if x.numel():
+        _, _, constants = _geometry(1024, x, y)
+        key = "snake", x.device, x.dtype, constants["ALIGN"], constants["C_FAST"], channels, time.bit_length()
+        run(tuned(key, CONFIGS, run))
+    return y
+
+
+@_snake.register_fake
+def _(x, alpha, beta):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("dac_kernels::snake_backward", mutates_args=())
+def _snake_backward(g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dx, and fp32 sums [1, C] (dalpha where alpha is beta too) or [2, C] (dalpha, dbeta)."""
+    dx = torch.empty_like(x)
+    _, channels, time = x.shape
+    sums = 1 if beta is None else 2
+    if not x.numel():
+        return dx, x.new_zeros(sums, channels, dtype=torch.float32)
+    programs, rows, constants = _geometry(CONFIGS[0]["elements"], x, g, dx)
+    partials = x.new_empty(sums, rows, channels, dtype=torch.float32)
+    args = (x, alpha, alpha if beta is None else beta, g, dx, partials, channels, time)
+    strides = (*x.stride(), *g.stride(), *dx.stride())
+    constants["SHARED"] = beta is None
+    launch(_backward_kernel, programs, *args, *strides, num_warps=CONFIGS[0]["num_warps"], **constants)
+    return dx, partials.sum(1)
+
+
+@_snake_backward.register_fake
+def _(g, x, alpha, beta):
+    return torch.empty_like(x), x.new_empty(1 if beta is None else 2, x.shape[1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, g):
+    x, alpha, beta = ctx.saved_tensors
+    dx, sums = _snake_backward(g, x, alpha, beta)
+    d_alpha = sums[0].view(alpha.shape).to(alpha.dtype)
+    return dx, d_alpha, None if beta is None else sums[1].view(beta.shape).to(beta.dtype)
+
+
+_snake.register_autograd(_gradients, setup_context=_save)
+
+
+def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
+    """Why `snake` cannot run on these arguments, or None."""
+    if reason := device_unsupported(x):
+        return reason
+    if x.dim() != 3:
+        return f"x has shape {tuple(x.shape)}; accepted: [B, C, T]"
+    if alpha.shape != (1, x.shape[1], 1):
+        return f"alpha has shape {tuple(alpha.shape)}; accepted: (1, {x.shape[1]}, 1)"
+    for name, tensor in (("x", x), ("alpha", alpha)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; accepted: float32, float16, bfloat16"
+    if alpha.device != x.device:
+        return f"alpha is on {alpha.device} and x on {x.device}"
+    return None
+
+
+def snake_beta_unsupported(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> str | None:
+    """Why `snake_beta` cannot run on these arguments, or None."""
+    reason = snake_unsupported(x, beta)
+    return snake_unsupported(x, alpha) or (reason and reason.replace("alpha", "beta"))
+
+
+def _checked(reason: str | None) -> None:
+    if reason:
+        raise ValueError(reason)
+
+
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    """`x + sin(alpha x)^2 / (alpha + 1e-9)`, one frequency per channel; differentiable once.
+
+    Args:
+        x: [B, C, T], float32, float16 or bfloat16, any strides without a copy; contiguous or channels-last are fast.
+        alpha: [1, C, 1], one of those dtypes (float32 with a half-precision x is fine).
+    Returns:
+        as x: shape, dtype, and strides where x is dense (otherwise contiguous). Computed in float32, so alpha = 0
+        gives x in every dtype.
+    Raises:
+        ValueError: `snake_unsupported` has a reason.
+    """
+    _checked(snake_unsupported(x, alpha))
+    return _snake(x, alpha.contiguous(), None)
+
+
+def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> Tensor:
+    """`x + sin(alpha x)^2 / (beta + 1e-9)`, BigVGAN's variant; differentiable once.
+
+    Args:
+        x: as for `snake`.
+        alpha, beta: [1, C, 1].
+        log_scale: alpha and beta hold logarithms.
+    Raises:
+        ValueError: `snake_beta_unsupported` has a reason.
+    """
+    _checked(snake_beta_unsupported(x, alpha, beta))
+    if log_scale:
+        alpha, beta = alpha.float().exp(), beta.float().exp()
+    return _snake(x, alpha.contiguous(), beta.contiguous())
+
+
+def warmup(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cuda",
+    channels_last: bool = False,
+    backward: bool = False,
+) -> None:
+    """Compile and tune `snake` for tensors of these shapes [B, C, T], as a CUDA graph's capture needs beforehand."""
+    for b, c, t in shapes:
+        x = torch.zeros((b, t, c), dtype=dtype, device=device).transpose(1, 2)
+        x = (x if channels_last else x.contiguous()).requires_grad_(backward)
+        y = snake(x, torch.ones(1, c, 1, dtype=dtype, device=device))
+        if backward:
+            y.backward(torch.zeros_like(y))
