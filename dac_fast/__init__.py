@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from dac_fast import download
 from dac_fast.config import PRESETS, Config
 from dac_fast.container import DACFile
-from dac_fast.download import download
 from dac_fast.model import DAC
 from dac_fast.ops import use_backend
 from dac_fast.version import __version__
@@ -27,6 +27,6 @@ def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32) -> D
     """
     path = Path(name_or_path)
     name = "" if path.exists() or path.suffix or len(path.parts) > 1 else str(name_or_path)
-    codec = DAC.load(download(name) if name else path)
+    codec = DAC.load(download.download(name) if name else path)
     codec.name = name
     return codec.to(device=device, dtype=dtype)

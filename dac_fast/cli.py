@@ -198,7 +198,16 @@ def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoin
 
     def describe(path: Path) -> dict:
         if path.suffix == ".dac":
-            return DACFile.load(path).describe()
+            file = DACFile.load(path)
+            return {
+                "model": file.model or "not named in the file",
+                "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
+                "loudness": f"{file.input_db:.2f} LUFS",
+                "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
+                "bitrate": "not known without the model" if file.bitrate is None else f"{file.bitrate / 1000:.2f} kbit/s",
+                "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
+                "size": f"{path.stat().st_size} bytes",
+            }
         source = path if path.exists() or path.suffix else download.cached(str(path))
         config, state = checkpoint.read(source)
         parameters = sum(tensor.numel() for tensor in state.values())

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
+# The tests' models are too small for more: threads would mostly wait for each other.
+torch.set_num_threads(1)
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

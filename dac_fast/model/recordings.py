@@ -165,3 +165,6 @@ def _check_fits(codec, file: DACFile):
             f"the file is of a codec at {file.model_sample_rate} Hz with {file.hop_length} samples per frame; "
             f"this one is at {c.sample_rate} Hz with {c.hop_length}"
         )
+    longest = (file.n_frames + 1) * c.hop_length * file.sample_rate // c.sample_rate + 1
+    if file.original_length > longest:
+        raise ValueError(f"the file claims {file.original_length} samples; its codes hold up to {longest}")
