@@ -1,0 +1,103 @@
+// A pool of threads of our own: the OpenMP runtime that a wheel would find at load time need not be torch's, and a
+// second one would fight with it.
+#include "parallel.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace dac {
+namespace {
+
+class Pool {
+ public:
+  // False, with nothing done, when another caller has the pool.
+  bool run(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_) < threads - 1) {
+        std::thread([this, index = workers_] { serve(index); }).detach();
+        ++workers_;
+      }
+      body_ = &body, count_ = count, grain_ = grain;
+      next_ = 0, error_ = nullptr;
+      wanted_ = running_ = threads - 1;
+      ++job_;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+    if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+ private:
+  void serve(int index) {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return job_ != seen; });
+      seen = job_;
+      if (index >= wanted_) continue;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  void work() {
+    try {
+      for (int64_t begin; (begin = next_.fetch_add(grain_)) < count_;) {
+        (*body_)(begin, std::min(begin + grain_, count_));
+      }
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      error_ = std::current_exception();
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(int64_t, int64_t)>* body_ = nullptr;
+  int64_t count_ = 0, grain_ = 1;
+  std::atomic<int64_t> next_{0};
+  std::exception_ptr error_;
+  uint64_t job_ = 0;
+  int workers_ = 0, wanted_ = 0, running_ = 0;
+};
+
+// Never destroyed: its threads may outlive every static. A forked child has none of its parent's threads, so it gets
+// a pool of its own.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* current = nullptr;
+  static pid_t process = 0;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (process != getpid()) {
+    process = getpid();
+    current = new Pool;
+  }
+  return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
+  if (count <= 0) return;
+  const int64_t pieces = (count + grain - 1) / grain;
+  threads = static_cast<int>(std::min<int64_t>(threads, pieces));
+  if (threads > 1 && pool().run(count, grain, threads, body)) return;
+  for (int64_t begin = 0; begin < count; begin += grain) body(begin, std::min(begin + grain, count));
+}
+
+}  // namespace dac

@@ -1,0 +1,254 @@
+#include "snake.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace dac {
+namespace {
+
+// Elements handled at a time: small enough that a block stays in the first-level cache.
+constexpr int kBlock = 512;
+// Elements of one piece of work: large enough to hide the cost of handing it out.
+constexpr int64_t kPiece = 16384;
+
+// Largest |alpha x| that `reduce` handles; beyond it std::sin and std::cos of the same product, in double.
+constexpr float kFar = 25000.0f;
+
+// sin^2 has period pi: t minus the nearest multiple of pi. pi is split in three (Cody and Waite): the first two parts
+// have 8 and 11 significant bits, so their products with a multiple below 2^13 are exact in float.
+INLINE float reduce(float t) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer.
+  const float multiple = (t * 0.318309886f + kRound) - kRound;
+  return ((t - multiple * 3.140625f) - multiple * 9.67502594e-4f) - multiple * 1.50995803e-7f;
+}
+
+// Minimax polynomials on [-pi/2, pi/2]; absolute errors 5e-9 and 5e-10 before rounding.
+INLINE float sine(float r) {
+  const float q = r * r;
+  return r + r * q * (-0.166666567f + q * (0.00833300874f + q * (-1.98060152e-4f + q * 2.59875742e-6f)));
+}
+
+INLINE float cosine(float r) {
+  const float q = r * r;
+  return 1.0f +
+         q * (-0.5f + q * (0.0416666567f + q * (-0.00138885854f + q * (2.47701792e-5f - q * 2.62090168e-7f))));
+}
+
+template <class T>
+struct Gradients {
+  T x, alpha;
+};
+
+// From sin and cos of alpha x (both negated is as good: only their products enter).
+template <class T>
+INLINE Gradients<T> gradients(T grad, T x, T alpha, T inverse, T sin, T cos) {
+  const T double_angle = 2 * sin * cos;
+  return {grad * (1 + alpha * inverse * double_angle), grad * inverse * (x * double_angle - inverse * sin * sin)};
+}
+
+// Blocks of n <= kBlock elements. kStep: 1 for an alpha per element, 0 for the same one throughout.
+// inverse: 1 / (alpha + 1e-9).
+
+template <int kStep>
+INLINE void forward_block(const float* __restrict x, const float* alpha, const float* inverse, float* __restrict y,
+                          int64_t n) {
+  int far = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = alpha[i * kStep] * x[i];
+    const float s = sine(reduce(t));
+    far |= std::fabs(t) > kFar;
+    y[i] = x[i] + inverse[i * kStep] * (s * s);
+  }
+  if (!far) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = alpha[i * kStep] * x[i];
+    if (!(std::fabs(t) > kFar)) continue;
+    const float s = static_cast<float>(std::sin(static_cast<double>(t)));
+    y[i] = x[i] + inverse[i * kStep] * (s * s);
+  }
+}
+
+template <int kStep>
+INLINE void forward_block(const double* x, const double* alpha, const double* inverse, double* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double s = std::sin(alpha[i * kStep] * x[i]);
+    y[i] = x[i] + inverse[i * kStep] * (s * s);
+  }
+}
+
+// term: each element's contribution to the gradient of its alpha.
+template <int kStep>
+INLINE void backward_block(const float* __restrict grad, const float* __restrict x, const float* alpha,
+                           const float* inverse, float* __restrict grad_x, float* __restrict term, int64_t n) {
+  int far = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = alpha[i * kStep] * x[i], r = reduce(t);
+    far |= std::fabs(t) > kFar;
+    const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], sine(r), cosine(r));
+    grad_x[i] = result.x, term[i] = result.alpha;
+  }
+  if (!far) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = alpha[i * kStep] * x[i];
+    if (!(std::fabs(t) > kFar)) continue;
+    const float s = static_cast<float>(std::sin(static_cast<double>(t)));
+    const float c = static_cast<float>(std::cos(static_cast<double>(t)));
+    const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], s, c);
+    grad_x[i] = result.x, term[i] = result.alpha;
+  }
+}
+
+template <int kStep>
+INLINE void backward_block(const double* grad, const double* x, const double* alpha, const double* inverse,
+                           double* grad_x, double* term, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double t = alpha[i * kStep] * x[i];
+    const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], std::sin(t), std::cos(t));
+    grad_x[i] = result.x, term[i] = result.alpha;
+  }
+}
+
+// In a fixed order that the compiler can vectorise.
+template <class T>
+INLINE double sum(const T* term, int64_t n) {
+  constexpr int kLanes = 16;
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term[i + lane];
+  }
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += term[i];
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
+template <class T>
+std::vector<T> inverses(const T* alpha, int64_t channels) {
+  std::vector<T> inverse(channels);
+  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / (alpha[c] + static_cast<T>(1e-9));
+  return inverse;
+}
+
+// Work is dealt out in segments of a run, so that few long runs keep all threads busy as well as many short ones.
+struct Segments {
+  explicit Segments(const SnakeShape& shape)
+      : size(shape.size),
+        per_run((shape.size + kPiece - 1) / kPiece),
+        count(shape.batch * shape.rows * per_run),
+        grain(std::max<int64_t>(1, kPiece / std::max<int64_t>(1, shape.size))),
+        rows(shape.rows) {}
+
+  template <class Body>
+  INLINE void each_block(int64_t segment, const Body& body) const {
+    const int64_t run = segment / per_run, begin = segment % per_run * kPiece;
+    const int64_t end = std::min(begin + kPiece, size);
+    for (int64_t i = begin; i < end; i += kBlock) {
+      body(run / rows, run % rows, i, std::min<int64_t>(kBlock, end - i));
+    }
+  }
+
+  int64_t size, per_run, count, grain, rows;
+};
+
+template <class T>
+void backward_channels_first(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha,
+                             const T* inverse, Rows<T> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+  const Segments segments(shape);
+  std::vector<double> partial(segments.count);
+  parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
+    run(set, [&]() __attribute__((always_inline)) {
+      T term[kBlock];
+      for (int64_t segment = first; segment < last; ++segment) {
+        double total = 0;
+        segments.each_block(segment, [&](int64_t b, int64_t c, int64_t i, int64_t n)
+                                         __attribute__((always_inline)) {
+          backward_block<0>(grad.at(b, c) + i, x.at(b, c) + i, alpha + c, inverse + c, grad_x.at(b, c) + i, term, n);
+          total += sum(term, n);
+        });
+        partial[segment] = total;
+      }
+    });
+  });
+  for (int64_t c = 0; c < shape.rows; ++c) {
+    double total = 0;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const double* of_run = partial.data() + (b * shape.rows + c) * segments.per_run;
+      for (int64_t s = 0; s < segments.per_run; ++s) total += of_run[s];
+    }
+    grad_alpha[c] = static_cast<T>(total);
+  }
+}
+
+template <class T>
+void backward_channels_last(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha,
+                            const T* inverse, Rows<T> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+  const int64_t runs = shape.batch * shape.rows, channels = shape.size;
+  // At least 64 runs a group: a partial sum per channel must cost little beside them.
+  const int64_t group = std::max<int64_t>(64, 4 * kPiece / std::max<int64_t>(1, channels));
+  const int64_t groups = (runs + group - 1) / group;
+  std::vector<double> partial(groups * channels);
+  parallel_for(groups, 1, threads, [&](int64_t first, int64_t) {
+    run(set, [&]() __attribute__((always_inline)) {
+      T term[kBlock];
+      double* total = partial.data() + first * channels;
+      for (int64_t index = first * group; index < std::min((first + 1) * group, runs); ++index) {
+        const int64_t b = index / shape.rows, t = index % shape.rows;
+        for (int64_t c = 0; c < channels; c += kBlock) {
+          const int64_t n = std::min<int64_t>(kBlock, channels - c);
+          backward_block<1>(grad.at(b, t) + c, x.at(b, t) + c, alpha + c, inverse + c, grad_x.at(b, t) + c, term, n);
+          for (int64_t i = 0; i < n; ++i) total[c + i] += term[i];
+        }
+      }
+    });
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double total = 0;
+    for (int64_t g = 0; g < groups; ++g) total += partial[g * channels + c];
+    grad_alpha[c] = static_cast<T>(total);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void snake_forward(const SnakeShape& shape, Rows<const T> x, const T* alpha, Rows<T> y, int threads,
+                   InstructionSet set) {
+  const std::vector<T> inverse = inverses(alpha, shape.channels());
+  const Segments segments(shape);
+  parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
+    run(set, [&]() __attribute__((always_inline)) {
+      for (int64_t segment = first; segment < last; ++segment) {
+        segments.each_block(segment, [&](int64_t b, int64_t r, int64_t i, int64_t n) __attribute__((always_inline)) {
+          if (shape.channels_last) {
+            forward_block<1>(x.at(b, r) + i, alpha + i, inverse.data() + i, y.at(b, r) + i, n);
+          } else {
+            forward_block<0>(x.at(b, r) + i, alpha + r, inverse.data() + r, y.at(b, r) + i, n);
+          }
+        });
+      }
+    });
+  });
+}
+
+template <class T>
+void snake_backward(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha, Rows<T> grad_x,
+                    T* grad_alpha, int threads, InstructionSet set) {
+  const std::vector<T> inverse = inverses(alpha, shape.channels());
+  const auto backward = shape.channels_last ? backward_channels_last<T> : backward_channels_first<T>;
+  backward(shape, grad, x, alpha, inverse.data(), grad_x, grad_alpha, threads, set);
+}
+
+template void snake_forward(const SnakeShape&, Rows<const float>, const float*, Rows<float>, int, InstructionSet);
+template void snake_forward(const SnakeShape&, Rows<const double>, const double*, Rows<double>, int, InstructionSet);
+template void snake_backward(const SnakeShape&, Rows<const float>, Rows<const float>, const float*, Rows<float>,
+                             float*, int, InstructionSet);
+template void snake_backward(const SnakeShape&, Rows<const double>, Rows<const double>, const double*, Rows<double>,
+                             double*, int, InstructionSet);
+
+}  // namespace dac
