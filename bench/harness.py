@@ -119,14 +119,11 @@ def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
             run = provider()
             closers.append(getattr(run, "close", None))
             row |= {"error": prepared.check(run())}
-            sample = getattr(run, "sample", None) or timing.sampler(run, case.device)
-            sample(1)
+            samplers[name] = getattr(run, "sample", None) or timing.sampler(run, case.device)
         except AssertionError as error:
             row |= {"status": "failed", "reason": f"parity: {_one_line(error)}"}
         except Exception as error:  # likewise
             row |= {"status": "failed", "reason": _one_line(error)}
-        else:
-            samplers[name] = sample
 
     timed = [row for row in rows if row["provider"] in samplers]
     try:
