@@ -33,7 +33,8 @@ def record_launches():
             snake.warmup([(1, 96, 4096)], dtype, "cpu", channels_last, backward=True)
         rvq.warmup([(1, 64, 48)], 9, 1024, 8, dtype, "cpu")
     snake.warmup([(2, 64, 33)], torch.float32, "cpu", backward=True)
-    rvq.warmup([(1, 64, 33)], 3, 100, 32, torch.float32, "cpu")
+    for dim in (5, 16, 32):
+        rvq.warmup([(1, 64, 33)], 3, 100, dim, torch.float32, "cpu")
     x, alpha = torch.zeros(1, 64, 512), torch.ones(1, 64, 1, requires_grad=True)
     snake.snake_beta(x, alpha, alpha, log_scale=True).sum().backward()
     return launches

@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class PerVersion:
-    """The result of `build` on groups of tensors, kept while those very tensors live unchanged.
+    """The result of `build` on groups of tensors, kept while those very tensors, or those they are views of, live.
 
-    Unchanged as autograd counts it: an in-place change is seen, and so is assigning to `.data`; one made through
-    `.data` in place is not. Nothing is kept where gradients must flow through the result, under torch.compile, and
-    during CUDA graph capture. An entry dies with the first of its tensors.
+    Kept while they are unchanged, as autograd counts it: an in-place change is seen, and so is assigning to `.data`;
+    one made through `.data` in place is not. Nothing is kept where gradients must flow through the result, under
+    torch.compile, and during CUDA graph capture. An entry dies with the first of its tensors.
     """
 
     def __init__(self, build: Callable):
@@ -28,12 +28,14 @@ class PerVersion:
             or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             return self.build(*groups)
-        key = tuple(map(id, tensors))
-        version = [(t._version, t.data_ptr(), t.dtype) for t in tensors]
+        # Views, such as a 1x1 convolution's weight without its last axis, are made anew for every call.
+        owners = [t if t._base is None else t._base for t in tensors]
+        key = tuple(map(id, owners))
+        version = [(t._version, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
         if key not in self.entries or self.entries[key][0] != version:
             # Also usable by later calls that do record gradients of their input.
             with torch.inference_mode(False), torch.no_grad():
                 tables = self.build(*groups)
-            references = [weakref.ref(t, lambda _: self.entries.pop(key, None)) for t in tensors]
+            references = [weakref.ref(t, lambda _: self.entries.pop(key, None)) for t in owners]
             self.entries[key] = version, tables, references
         return self.entries[key][1]

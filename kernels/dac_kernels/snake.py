@@ -260,8 +260,8 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
         x: [B, C, T], float32, float16 or bfloat16, any strides without a copy; contiguous or channels-last are fast.
         alpha: [1, C, 1], one of those dtypes (float32 with a half-precision x is fine).
     Returns:
-        as x: shape, dtype, and strides where x is dense (otherwise contiguous). Computed in float32, so alpha = 0
-        gives x in every dtype.
+        as x: shape, dtype, and strides where x is dense (otherwise contiguous). Computed in float32 from the exact
+        product, so alpha = 0 gives x in every dtype, and a finite x whose alpha x overflows gives x, not NaN.
     Raises:
         ValueError: `snake_unsupported` has a reason.
     """
