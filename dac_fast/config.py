@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 ACTIVATIONS = ("snake", "leaky_relu")
+QUANTIZERS = ("factorized", "unnormalized", "unprojected", "ema")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Config:
         quantizer_dropout: share of a training batch that keeps a random number of codebooks only.
         sample_rate: in Hz.
         activation: "snake", or "leaky_relu" (the paper's ablation).
+        quantizer: "factorized", or one of the forms that it is compared with (paper, section 4.4): "unnormalized"
+            searches by plain distance; "unprojected" and "ema" have codebooks of latent_dim dimensions, whatever
+            codebook_dim says, and those of "ema" are moving averages of what was assigned to them.
     """
 
     encoder_dim: int = 64
@@ -35,6 +39,7 @@ class Config:
     quantizer_dropout: float = 0.0
     sample_rate: int = 44100
     activation: str = "snake"
+    quantizer: str = "factorized"
 
     def __post_init__(self):
         def fill(name, value):
@@ -62,6 +67,7 @@ class Config:
         _require(len(self.codebook_dims) == self.n_codebooks, "codebook_dim", self, "one number, or one per codebook")
         _require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", self, "between 0 and 1")
         _require(self.activation in ACTIVATIONS, "activation", self, " or ".join(ACTIVATIONS))
+        _require(self.quantizer in QUANTIZERS, "quantizer", self, ", ".join(QUANTIZERS))
 
     @property
     def hop_length(self) -> int:
@@ -71,7 +77,7 @@ class Config:
     @property
     def codebook_dims(self) -> tuple[int, ...]:
         """Dimensions of each codebook's entries."""
-        dim = self.codebook_dim
+        dim = self.codebook_dim if self.quantizer in ("factorized", "unnormalized") else self.latent_dim
         return (dim,) * self.n_codebooks if isinstance(dim, int) else dim
 
     @property
@@ -80,8 +86,12 @@ class Config:
         return self.sample_rate / self.hop_length * self.n_codebooks * math.ceil(math.log2(self.codebook_size))
 
     def to_dict(self) -> dict:
-        """Plain values, as JSON has them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain values, as JSON has them; without the quantizer's form where that is the published one."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        # The published package, and files from before this field, do not know it.
+        if self.quantizer == "factorized":
+            del values["quantizer"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":

@@ -48,7 +48,9 @@ class DAC(nn.Module):
         self.config = c = Config(*args, **kwargs)
         self.sample_rate, self.hop_length, self.name = c.sample_rate, c.hop_length, ""
         self.encoder = Encoder(c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation)
-        self.quantizer = ResidualVectorQuantizer(c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout)
+        self.quantizer = ResidualVectorQuantizer(
+            c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
+        )
         self.decoder = Decoder(c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation)
 
     def encode(self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None) -> Encoded:

@@ -1,0 +1,195 @@
+"""Excerpts of audio files in batches: balanced over domains, reproducible, whatever the number of workers.
+
+Item i of a run is a function of the seed and i alone: which file, where in it, how it is augmented. A run that goes on
+at step s goes on with item s * batch_size, and processes take consecutive parts of each batch.
+"""
+
+import functools
+import math
+import signal
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dac_fast.audio import LoudnessMeter, normalization_gains
+from dac_fast.resample import resampled
+from dac_fast.training.config import DataConfig
+from dac_fast.training.sources import AudioFile, DataError
+
+SALIENT_TRIES = 8  # as published
+FILE_TRIES = 20
+
+
+class UnreadableError(ValueError):
+    """An excerpt that cannot be read from its file."""
+
+
+class Excerpts(Dataset):
+    """Item i: {"audio": float32 tensor [1, T], "unreadable": {path: reason} of files that were tried before}.
+
+    Within a domain, every file is drawn once before any is drawn again.
+
+    Args:
+        files: to draw from.
+        config: how to draw and augment.
+        sample_rate: of the excerpts, in Hz; files of other rates are resampled, channels are averaged.
+        batch_size: items per step over all processes, which decides where the full-band items come.
+        seed: of all that is random.
+        seconds: length of an excerpt; None: the configuration's.
+        phase_shift: overrides the configuration's where it is False.
+    """
+
+    def __init__(
+        self,
+        files: list[AudioFile],
+        config: DataConfig,
+        sample_rate: int,
+        batch_size: int,
+        seed: int,
+        seconds: float | None = None,
+        phase_shift: bool = True,
+    ):
+        self.config, self.sample_rate, self.batch_size, self.seed = config, sample_rate, batch_size, seed
+        self.samples = int((seconds or config.seconds) * sample_rate)
+        self.phase_shift = phase_shift and config.phase_shift
+        domains = defaultdict(list)
+        for file in files:
+            domains[file.domain if config.balanced else ""].append(file)
+        self.domains = [domains[name] for name in sorted(domains)]
+        self.full_band = [[file for file in pool if file.full_band and config.balanced] for pool in self.domains]
+
+    def __getitem__(self, i: int) -> dict:
+        unreadable = {}
+        for attempt in range(FILE_TRIES):
+            random = np.random.default_rng([self.seed, i, attempt])
+            pool, file = self._choose(i)
+            if attempt:
+                file = pool[random.integers(len(pool))]
+            try:
+                audio = self._excerpt(file, random)
+                return {"audio": torch.from_numpy(audio)[None], "unreadable": unreadable}
+            except UnreadableError as error:
+                unreadable[file.path] = str(error)
+        path, reason = next(iter(unreadable.items()))
+        raise DataError(f"{FILE_TRIES} draws in a row cannot be read, for example {path}: {reason}")
+
+    def _choose(self, i: int) -> tuple[list[AudioFile], AudioFile]:
+        """The pool that item i is drawn from, and its file."""
+        step, position = divmod(i, self.batch_size)
+        domain = i % len(self.domains)
+        if position == self._full_band_position(step):
+            pool = self.full_band[domain] or [file for pool in self.full_band for file in pool]
+            return pool, self._drawn(pool, step, stream=len(self.domains) + domain)
+        pool = self.domains[domain]
+        return pool, self._drawn(pool, i // len(self.domains), stream=domain)
+
+    def _full_band_position(self, step: int) -> int | None:
+        """The first place in a batch whose domain has full-band files; None where nothing is full band."""
+        first = step * self.batch_size
+        for position in range(min(self.batch_size, len(self.domains))):
+            if self.full_band[(first + position) % len(self.domains)]:
+                return position
+        return 0 if any(self.full_band) else None
+
+    def _drawn(self, pool: list[AudioFile], number: int, stream: int) -> AudioFile:
+        """The `number`th draw from a pool that is shuffled anew each time it is used up."""
+        epoch, place = divmod(number, len(pool))
+        return pool[_shuffled(self.seed, stream, epoch, len(pool))[place]]
+
+    def _excerpt(self, file: AudioFile, random: np.random.Generator) -> np.ndarray:
+        """A random excerpt, augmented: float32 [T]."""
+        config = self.config
+        for _ in range(SALIENT_TRIES):
+            audio = read_excerpt(file.path, self.samples, self.sample_rate, random)
+            if config.loudness is None and config.loudness_cutoff is None:
+                break
+            meter = LoudnessMeter(self.sample_rate, channels=1)
+            meter.update(audio[None])
+            loudness = meter.integrated()
+            if config.loudness_cutoff is None or loudness > config.loudness_cutoff:
+                break
+        if config.loudness is not None:
+            audio = audio * normalization_gains(loudness, meter.peaks, config.loudness)
+        if self.phase_shift:
+            audio = shift_phase(audio, random.uniform(-math.pi, math.pi))
+        return audio
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch, size]).permutation(size)
+
+
+def read_excerpt(path: str, samples: int, sample_rate: int, random: np.random.Generator) -> np.ndarray:
+    """An excerpt from a random place of a file, mono: float32 [samples], with zeros after a file that is shorter.
+
+    Raises:
+        UnreadableError: the file cannot be opened, read, or has samples that are not finite.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            wanted = math.ceil(samples * file.samplerate / sample_rate) + 1
+            file.seek(int(random.integers(max(file.frames - wanted, 0) + 1)))
+            block, rate = file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        raise UnreadableError(" ".join(str(error).split())) from error
+    if not len(block):
+        raise UnreadableError("no samples where the file should have some")
+    if not np.isfinite(block).all():
+        raise UnreadableError("samples that are not finite")
+    audio = np.concatenate(list(resampled([block.mean(axis=1)[None]], rate, sample_rate)), axis=1)[0, :samples]
+    return np.pad(audio, (0, samples - len(audio)))
+
+
+def shift_phase(audio: np.ndarray, angle: float) -> np.ndarray:
+    """Float32 [T] with the phase of every frequency turned by `angle`, in radians."""
+    spectrum = np.fft.rfft(audio)
+    # Constant and Nyquist frequency are real and have no phase to turn.
+    spectrum[1 : (len(audio) + 1) // 2] *= np.exp(1j * angle)
+    return np.fft.irfft(spectrum, len(audio)).astype(np.float32)
+
+
+class Batches:
+    """The item numbers of one process's part of every batch, for the steps of a range."""
+
+    def __init__(self, steps: range, batch_size: int, rank: int = 0, processes: int = 1):
+        self.steps, self.batch_size, self.rank, self.processes = steps, batch_size, rank, processes
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[range]:
+        part = self.batch_size // self.processes
+        for step in self.steps:
+            first = step * self.batch_size + self.rank * part
+            yield range(first, first + part)
+
+
+def loader(excerpts: Excerpts, batches: Batches, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches in order: {"audio": float32 [B, 1, T], "unreadable": {path: reason}}."""
+    return DataLoader(
+        excerpts,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collated,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_prepare_worker,
+    )
+
+
+def _collated(items: list[dict]) -> dict:
+    unreadable = {path: reason for item in items for path, reason in item["unreadable"].items()}
+    return {"audio": torch.stack([item["audio"] for item in items]), "unreadable": unreadable}
+
+
+def _prepare_worker(_):
+    torch.set_num_threads(1)
+    # Sent to all processes of a run, these are for the one that trains: it still needs its workers to finish the step.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
