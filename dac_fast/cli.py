@@ -343,8 +343,10 @@ def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], 
                     fail(error, job.source)
             progress.advance(task)
     elapsed = time.perf_counter() - start
-    parts = [f"{verb} {done} of {len(jobs)}"] + [f"{n} {what}" for n, what in ((skipped, "skipped"), (failed, "failed")) if n]
-    out.print(f"{', '.join(parts)}: {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time")
+    counts = [f"{verb} {done} of {len(jobs)}"]
+    counts += [f"{number} {what}" for number, what in ((skipped, "skipped"), (failed, "failed")) if number]
+    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time" if done else ""
+    out.print(", ".join(counts) + speed)
     if failed:
         raise typer.Exit(1)
 

@@ -1,0 +1,142 @@
+"""The command line as a user calls it: what it writes, what it says, and its exit code."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dac_fast import DACFile, cli
+from dac_fast.audio import read, write
+
+
+@pytest.fixture
+def dac_fast_cli(capsys, monkeypatch):
+    """Call `dac-fast ARGUMENTS`: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dac-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        captured = capsys.readouterr()
+        return exited.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Recordings in a tree: two good ones, one that is not audio, one empty, one that is no recording."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "in"
+    (root / "deep").mkdir(parents=True)
+    write(root / "a.wav", rng.uniform(-0.5, 0.5, (1, 20000)).astype(np.float32), 44100)
+    write(root / "deep" / "b.flac", rng.uniform(-0.5, 0.5, (2, 9000)).astype(np.float32), 16000)
+    (root / "deep" / "bad.wav").write_bytes(b"not audio")
+    (root / "empty.mp3").touch()
+    (root / "readme.txt").write_text("left alone")
+    return root
+
+
+def test_folders_keep_their_tree_and_bad_files_do_not_stop_the_others(dac_fast_cli, folder, tmp_path):
+    code, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes", "--device", "cpu")
+    assert code == 1
+    assert "encoded 2 of 4, 2 failed" in out
+    assert sorted(line for line in err.splitlines() if line.startswith("error:")) == [
+        f"error: {folder}/deep/bad.wav: not an audio file that can be read (Format not recognised)",
+        f"error: {folder}/empty.mp3: the file is empty",
+    ]
+    written = sorted(str(p.relative_to(tmp_path / "codes")) for p in (tmp_path / "codes").rglob("*") if p.is_file())
+    assert written == ["a.dac", "deep/b.dac"]
+
+    code, out, _ = dac_fast_cli("decode", tmp_path / "codes", "-o", tmp_path / "out", "--suffix", "flac")
+    assert code == 0
+    assert "decoded 2 of 2" in out
+    for name, shape, rate in (("a.flac", (1, 20000), 44100), ("deep/b.flac", (2, 9000), 16000)):
+        audio, found = read(tmp_path / "out" / name)
+        assert (audio.shape, found) == (shape, rate)
+
+
+def test_single_files_options_and_info(dac_fast_cli, folder, tmp_path):
+    assert dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "x.dac", "--codebooks", 3)[0] == 0
+    assert DACFile.load(tmp_path / "x.dac").codes.shape == (1, 3, 40)
+    code, out, _ = dac_fast_cli("info", tmp_path / "x.dac", "tiny")
+    assert code == 0
+    for fact in ("3 codebooks × 40 frames", "44100 Hz", "2,535,870"):
+        assert fact in out
+    # the published package's format, in its chunk mode
+    published = ("encode", folder / "a.wav", "-o", tmp_path / "y.dac", "--format", "dac1", "--no-padding")
+    assert dac_fast_cli(*published, "--chunk-seconds", 0.4)[0] == 0
+    assert not DACFile.load(tmp_path / "y.dac").padding
+    code, _, err = dac_fast_cli("decode", tmp_path / "y.dac")
+    assert (code, "give it by --model" in err) == (1, True)
+    assert dac_fast_cli("decode", tmp_path / "y.dac", "--model", "tiny", "-o", tmp_path / "y.wav")[0] == 0
+    assert read(tmp_path / "y.wav")[0].shape == (1, 20000)
+
+
+def test_reconstruct_reports_and_converted_models_work(dac_fast_cli, folder, tmp_path):
+    assert dac_fast_cli("convert", "tiny", tmp_path / "folded.safetensors", "--fold")[0] == 0
+    code, out, _ = dac_fast_cli(
+        "reconstruct", folder / "a.wav", "-o", tmp_path / "r", "-m", tmp_path / "folded.safetensors"
+    )
+    assert code == 0
+    assert "SI-SDR" in out
+    assert read(tmp_path / "r" / "a.wav")[0].shape == (1, 20000)
+
+
+def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
+    original = (folder / "a.wav").read_bytes()
+    assert dac_fast_cli("encode", folder / "a.wav")[0] == 0
+    code, _, err = dac_fast_cli("decode", folder / "a.dac")
+    assert code == 1
+    assert f"error: {folder / 'a.dac'}: {folder / 'a.wav'} exists; --existing overwrite replaces it" in err
+    assert (folder / "a.wav").read_bytes() == original
+    code, out, _ = dac_fast_cli("decode", folder / "a.dac", "--existing", "skip")
+    assert (code, "decoded 0 of 1, 1 skipped" in out) == (0, True)
+    assert dac_fast_cli("decode", folder / "a.dac", "--existing", "overwrite")[0] == 0
+    assert (folder / "a.wav").read_bytes() != original
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "absent.wav"], "error: absent.wav: no such file"),
+        (["encode", "a.wav", "--model", "48khz"], "unknown model '48khz'; accepted: 44khz"),
+        (["encode", "a.wav", "--codebooks", "0"], "0 codebooks; accepted: 1 to 9"),
+        (["encode", "a.wav", "--codebooks", "10"], "10 codebooks; accepted: 1 to 9"),
+        (["encode", "a.wav", "--device", "tpu"], "--device is 'tpu'; accepted: auto, cpu, cuda"),
+        (["encode", "a.wav", "--device", "cuda:9"], "--device is 'cuda:9'; there are"),
+        (["encode", "a.wav", "--chunk-seconds", "0"], "chunk_seconds is 0.0; accepted: above 0"),
+        (["encode", "a.wav", "--no-padding"], "accepted: with --format dac1"),
+        (["encode", "a.wav", "-o", "a.wav/x/y.dac"], "a.wav"),
+        (["encode", "a.wav", "deep", "-o", "one.dac"], "accepted for several inputs: a folder"),
+        (["encode", "deep/none"], "holds no file that ends in"),
+        (["encode", "a.wav", "twin", "-o", "o"], "would both become o/a.dac"),
+        (["decode", "a.wav", "-o", "o"], "not a .dac file"),
+        (["decode", "a.wav", "--suffix", "xyz", "-m", "tiny"], "not a .dac file"),
+        (["info", "a.txt"], "a.txt: no such checkpoint"),
+        (["download", "48khz"], "unknown model '48khz'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(dac_fast_cli, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "deep" / "none").mkdir()
+    (folder / "twin").mkdir()
+    write(folder / "twin" / "a.flac", np.zeros((1, 100), np.float32), 44100)
+    before = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    code, _, err = dac_fast_cli(*arguments)
+    assert code == 1
+    errors = [line for line in err.splitlines() if line.strip()]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_entry_point_and_doctor(tmp_path):
+    """In a process of its own, as installed; and the backend can be asked for by the environment."""
+    command = [sys.executable, "-c", "from dac_fast.cli import main; main()"]
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    for fact in ("torch", "snake on cpu", "rvq_encode on cpu", "tiny", "native extension"):
+        assert fact in done.stdout
+    assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.strip() == "0.1.0"
