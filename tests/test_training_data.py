@@ -1,0 +1,149 @@
+"""Training data: what is drawn, that it can be drawn again, and bad files."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dac_fast.audio import LoudnessMeter
+from dac_fast.training import DataError
+from dac_fast.training.config import DataConfig
+from dac_fast.training.data import Batches, Excerpts, loader, shift_phase
+from dac_fast.training.sources import find_files, hold_out
+
+RATE = 8000
+
+
+def write_tone(path, seconds=2.0, rate=RATE, frequency=440.0, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tone = 0.3 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)
+    soundfile.write(path, np.stack([tone] * channels, axis=1), rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Three domains of different sizes; speech has half the rate."""
+    for domain, count, rate in (("speech", 7, RATE // 2), ("music", 3, RATE), ("effects", 2, RATE)):
+        for i in range(count):
+            write_tone(tmp_path / domain / f"{i}.wav", rate=rate, frequency=200.0 + 50 * i, channels=1 + i % 2)
+    return tmp_path
+
+
+def excerpts(folder, batch_size=6, seed=3, **config):
+    files, _ = find_files(folder, RATE)
+    return Excerpts(files, DataConfig(seconds=0.2, **config), RATE, batch_size, seed)
+
+
+def test_domains_get_equal_shares_and_every_batch_something_full_band(library):
+    data = excerpts(library, batch_size=6)
+    for step in range(5):
+        batch = [data._choose(i)[1] for i in range(step * 6, step * 6 + 6)]
+        assert Counter(f.domain for f in batch) == {"speech": 2, "music": 2, "effects": 2}
+        assert any(f.full_band for f in batch)
+    # A batch that no domain with full-band files would have a turn in still gets such a file.
+    data = excerpts(library, batch_size=1)
+    assert all(data._choose(i)[1].full_band for i in range(6))
+
+
+def test_plain_sampling_draws_every_file_once_before_any_twice(library):
+    data = excerpts(library, balanced=False)
+    drawn = [data._choose(i)[1].path for i in range(24)]
+    assert len(set(drawn[:12])) == len(set(drawn[12:])) == 12
+    assert drawn[:12] != drawn[12:]
+
+
+def test_items_depend_on_seed_and_number_only(library):
+    first, again, other = excerpts(library), excerpts(library), excerpts(library, seed=4)
+    for i in (5, 0, 17):
+        assert torch.equal(first[i]["audio"], again[i]["audio"])
+    assert not torch.equal(first[0]["audio"], other[0]["audio"])
+
+    def run(workers, first_step=0, rank=0, processes=1):
+        batches = Batches(range(first_step, 4), 6, rank, processes)
+        return [batch["audio"] for batch in loader(excerpts(library), batches, workers)]
+
+    alone = run(workers=0)
+    assert all(torch.equal(a, b) for a, b in zip(alone, run(workers=2), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone[2:], run(workers=1, first_step=2), strict=True))
+    halves = zip(run(0, processes=2), run(0, rank=1, processes=2), strict=True)
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(alone, halves, strict=True))
+
+
+def test_excerpts_are_normalized_resampled_mono_and_padded(tmp_path):
+    write_tone(tmp_path / "short.flac", seconds=0.05, rate=11025, channels=2)
+    audio = excerpts(tmp_path, phase_shift=False)[0]["audio"]
+    assert audio.shape == (1, int(0.2 * RATE))
+    assert audio.dtype == torch.float32
+    assert audio[0, 450:].abs().max() == 0
+    assert audio.abs().max() <= 1
+    write_tone(tmp_path / "long.wav", seconds=3.0)
+    (tmp_path / "short.flac").unlink()
+    data = excerpts(tmp_path, phase_shift=False)
+    data.samples = 2 * RATE
+    meter = LoudnessMeter(RATE, 1)
+    meter.update(data[0]["audio"].numpy())
+    assert meter.integrated() == pytest.approx(-16, abs=0.01)
+
+
+def test_phase_shift():
+    time = np.arange(800) / RATE
+    shifted = shift_phase(np.cos(2 * np.pi * 100 * time).astype(np.float32), 0.7)
+    assert np.allclose(shifted, np.cos(2 * np.pi * 100 * time + 0.7), atol=1e-6)
+
+
+def test_unreadable_files_are_skipped_counted_and_listed(library):
+    (library / "music" / "noise.mp3").write_bytes(b"no audio at all")
+    (library / "music" / "empty.wav").touch()
+    (library / "music" / "notes.txt").write_text("no audio file by its name")
+    files, unreadable = find_files(library, RATE)
+    assert len(files) == 12
+    assert {path.rpartition("/")[2] for path in unreadable} == {"noise.mp3", "empty.wav"}
+    # One whose header is good and whose samples are not turns up when it is drawn.
+    soundfile.write(library / "speech" / "bad.wav", np.full(2 * RATE, np.nan), RATE, subtype="FLOAT")
+    data = excerpts(library, batch_size=3)
+    seen = {}
+    for batch in loader(data, Batches(range(10), 3), workers=1):
+        assert batch["audio"].isfinite().all()
+        seen |= batch["unreadable"]
+    assert seen == {str(library / "speech" / "bad.wav"): "samples that are not finite"}
+
+
+def test_nothing_to_train_on_is_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"^data.train: no audio in .*; accepted: .wav .flac"):
+        find_files(tmp_path, RATE)
+    with pytest.raises(DataError, match="no such folder or .jsonl manifest"):
+        find_files(tmp_path / "missing", RATE)
+    (tmp_path / "broken.wav").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="none of 1 files can be read, for example .*broken.wav: not an audio file"):
+        find_files(tmp_path, RATE)
+    soundfile.write(tmp_path / "broken.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    with pytest.raises(DataError, match="20 draws in a row cannot be read.*samples that are not finite"):
+        excerpts(tmp_path)[0]
+
+
+def test_manifest_and_hold_out(tmp_path):
+    lines = []
+    for i in range(8):
+        write_tone(tmp_path / f"{i}.wav", seconds=1.0)
+        lines.append({"file": f"{i}.wav", "domain": "speech" if i < 6 else "music", "package": f"p{i // 2}"})
+    lines[0]["full_band"] = False
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    files, _ = find_files(tmp_path, RATE)
+    assert [f.full_band for f in files] == [False] + [True] * 7
+    training, validation = hold_out(files, 0.2)
+    # A third of speech; music has one source, which stays.
+    assert [f.path.rpartition("/")[2] for f in validation] == ["0.wav", "1.wav"]
+    assert len(training) == 6
+    assert hold_out(files[::-1], 0.2)[1] == validation[::-1]
+    manifest.write_text('{"file": "0.wav"}\nnonsense\n')
+    with pytest.raises(DataError, match="manifest.jsonl: line 2: accepted: a JSON object"):
+        find_files(manifest, RATE)
+
+
+def test_full_band_domains_of_the_recipe_count(library):
+    files, _ = find_files({"voice": str(library / "speech"), "rest": [str(library / "music")]}, RATE, ["voice"])
+    assert {(f.domain, f.full_band) for f in files} == {("voice", True), ("rest", False)}
