@@ -36,6 +36,7 @@ from dac_fast.metrics import codebook_counts, mel_distance, si_sdr, stft_distanc
 from dac_fast.resample import resampled
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
+MANIFEST = "manifest.jsonl"
 SHORTEST = 1025  # samples; the longest window of the distances is reflected at the edges
 LENGTH_TOLERANCE = 0.1  # seconds; decoders of other formats add or drop some 10 ms
 VISQOL_RATE = 48000
@@ -73,8 +74,8 @@ def evaluate_codec(
 
     Args:
         codec: the `DAC`, on the device it is to run on.
-        data: a folder, whose first-level folders are the domains, or a manifest: JSON lines with "file" (relative to
-            the manifest) and, if wanted, "domain".
+        data: a folder, whose first-level folders are the domains, or a manifest (in a folder: `manifest.jsonl`): JSON
+            lines with "file" (relative to the manifest) and, if wanted, "domain".
         codebooks: how many codebooks to use, one evaluation each; None: all, and half as many, down to one.
         sample_rate: at which files are read, compressed and compared, in Hz; None: the codec's.
         seconds: use only the beginning of each file; None: all of it.
@@ -132,7 +133,7 @@ def evaluate_folders(
         ValueError: no files there, or a damaged manifest.
     """
     _check_excerpt(sample_rate, seconds)
-    sources, strangers = _paired(find_sources(reference), find_sources(restored))
+    sources, strangers = _paired(find_sources(reference), _from_folder(Path(restored)))
     visqol, notes = _visqol_choice(visqol)
     task = _PairTask(sample_rate, seconds, visqol)
     measured = _run(task, sources, jobs, progress)
@@ -141,39 +142,49 @@ def evaluate_folders(
 
 
 def find_sources(data: str | os.PathLike) -> list[Source]:
-    """The audio files of a folder or a manifest, in the order of their names.
+    """The audio files of a folder (of its manifest, where there is one) or of a manifest, in the order of their names.
 
     Raises:
         ValueError: there are none, or a line of the manifest does not name one.
     """
     data = Path(data)
-    if data.is_dir():
-        found = [path.relative_to(data) for path in data.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES]
-        sources = [
-            Source(path.as_posix(), _domain_of(path), data / path) for path in found if not path.name.startswith(".")
-        ]
-    elif data.is_file():
-        lines = enumerate(data.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
-        sources = [_from_manifest(data, number, line) for number, line in lines if line.strip()]
-    else:
-        raise ValueError(f"{data}: there is no such folder or manifest")
-    if not sources:
-        raise ValueError(f"{data} holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
+    manifest = data / MANIFEST if data.is_dir() else data
+    sources = _from_manifest(manifest) if manifest.is_file() else _from_folder(data)
     for source in sources:
         if source.domain == OVERALL:
             raise ValueError(f"{data}: {source.name} is of domain {OVERALL!r}, which is the name of all together")
+    return sources
+
+
+def _from_folder(folder: Path) -> list[Source]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder or manifest")
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    sources = [Source(path.as_posix(), _domain_of(path), folder / path) for path in found if path.name[0] != "."]
+    return _in_order(sources, folder)
+
+
+def _from_manifest(manifest: Path) -> list[Source]:
+    sources = []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{manifest}, line {number}: not JSON ({error})") from error
+            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+                raise ValueError(f'{manifest}, line {number}: accepted: {{"file": PATH, "domain": NAME, …}}')
+            path = Path(entry["file"])
+            sources.append(
+                Source(path.as_posix(), str(entry.get("domain") or _domain_of(path)), manifest.parent / path)
+            )
+    return _in_order(sources, manifest)
+
+
+def _in_order(sources: list[Source], origin: Path) -> list[Source]:
+    if not sources:
+        raise ValueError(f"{origin} holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
     return sorted(sources, key=lambda source: source.name)
-
-
-def _from_manifest(manifest: Path, number: int, line: str) -> Source:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{manifest}, line {number}: not JSON ({error})") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise ValueError(f'{manifest}, line {number}: accepted: {{"file": PATH, "domain": NAME, …}}')
-    path = Path(entry["file"])
-    return Source(path.as_posix(), str(entry.get("domain") or _domain_of(path)), manifest.parent / path)
 
 
 def _domain_of(path: Path) -> str:

@@ -27,7 +27,7 @@ TITLES = {
     "stft_distance": ("STFT ↓", 3),
     "si_sdr": ("SI-SDR\ndB ↑", 2),
     "visqol": ("ViSQOL\n↑", 3),
-    "bitrate_efficiency": ("bitrate\neffic. ↑", 3),
+    "bitrate_efficiency": ("effic.\n↑", 3),
 }
 
 

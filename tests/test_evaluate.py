@@ -178,6 +178,8 @@ def test_folders(tmp_path):
 def test_manifest(tmp_path):
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text('{"file": "x/b.wav", "rate": 8000}\n\n{"file": "a.wav", "domain": "speech"}\n')
+    (tmp_path / "unlisted.wav").touch()
+    assert find_sources(tmp_path) == find_sources(manifest)
     found = [(source.name, source.domain, source.path) for source in find_sources(manifest)]
     assert found == [("a.wav", "speech", tmp_path / "a.wav"), ("x/b.wav", "x", tmp_path / "x/b.wav")]
     for content, message in (
