@@ -2,7 +2,8 @@
 
 DAC_KERNELS_BUILD: "auto" (default: the CPU half where there is a C++ compiler, the CUDA half where there is nvcc as
 well), "cpu", "cuda" (an error without nvcc) or "none". DAC_KERNELS_CUDA_ARCH: GPU architectures to compile for,
-default "80;86;89;90"; the last one's PTX goes along, for newer GPUs. CXX, CUDA_HOME: the compilers, if not on PATH.
+default "80;86;89;90"; the last one's PTX goes along, for newer GPUs. CXX, CXXFLAGS, CUDA_HOME:
+the compilers, if not on PATH, and more flags.
 """
 
 import os
@@ -60,7 +61,7 @@ def build_file(target: Path) -> str:
     return f"""
 rule cpp
   description = c++ $in
-  command = {CXX} -MMD -MF $out.d {flags} {host} -c $in -o $out
+  command = {CXX} -MMD -MF $out.d {flags} {host} {os.environ.get("CXXFLAGS", "")} -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cu
@@ -85,8 +86,8 @@ class Ninja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(build_file(folder / target.name))
-        ninja = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}") or "ninja"
-        subprocess.run([ninja, "-C", folder], check=True)
+        search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+        subprocess.run([shutil.which("ninja", path=search) or "ninja", "-C", folder], check=True)
         # A new file, not new contents: a process that has the old one loaded keeps it.
         target.unlink(missing_ok=True)
         shutil.copy2(folder / target.name, target)
