@@ -20,6 +20,10 @@ def providers(timed: list[dict], document: dict, path: Path) -> bool:
         return False
     axes = _bars(bars, f"Speed against the first provider of each case\n{title(document['environment'])}", path)
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_xlabel("times as fast")
     return _save(axes, path)
 
