@@ -19,6 +19,9 @@ from dac_fast.resample import resampled
 SAMPLE_RATES = range(100, 1_000_001)  # Hz; below, K-weighting's 38 Hz high-pass has no room
 MAX_CHANNELS = 1024  # libsndfile's limit
 
+# What a folder is searched for; single files may have any name.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
+
 # By suffix: libsndfile's format, and the sample types it can hold, the default first.
 WRITABLE = {
     ".wav": ("WAV", ("PCM_16", "PCM_24", "FLOAT")),

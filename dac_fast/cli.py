@@ -5,35 +5,22 @@ Over several files, one that fails is reported in a line and the others are done
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dac_fast.audio import AUDIO_SUFFIXES
 from dac_fast.config import PRESETS
+from dac_fast.jobs import Existing, Job, err, fail, out, plan, run
 from dac_fast.version import __version__
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 
 app = typer.Typer(
     help="Descript Audio Codec: audio to codes and back.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-out = Console(soft_wrap=True, highlight=False)
-err = Console(soft_wrap=True, highlight=False, stderr=True)
-
-
-class Existing(str, Enum):
-    """What to do where an output is there already."""
-
-    error = "error"
-    skip = "skip"
-    overwrite = "overwrite"
 
 
 class Format(str, Enum):
@@ -50,9 +37,7 @@ Output = Annotated[
         "--output", "-o", help="A folder (subfolders are kept), or a file for a single input. Default: beside it."
     ),
 ]
-Model = Annotated[
-    str, typer.Option("--model", "-m", help=f"One of {', '.join(PRESETS)}, or the path of a checkpoint.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", help=f"One of {', '.join(PRESETS)}, or the path of a checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 Codebooks = Annotated[
     int | None,
@@ -191,6 +176,76 @@ def reconstruct(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as data.train=FOLDER.")] = None,
+):
+    """Train a codec by a recipe, or go on with the run in its folder. Several processes: under torchrun."""
+    from dac_fast.training import train as run_training
+
+    summary = run_training(recipe, overrides or [])
+    best = "" if summary.best is None else f", best mel distance on validation {summary.best:.4f}"
+    out.print(f"{summary.folder}: step {summary.step}{best}", markup=False)
+    if summary.signal is not None:
+        raise typer.Exit(128 + summary.signal)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="A folder (its first-level folders are the domains), or a manifest.")],
+    restored: Annotated[
+        Path | None, typer.Option(help="Measure this folder of reconstructions, matched by name, in place of a model.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV, JSON and PNG.")] = Path("evaluation"),
+    model: Model = "tiny",
+    device: Device = "auto",
+    codebooks: Annotated[
+        str | None, typer.Option(help="Numbers of codebooks: 1,2,4,9. Default: all, and half as many, down to one.")
+    ] = None,
+    sample_rate: Annotated[
+        int | None, typer.Option(help="Compare at this rate, Hz. Default: the model's, or each reference's.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Only the beginning of each file.")] = None,
+    visqol: Annotated[
+        bool | None, typer.Option("--visqol/--no-visqol", help="Slow. Default: where visqol-python is installed.")
+    ] = None,
+    plot: Annotated[bool, typer.Option(help="Draw rate-distortion curves.")] = True,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU.")
+    ] = None,
+):
+    """Measure how near a model, or a folder of reconstructions, comes to the originals."""
+    from dac_fast.evaluate import evaluate_codec, evaluate_folders
+
+    try:
+        counts = None if codebooks is None else [int(part) for part in codebooks.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("measured", total=None)
+        options = {
+            "sample_rate": sample_rate, "seconds": seconds, "visqol": visqol, "jobs": jobs,
+            "progress": lambda done, total: progress.update(task, completed=done, total=total),
+        }  # fmt: skip
+        if restored:
+            evaluation = evaluate_folders(data, restored, **options)
+        else:
+            evaluation = evaluate_codec(load_codec(model, device), data, counts, **options)
+    for failure in evaluation.failures:
+        fail(ValueError(failure["problem"]), failure["file"])
+    for name in evaluation.without_reference:
+        err.print(f"without a reference: {name}", markup=False)
+    out.print(evaluation.table())
+    for note in evaluation.notes:
+        out.print(note, markup=False)
+    evaluation.save(output, plot)
+    out.print(f"wrote {output}; {len(evaluation.failures)} files failed", markup=False)
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoints, or names of models.")]):
     """Say what a .dac file or a checkpoint holds."""
     from dac_fast import checkpoint, download
@@ -204,7 +259,9 @@ def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoin
                 "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
                 "loudness": f"{file.input_db:.2f} LUFS",
                 "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
-                "bitrate": "not known without the model" if file.bitrate is None else f"{file.bitrate / 1000:.2f} kbit/s",
+                "bitrate": "not known without the model"
+                if file.bitrate is None
+                else f"{file.bitrate / 1000:.2f} kbit/s",
                 "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
                 "size": f"{path.stat().st_size} bytes",
             }
@@ -275,82 +332,6 @@ def doctor():
     report(out)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One input and where its output goes."""
-
-    source: Path
-    target: Path
-
-
-def plan(inputs: list[Path], output: Path | None, sources: tuple, suffix: str, targets: tuple) -> list[Job]:
-    """Which file becomes which.
-
-    Args:
-        inputs: files and folders; of folders, the files whose suffix is in `sources`.
-        output: a folder, a file (by its suffix, in `targets`) where there is one input file, or None.
-        suffix: of the outputs.
-    Raises:
-        ValueError: there is nothing to do, or two outputs would be one file.
-    """
-    as_file = output is not None and output.suffix.lower() in targets and not output.is_dir()
-    if as_file and (len(inputs) != 1 or inputs[0].is_dir()):
-        raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
-    jobs = []
-    for item in inputs:
-        found = sorted(p for p in item.rglob("*") if p.suffix.lower() in sources) if item.is_dir() else [item]
-        if not found:
-            raise ValueError(f"{item} holds no file that ends in {', '.join(sources)}")
-        for source in found:
-            relative = source.relative_to(item) if item.is_dir() else Path(source.name)
-            folder = output if output is not None else (item if item.is_dir() else item.parent)
-            jobs.append(Job(source, output if as_file else (folder / relative).with_suffix(suffix)))
-    by_target = {}
-    for job in jobs:
-        other = by_target.setdefault(job.target, job)
-        if other is not job:
-            raise ValueError(f"{other.source} and {job.source} would both become {job.target}; convert them apart")
-    return jobs
-
-
-def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], verb: str, existing: Existing):
-    """Do every job, under a progress bar; report failures in a line each, then exit with 1 if there were any."""
-    done = failed = skipped = 0
-    seconds, start = 0.0, time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[audio]}"))
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(verb, total=len(jobs), audio="")
-
-        def advance(more: float):
-            nonlocal seconds
-            seconds += more
-            progress.update(task, audio=f"{seconds:.0f} s of audio")
-
-        for job in jobs:
-            if job.target.exists() and existing is not Existing.overwrite:
-                if existing is Existing.skip:
-                    skipped += 1
-                else:
-                    failed += 1
-                    fail(FileExistsError(f"{job.target} exists; --existing overwrite replaces it"), job.source)
-            else:
-                try:
-                    work(job, advance)
-                    done += 1
-                # the faults of one file: its content, its place, its model; anything else is a bug and stops the run
-                except (ValueError, OSError) as error:
-                    failed += 1
-                    fail(error, job.source)
-            progress.advance(task)
-    elapsed = time.perf_counter() - start
-    counts = [f"{verb} {done} of {len(jobs)}"]
-    counts += [f"{number} {what}" for number, what in ((skipped, "skipped"), (failed, "failed")) if number]
-    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time" if done else ""
-    out.print(", ".join(counts) + speed)
-    if failed:
-        raise typer.Exit(1)
-
-
 def load_codec(name: str, device: str):
     """The codec of that name on that device, folded for inference."""
     import torch
@@ -368,13 +349,6 @@ def load_codec(name: str, device: str):
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {device!r}; there are {torch.cuda.device_count()} CUDA devices")
     return load(name, device=resolved).fold_weight_norm()
-
-
-def fail(error: Exception, subject=None):
-    """One line about what went wrong, naming the file unless the message does."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    prefix = f"{subject}: " if subject is not None and str(subject) not in message else ""
-    err.print(f"error: {prefix}{message}", markup=False)
 
 
 def main():

@@ -160,7 +160,9 @@ def _check_shape(name: str, x: Tensor, channels: int | None = None):
     expected = ("B", "N" if channels is None else channels, "T")
     fits = x.dim() == 3 and min(x.shape) > 0 and channels in (None, x.shape[1])
     if not fits:
-        raise ValueError(f"{name} of shape {list(x.shape)}; accepted: [{', '.join(map(str, expected))}], none of them 0")
+        raise ValueError(
+            f"{name} of shape {list(x.shape)}; accepted: [{', '.join(map(str, expected))}], none of them 0"
+        )
 
 
 def _checked_lengths(lengths, items: int, longest: int, device) -> Tensor:

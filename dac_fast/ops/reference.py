@@ -180,8 +180,10 @@ def stft_bands(
         hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
         spectrum = torch.stft(padded, window, hop, window=hann, center=False, return_complex=True)
         spectrum = torch.view_as_real(spectrum).permute(0, 3, 2, 1)
-        outputs.append([
-            spectrum[..., low:high].to(dtype or x.dtype).contiguous(memory_format=memory_formats[layout])
-            for low, high in band_edges(window, bands)
-        ])
+        outputs.append(
+            [
+                spectrum[..., low:high].to(dtype or x.dtype).contiguous(memory_format=memory_formats[layout])
+                for low, high in band_edges(window, bands)
+            ]
+        )
     return outputs

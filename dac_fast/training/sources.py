@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dac_fast.audio import AudioError, Recording
+from dac_fast.audio import AUDIO_SUFFIXES, AudioError, Recording
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 MANIFEST = "manifest.jsonl"
 
 

@@ -1,0 +1,105 @@
+"""Many files through one command: which becomes which, progress, and the faults of single files."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(soft_wrap=True, highlight=False, stderr=True)
+
+
+class Existing(str, Enum):
+    """What to do where an output is there already."""
+
+    error = "error"
+    skip = "skip"
+    overwrite = "overwrite"
+
+
+def fail(error: Exception, subject=None):
+    """One line about what went wrong, naming the file unless the message does."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    prefix = f"{subject}: " if subject is not None and str(subject) not in message else ""
+    err.print(f"error: {prefix}{message}", markup=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and where its output goes."""
+
+    source: Path
+    target: Path
+
+
+def plan(inputs: list[Path], output: Path | None, sources: tuple, suffix: str, targets: tuple) -> list[Job]:
+    """Which file becomes which.
+
+    Args:
+        inputs: files and folders; of folders, the files whose suffix is in `sources`.
+        output: a folder, a file (by its suffix, in `targets`) where there is one input file, or None.
+        suffix: of the outputs.
+    Raises:
+        ValueError: there is nothing to do, or two outputs would be one file.
+    """
+    as_file = output is not None and output.suffix.lower() in targets and not output.is_dir()
+    if as_file and (len(inputs) != 1 or inputs[0].is_dir()):
+        raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
+    jobs = []
+    for item in inputs:
+        found = sorted(p for p in item.rglob("*") if p.suffix.lower() in sources) if item.is_dir() else [item]
+        if not found:
+            raise ValueError(f"{item} holds no file that ends in {', '.join(sources)}")
+        for source in found:
+            relative = source.relative_to(item) if item.is_dir() else Path(source.name)
+            folder = output if output is not None else (item if item.is_dir() else item.parent)
+            jobs.append(Job(source, output if as_file else (folder / relative).with_suffix(suffix)))
+    by_target = {}
+    for job in jobs:
+        other = by_target.setdefault(job.target, job)
+        if other is not job:
+            raise ValueError(f"{other.source} and {job.source} would both become {job.target}; convert them apart")
+    return jobs
+
+
+def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], verb: str, existing: Existing):
+    """Do every job, under a progress bar; report failures in a line each, then exit with 1 if there were any."""
+    done = failed = skipped = 0
+    seconds, start = 0.0, time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[audio]}"))
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(verb, total=len(jobs), audio="")
+
+        def advance(more: float):
+            nonlocal seconds
+            seconds += more
+            progress.update(task, audio=f"{seconds:.0f} s of audio")
+
+        for job in jobs:
+            if job.target.exists() and existing is not Existing.overwrite:
+                if existing is Existing.skip:
+                    skipped += 1
+                else:
+                    failed += 1
+                    fail(FileExistsError(f"{job.target} exists; --existing overwrite replaces it"), job.source)
+            else:
+                try:
+                    work(job, advance)
+                    done += 1
+                # the faults of one file: its content, its place, its model; anything else is a bug and stops the run
+                except (ValueError, OSError) as error:
+                    failed += 1
+                    fail(error, job.source)
+            progress.advance(task)
+    elapsed = time.perf_counter() - start
+    counts = [f"{verb} {done} of {len(jobs)}"]
+    counts += [f"{number} {what}" for number, what in ((skipped, "skipped"), (failed, "failed")) if number]
+    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time" if done else ""
+    out.print(", ".join(counts) + speed)
+    if failed:
+        raise typer.Exit(1)
