@@ -9,7 +9,6 @@ A weight may be stored normed (`weight_g`, `weight_v`), in the newer spelling of
 """
 
 import json
-
 import re
 from collections.abc import Callable
 from pathlib import Path
