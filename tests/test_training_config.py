@@ -1,6 +1,7 @@
 """Recipes: inheritance, overrides, and one clear line for every mistake."""
 
 import pytest
+import yaml
 
 from dac_fast.config import PRESETS
 from dac_fast.model import DAC
@@ -32,7 +33,9 @@ def test_an_ablation_is_its_baseline_with_one_part_changed(name):
 def test_overrides_and_bases(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: tiny\nmodel:\n  encoder_dim: 8\noptimizer:\n  learning_rate: 3e-4\n")
-    recipe = load_recipe(str(path), ["trainer.steps=1e3", "data.train={speech: a, music: [b, c]}", "data.loudness=null"])
+    recipe = load_recipe(
+        str(path), ["trainer.steps=1e3", "data.train={speech: a, music: [b, c]}", "data.loudness=null"]
+    )
     assert recipe.name == "mine"
     assert recipe.model.latent_dim == 8 * 16  # follows from encoder_dim
     assert recipe.model.decoder_dim == PRESETS["tiny"].decoder_dim
@@ -41,8 +44,6 @@ def test_overrides_and_bases(tmp_path):
     assert recipe.data.train == {"speech": "a", "music": ["b", "c"]}
     assert recipe.data.loudness is None
     # What a run writes down about itself gives the same run.
-    import yaml
-
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     assert load_recipe(str(path)) == recipe
 

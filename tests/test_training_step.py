@@ -111,7 +111,8 @@ def test_losses_gradients_and_update_are_those_of_a_plain_composition():
     assert_close([p.grad for p in step.codec.parameters()], gradients_g, 1e-4)
     # Adam divides a gradient by its size: where that is rounding noise, so is the update, up to the learning rate.
     for ours, theirs in ((step.codec, codec), (step.discriminator, discriminator)):
-        differences = torch.cat([(a - b).abs().flatten() for a, b in zip(ours.parameters(), theirs.parameters())])
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        differences = torch.cat([(a - b).abs().flatten() for a, b in pairs])
         assert differences.max() <= 2.1e-4
         assert (differences > 1e-6).float().mean() < 1e-3
 
@@ -135,8 +136,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     for name in ("generator", "discriminator"):
         for key, value in before["networks"][name].items():
             assert torch.equal(value, after["networks"][name][key]), key
-        pairs = zip(before["optimizers"][name]["state"].values(), after["optimizers"][name]["state"].values())
-        assert all(torch.equal(a[k], b[k]) for a, b in pairs for k in a)
+        states = [content["optimizers"][name]["state"] for content in (before, after)]
+        assert all(torch.equal(value, states[1][i][key]) for i, s in states[0].items() for key, value in s.items())
     assert {name: int(count) for name, count in step.skipped.items()} == {"total": 2, "row": 2, "longest": 2}
     step(some_audio(2), 3)
     assert {name: int(count) for name, count in step.skipped.items()} == {"total": 2, "row": 0, "longest": 2}
@@ -144,11 +145,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_discriminator_warmup_leaves_the_generator_as_it_is():
     step = small_step("trainer.discriminator_warmup=1")
-    before = [copy.deepcopy(network.state_dict()) for network in (step.codec, step.discriminator)]
+    before = copy.deepcopy(step.state_dict())["networks"]
     losses = step(some_audio(), 0)
     assert set(losses) == {"discriminator", "grad_norm/discriminator"}
-    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), step.codec.state_dict().values()))
-    assert not all(torch.equal(a, b) for a, b in zip(before[1].values(), step.discriminator.state_dict().values()))
+    after = step.state_dict()["networks"]
+    assert all(torch.equal(value, after["generator"][key]) for key, value in before["generator"].items())
+    assert not all(torch.equal(value, after["discriminator"][key]) for key, value in before["discriminator"].items())
     assert "mel" in step(some_audio(), 1)
 
 
@@ -158,7 +160,8 @@ def test_moving_average_follows_the_codec():
     for number in range(3):
         step(some_audio(number), number)
         decay = min(0.5, (number + 1) / (number + 10))
-        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, step.codec.parameters())]
+        pairs = zip(average, step.codec.parameters(), strict=True)
+        average = [decay * a + (1 - decay) * p.detach() for a, p in pairs]
     assert_close(list(step.best_codec().parameters()), average, 1e-6)
 
 

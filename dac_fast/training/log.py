@@ -61,8 +61,11 @@ class Log:
     def values(self, step: int, part: str, values: dict[str, float]):
         """Logs numbers of a part of the run ("train" or "validation")."""
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, "part": part, **plain}) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": step, "part": part, **plain}) + "\n")
+        except OSError as error:
+            self.note(f"step {step}: not logged: {error}")
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(f"{part}/{name}", value, step)

@@ -120,9 +120,11 @@ class TrainingStep:
         return values
 
     def weights(self) -> dict[str, float]:
-        """The generator's losses that count, and their weights."""
+        """The generator's losses that are summed, and their weights."""
         names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
-        return {name: weight for name in names if (weight := getattr(self.recipe.losses, name))}
+        weights = {name: getattr(self.recipe.losses, name) for name in names}
+        # The quantizer's stay, so that every parameter has a gradient, which averaging over processes waits for.
+        return {name: weight for name, weight in weights.items() if weight or name in ("codebook", "commitment")}
 
     def update(self, name: str, network: nn.Module, loss: Tensor) -> Tensor:
         """Backward pass, clipping and optimizer step of a network; returns the norm of its gradients, unclipped."""

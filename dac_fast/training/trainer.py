@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from dac_fast import checkpoint
+from dac_fast import checkpoint, load
 from dac_fast.files import atomic_path
 from dac_fast.metrics import codebook_counts, codebook_entropy, mel_distance, si_sdr, stft_distance
 from dac_fast.training import state
@@ -170,8 +170,6 @@ class Run:
 
     def initialise(self, name_or_path: str):
         """Starts the codec, and its average, from the weights of another one."""
-        from dac_fast import load
-
         weights = load(name_or_path).state_dict()
         for codec in filter(None, (self.step.codec, self.step.ema)):
             checkpoint.restore(codec, weights, name_or_path)
@@ -182,7 +180,7 @@ class Run:
         excerpts = Excerpts(self.training, data, self.recipe.model.sample_rate, trainer.batch_size, trainer.seed)
         batches = Batches(range(self.done, trainer.steps), trainer.batch_size, self.rank, self.processes)
         self.validation_audio = self.read_validation()
-        since, timed = time.monotonic(), 0
+        since, timed, stopping = time.monotonic(), 0, False
         with Stop() as stop:
             for batch in loader(excerpts, batches, self.workers, pin_memory=self.device.type == "cuda"):
                 self.unreadable.update(batch["unreadable"])
@@ -196,7 +194,7 @@ class Run:
                     self.report(losses, timed / (time.monotonic() - since))
                     since, timed = time.monotonic(), 0
                 stopping = self.agreed(stop.received)
-                if self.validation_audio and (self.done % trainer.validate_every == 0 or last):
+                if self.validation and (self.done % trainer.validate_every == 0 or last):
                     self.validate()
                     since, timed = time.monotonic(), 0
                 if self.done % trainer.sample_every == 0 or last:
@@ -207,8 +205,10 @@ class Run:
                     break
         if self.unreadable and self.rank == 0:
             self.log.note(f"{len(self.unreadable)} unreadable files were skipped, see {self.folder / 'unreadable.txt'}")
+        # Another process may be the one that received it.
+        received = (stop.received or signal.SIGTERM) if stopping else None
         skipped = int(self.step.skipped["total"])
-        return Summary(self.folder, self.done, stop.received, self.best, skipped, self.unreadable)
+        return Summary(self.folder, self.done, received, self.best, skipped, self.unreadable)
 
     def agreed(self, received: int | None) -> bool:
         """Whether to stop now. Several processes have to agree on it, so these ask each other at logged steps only."""
