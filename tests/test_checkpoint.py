@@ -134,7 +134,7 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
     requests: list = []  # noqa: RUF012 (shared by a test's server)
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         data = (self.server.folder / self.path.lstrip("/")).read_bytes()
         asked = self.headers.get("Range")
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0

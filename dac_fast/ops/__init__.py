@@ -8,12 +8,14 @@ For an op `f`, a backend's module has `f` with the reference's signature, and `f
 arguments, which returns None, or why it cannot run them.
 """
 
+import functools
 import importlib
 import os
+from collections.abc import Callable
 
 from dac_fast.ops import reference
-from dac_fast.ops.reference import BANDS
 
+BANDS = reference.BANDS
 BACKENDS = ("auto", "reference", "native", "triton")
 
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
@@ -82,31 +84,20 @@ def choose(op: str, *args, **kwargs) -> tuple[str, str]:
     return "reference", "; ".join(reasons)
 
 
-def _run(op: str, *args, **kwargs):
-    name, _ = choose(op, *args, **kwargs)
-    module = reference if name == "reference" else importlib.import_module(IMPLEMENTATIONS[op][name])
-    return getattr(module, op)(*args, **kwargs)
+def _dispatched(op: Callable) -> Callable:
+    """The reference op as a function of the same signature that runs on the backend in force."""
+
+    @functools.wraps(op)
+    def run(*args, **kwargs):
+        name, _ = choose(op.__name__, *args, **kwargs)
+        module = reference if name == "reference" else importlib.import_module(IMPLEMENTATIONS[op.__name__][name])
+        return getattr(module, op.__name__)(*args, **kwargs)
+
+    return run
 
 
-def snake(x, alpha):
-    return _run("snake", x, alpha)
-
-
-def rvq_encode(z, in_weights, in_biases, codebooks, out_weights, out_biases, counts=None, lengths=None):
-    return _run("rvq_encode", z, in_weights, in_biases, codebooks, out_weights, out_biases, counts, lengths)
-
-
-def rvq_decode(codes, codebooks, out_weights, out_biases):
-    return _run("rvq_decode", codes, codebooks, out_weights, out_biases)
-
-
-def stft_bands(x, windows, bands=BANDS, layout="channels_first", dtype=None):
-    return _run("stft_bands", x, windows, bands, layout, dtype)
-
-
-def disc_preprocess(x):
-    return _run("disc_preprocess", x)
-
-
-for _name in IMPLEMENTATIONS:
-    globals()[_name].__doc__ = getattr(reference, _name).__doc__
+snake = _dispatched(reference.snake)
+rvq_encode = _dispatched(reference.rvq_encode)
+rvq_decode = _dispatched(reference.rvq_decode)
+stft_bands = _dispatched(reference.stft_bands)
+disc_preprocess = _dispatched(reference.disc_preprocess)
