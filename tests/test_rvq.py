@@ -10,6 +10,7 @@ from dac_kernels import rvq
 from dac_kernels.rvq_kernels import decode, project, search
 from tolerances import assert_as_good_as
 
+import dac_fast
 from dac_fast.ops import reference
 
 pytestmark = pytest.mark.triton
@@ -100,6 +101,16 @@ def test_codes_of_the_published_codec(golden):
     assert torch.equal(codes, model["codes_nq2"])
     torch.testing.assert_close(quantised, model["z_nq2"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rvq.rvq_decode(codes, *weights[2:]), quantised, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_model_with_this_backend(golden):
+    model = np.load(golden / "model_even.npz")
+    codec = dac_fast.DAC.load(golden / "weights_even.pth").to(DEVICE).eval()
+    with torch.no_grad(), dac_fast.use_backend("triton"):
+        encoded = codec.encode(torch.from_numpy(model["audio_in"]).to(DEVICE))
+        audio = codec.decode_codes(encoded.codes)
+    assert torch.equal(encoded.codes.cpu(), torch.from_numpy(model["codes"]))
+    torch.testing.assert_close(audio.cpu(), torch.from_numpy(model["decoded"]), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

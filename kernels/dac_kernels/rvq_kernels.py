@@ -201,7 +201,7 @@ def search(
 
 def _search_configs(dim: int) -> tuple[dict, ...]:
     """The rows that a thread holds cost `dim` registers each, so wide codes take few."""
-    sizes = ((16, 128), (32, 64)) if dim <= 8 else ((8, 64),)
+    sizes = ((16, 128), (32, 64)) if dim <= 8 else ((8 if dim <= 16 else 4, 64),)
     return tuple({"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes)
 
 

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806 (sizes and strides of a kernel are named as in its formulas)
+# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
 """Snake activations in Triton: one pass over the tensor forward, one backward.
 
     snake       y = x + sin(alpha x)^2 / (alpha + 1e-9)       arXiv 2006.08195; Descript Audio Codec
@@ -14,12 +14,12 @@ and for `snake`, where alpha is beta too, the last two are added. Each program w
 second reduction adds them in a fixed order: no atomics, the same bits on every run.
 
 Sine and cosine. sin^2 and sin cos have period pi, so alpha x is reduced to r in [-pi/2, pi/2] by the nearest multiple
-of pi, which is subtracted in three pieces (Cody and Waite), the first one exactly and from the unrounded product by a
-fused multiply-add. On r, sin is an odd polynomial of degree 9 (relative error 5e-9 before rounding) and cos an even one
-of degree 10 (3e-10). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma fuses, as every GPU does; where
-it rounds the product first, 1.2e-7 |alpha x| comes on top, as in PyTorch's own fp32. Beyond, the error grows with
-|alpha x| but sin^2 stays in [0, 1], so y is off by at most 1 / beta. The compiler's own sine is not used: its
-full-range path spills to local memory.
+of pi, which is subtracted in two pieces (Cody and Waite), the first one exactly and from the unrounded product by a
+fused multiply-add; the pieces are pi to 5e-12. On r, sin is an odd polynomial of degree 9 (relative error 5e-9 before
+rounding) and cos an even one of degree 8 (error 6e-8). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma
+fuses, as on every GPU; where it rounds the product first, 1.2e-7 |alpha x| comes on top, as in PyTorch's own fp32.
+Beyond, the error grows with |alpha x| but sin^2 stays in [0, 1], so y is off by at most 1 / beta. The compiler's own
+sine is not used: its full-range path spills to local memory.
 """
 
 import math
@@ -32,7 +32,7 @@ from dac_kernels.launch import DTYPES, device_unsupported, jit, launch, tl, tune
 
 # Elements of a tile and warps that share it; the backward pass takes the first one always, because its partial sums,
 # hence its bits, depend on the tile.
-CONFIGS = tuple({"elements": e, "num_warps": w} for e, w in ((2048, 4), (1024, 4), (4096, 8)))
+CONFIGS = tuple({"elements": e, "num_warps": w} for e, w in ((2048, 4), (4096, 8), (4096, 4)))
 
 
 @jit
@@ -41,8 +41,7 @@ def _reduced(x, alpha):
     # 3.140625 has 8 significant bits, so its product with that integer is exact.
     k = tl.fma(x, alpha * 0.3183098861837907, 12582912.0) - 12582912.0
     r = tl.fma(x, alpha, k * -3.140625)
-    r = tl.fma(k, -9.67502593994140625e-4, r)
-    return tl.fma(k, -1.509957990978376432e-7, r)
+    return tl.fma(k, -0.0009676535846665502, r)
 
 
 @jit
@@ -57,29 +56,55 @@ def _sine(r):
 @jit
 def _cosine(r):
     u = r * r
-    p = tl.fma(u, -2.607681608424173e-07, 2.476187000866048e-05)
-    p = tl.fma(u, p, -0.00138884037733078)
-    p = tl.fma(u, p, 0.04166664183139801)
-    p = tl.fma(u, p, -0.5)
+    p = tl.fma(u, 2.319407394679729e-05, -0.001385591458529234)
+    p = tl.fma(u, p, 0.041663989424705505)
+    p = tl.fma(u, p, -0.4999993145465851)
     return tl.fma(u, p, 1.0)
 
 
 @jit
-def _tile(C, T, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
-    # Item, channels [BLOCK_C, 1] and times [1, BLOCK_T] of this program, and its row of partial sums, in int64.
-    # Neighbouring programs are neighbours in memory.
+def _tile(C, T, ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    # This program's item, first channel and first time, in int64, its row of partial sums, and which of its elements
+    # exist. Neighbouring programs are neighbours in memory. Divisions are in int32 where T is (in int64 each costs as
+    # much as several elements), and so are the mask's comparisons, one per element.
     c_blocks = tl.cdiv(C, BLOCK_C)
     t_blocks = tl.cdiv(T, BLOCK_T)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     if C_FAST:
         c_block = pid % c_blocks
         row = pid // c_blocks
     else:
         c_block = pid // t_blocks % c_blocks
         row = pid // (t_blocks * c_blocks) * t_blocks + pid % t_blocks
-    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    t = row % t_blocks * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    return row // t_blocks, c, t, row
+    c_start = c_block.to(tl.int64) * BLOCK_C
+    t_start = (row % t_blocks).to(tl.int64) * BLOCK_T
+    c_left = tl.minimum(C - c_start, BLOCK_C).to(tl.int32)
+    t_left = tl.minimum(T - t_start, BLOCK_T).to(tl.int32)
+    if C_FAST:
+        c_left = tl.multiple_of(c_left, ALIGN)
+    else:
+        t_left = tl.multiple_of(t_left, ALIGN)
+    c_inside = tl.arange(0, BLOCK_C)[:, None] < c_left
+    inside = c_inside & (tl.arange(0, BLOCK_T)[None, :] < t_left)
+    return (row // t_blocks).to(tl.int64), c_start, t_start, row.to(tl.int64), c_inside, inside
+
+
+@jit
+def _pointers(
+    x, b, c_start, t_start, x_b, x_c, x_t,
+    ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    # Of the tile [BLOCK_C, BLOCK_T] of x. ALIGN divides what lies between two runs of consecutive elements, so that
+    # they are loaded in vectors; Triton itself notices divisibility by 16 only.
+    x_b = tl.multiple_of(x_b, ALIGN)
+    if C_FAST:
+        x_t = tl.multiple_of(x_t, ALIGN)
+    else:
+        x_c = tl.multiple_of(x_c, ALIGN)
+    first = x + b * x_b + c_start * x_c + t_start * x_t
+    c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
+    t = tl.arange(0, BLOCK_T)[None, :].to(tl.int64)
+    return first + c * x_c + t * x_t
 
 
 @jit
@@ -87,24 +112,18 @@ def _forward_kernel(
     x, alpha, beta, y, C, T, x_b, x_c, x_t, y_b, y_c, y_t,
     ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    if C_FAST:
-        C = tl.multiple_of(C, ALIGN)
-        x_b, x_t = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_t, ALIGN)
-        y_b, y_t = tl.multiple_of(y_b, ALIGN), tl.multiple_of(y_t, ALIGN)
-    else:
-        T = tl.multiple_of(T, ALIGN)
-        x_b, x_c = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_c, ALIGN)
-        y_b, y_c = tl.multiple_of(y_b, ALIGN), tl.multiple_of(y_c, ALIGN)
-    b, c, t, _ = _tile(C, T, C_FAST, BLOCK_C, BLOCK_T)
-    inside = (c < C) & (t < T)
-    value = tl.load(x + b * x_b + c * x_c + t * x_t, mask=inside, other=0.0).to(tl.float32)
-    frequency = tl.load(alpha + c, mask=c < C, other=1.0).to(tl.float32)
-    gain = 1.0 / (tl.load(beta + c, mask=c < C, other=1.0).to(tl.float32) + 1e-9)
+    b, c_start, t_start, _, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    x_at = _pointers(x, b, c_start, t_start, x_b, x_c, x_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    y_at = _pointers(y, b, c_start, t_start, y_b, y_c, y_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    c = c_start + tl.arange(0, BLOCK_C)[:, None]
+    frequency = tl.load(alpha + c, mask=c_inside, other=1.0).to(tl.float32)
+    gain = 1.0 / (tl.load(beta + c, mask=c_inside, other=1.0).to(tl.float32) + 1e-9)
+
+    value = tl.load(x_at, mask=inside).to(tl.float32)
     sine = _sine(_reduced(value, frequency))
-    # Where the reduction has lost all precision the polynomial may leave [-1, 1]; NaN must pass.
+    # Where the reduction has lost all precision the polynomial leaves [-1, 1]; NaN must pass.
     square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    result = tl.fma(square, gain, value)
-    tl.store(y + b * y_b + c * y_c + t * y_t, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y_at, tl.fma(square, gain, value).to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -112,40 +131,32 @@ def _backward_kernel(
     x, alpha, beta, g, dx, partials, C, T, x_b, x_c, x_t, g_b, g_c, g_t, dx_b, dx_c, dx_t,
     ALIGN: tl.constexpr, C_FAST: tl.constexpr, SHARED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    if C_FAST:
-        C = tl.multiple_of(C, ALIGN)
-        x_b, x_t = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_t, ALIGN)
-        g_b, g_t = tl.multiple_of(g_b, ALIGN), tl.multiple_of(g_t, ALIGN)
-        dx_b, dx_t = tl.multiple_of(dx_b, ALIGN), tl.multiple_of(dx_t, ALIGN)
-    else:
-        T = tl.multiple_of(T, ALIGN)
-        x_b, x_c = tl.multiple_of(x_b, ALIGN), tl.multiple_of(x_c, ALIGN)
-        g_b, g_c = tl.multiple_of(g_b, ALIGN), tl.multiple_of(g_c, ALIGN)
-        dx_b, dx_c = tl.multiple_of(dx_b, ALIGN), tl.multiple_of(dx_c, ALIGN)
-    b, c, t, row = _tile(C, T, C_FAST, BLOCK_C, BLOCK_T)
-    inside = (c < C) & (t < T)
-    value = tl.load(x + b * x_b + c * x_c + t * x_t, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(g + b * g_b + c * g_c + t * g_t, mask=inside, other=0.0).to(tl.float32)
-    frequency = tl.load(alpha + c, mask=c < C, other=1.0).to(tl.float32)
-    gain = 1.0 / (tl.load(beta + c, mask=c < C, other=1.0).to(tl.float32) + 1e-9)
+    b, c_start, t_start, row, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    x_at = _pointers(x, b, c_start, t_start, x_b, x_c, x_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    g_at = _pointers(g, b, c_start, t_start, g_b, g_c, g_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    dx_at = _pointers(dx, b, c_start, t_start, dx_b, dx_c, dx_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    c = c_start + tl.arange(0, BLOCK_C)[:, None]
+    frequency = tl.load(alpha + c, mask=c_inside, other=1.0).to(tl.float32)
+    gain = 1.0 / (tl.load(beta + c, mask=c_inside, other=1.0).to(tl.float32) + 1e-9)
 
+    value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     r = _reduced(value, frequency)
-    sine, cosine = _sine(r), _cosine(r)
-    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    double = 2.0 * sine * cosine
-    double = tl.clamp(double, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    result = tl.fma(grad * double, frequency * gain, grad)
-    tl.store(dx + b * dx_b + c * dx_c + t * dx_t, result.to(dx.dtype.element_ty), mask=inside)
+    # Where the reduction has lost all precision, sine and cosine must still be bounded; NaN must pass.
+    r = tl.clamp(r, -1.6, 1.6, propagate_nan=tl.PropagateNan.ALL)
+    sine = _sine(r)
+    double = 2.0 * sine * _cosine(r)
+    tl.store(dx_at, (grad * tl.fma(double, frequency * gain, 1.0)).to(dx.dtype.element_ty), mask=inside)
 
-    d_alpha = grad * double * value
-    d_beta = grad * square * -gain
+    d_alpha = double * value
+    d_beta = sine * sine * -gain
     out = partials + row * C + c
     if SHARED:
-        tl.store(out, gain * tl.sum(d_alpha + d_beta, axis=1, keep_dims=True), mask=c < C)
+        tl.store(out, gain * tl.sum(grad * (d_alpha + d_beta), axis=1, keep_dims=True), mask=c_inside)
     else:
         rows = tl.num_programs(0).to(tl.int64) // tl.cdiv(C, BLOCK_C)
-        tl.store(out, gain * tl.sum(d_alpha, axis=1, keep_dims=True), mask=c < C)
-        tl.store(out + rows * C, gain * tl.sum(d_beta, axis=1, keep_dims=True), mask=c < C)
+        tl.store(out, gain * tl.sum(grad * d_alpha, axis=1, keep_dims=True), mask=c_inside)
+        tl.store(out + rows * C, gain * tl.sum(grad * d_beta, axis=1, keep_dims=True), mask=c_inside)
 
 
 def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict]:
