@@ -30,6 +30,8 @@ class UnreadableError(ValueError):
 class Excerpts(Dataset):
     """Item i: {"audio": float32 tensor [1, T], "unreadable": {path: reason} of files that were tried before}.
 
+    Where nothing could be read it is {"error": why}: an exception would come out of a worker with its traceback.
+
     Within a domain, every file is drawn once before any is drawn again.
 
     Args:
@@ -74,7 +76,7 @@ class Excerpts(Dataset):
             except UnreadableError as error:
                 unreadable[file.path] = str(error)
         path, reason = next(iter(unreadable.items()))
-        raise DataError(f"{FILE_TRIES} draws in a row cannot be read, for example {path}: {reason}")
+        return {"error": f"{FILE_TRIES} draws in a row cannot be read, for example {path}: {reason}"}
 
     def _choose(self, i: int) -> tuple[list[AudioFile], AudioFile]:
         """The pool that item i is drawn from, and its file."""
@@ -170,9 +172,18 @@ class Batches:
             yield range(first, first + part)
 
 
-def loader(excerpts: Excerpts, batches: Batches, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches in order: {"audio": float32 [B, 1, T], "unreadable": {path: reason}}."""
-    return DataLoader(
+def loader(excerpts: Excerpts, batches, workers: int, pin_memory: bool = False) -> Iterator[dict]:
+    """Yields batches in order: {"audio": float32 [B, 1, T], "unreadable": {path: reason}}.
+
+    Args:
+        excerpts: where items come from.
+        batches: the item numbers of each batch.
+        workers: processes that read; 0: this one.
+        pin_memory: for copies to a GPU that nothing waits for.
+    Raises:
+        DataError: too many files in a row cannot be read.
+    """
+    batches = DataLoader(
         excerpts,
         batch_sampler=batches,
         num_workers=workers,
@@ -181,9 +192,16 @@ def loader(excerpts: Excerpts, batches: Batches, workers: int, pin_memory: bool 
         prefetch_factor=4 if workers else None,
         worker_init_fn=_prepare_worker,
     )
+    for batch in batches:
+        if "error" in batch:
+            raise DataError(batch["error"])
+        yield batch
 
 
 def _collated(items: list[dict]) -> dict:
+    for item in items:
+        if "error" in item:
+            return item
     unreadable = {path: reason for item in items for path, reason in item["unreadable"].items()}
     return {"audio": torch.stack([item["audio"] for item in items]), "unreadable": unreadable}
 

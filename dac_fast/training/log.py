@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dac_fast.files import atomic_path
 from dac_fast.spectral import analysis_window, magnitude_spectrogram
 
 SECONDS_BETWEEN_LINES = 10
-SHOWN = ("loss", "mel", "adversarial", "feature", "discriminator", "steps_per_second")
+SHOWN = ("steps_per_second", "loss", "mel", "adversarial", "feature", "discriminator")
 
 
 class Log:
@@ -38,10 +38,8 @@ class Log:
         self._writer = _tensorboard_writer(folder, step) if folder and tensorboard else None
         self._printed = 0.0
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=16),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=console,

@@ -34,8 +34,8 @@ from dac_fast.training.step import TrainingStep
 VALIDATION_BATCH = 8
 
 
-class TrainingError(RuntimeError):
-    """A run that cannot go on; one line."""
+class TrainingError(ValueError):
+    """A run that cannot go on with these settings; one line."""
 
 
 @dataclass(frozen=True)
