@@ -33,19 +33,20 @@ MAX_DIM, MAX_SIZE = 32, 4096
 
 
 @dataclass(frozen=True)
+class _DecodeTables:
+    codebooks: Tensor  # [N, K, d]
+    out_weight: Tensor  # [D, R]
+    out_bias: Tensor  # [N, D]
+
+
+@dataclass(frozen=True)
 class _EncodeTables:
+    decode: _DecodeTables
     in_weight: Tensor  # [R, D]
     bias: Tensor  # [R], of the projections
     cross: Tensor  # [R, R], the M_ij
     units: Tensor  # [N, d, K]
     half_norms: Tensor  # [N, K]
-
-
-@dataclass(frozen=True)
-class _DecodeTables:
-    codebooks: Tensor  # [N, K, d]
-    out_weight: Tensor  # [D, R]
-    out_bias: Tensor  # [N, D]
 
 
 def _build_decode_tables(codebooks, out_weights, out_biases) -> _DecodeTables:
@@ -68,7 +69,7 @@ def _build_encode_tables(in_weights, in_biases, codebooks, out_weights, out_bias
     bias = torch.cat(list(in_biases)).float() - (shifts * earlier).sum(1)
     unit = F.normalize(tables.codebooks.detach(), dim=2)
     units, half_norms = unit.transpose(1, 2).contiguous(), 0.5 * unit.square().sum(2)
-    return _EncodeTables(in_weight, bias, cross.contiguous(), units, half_norms)
+    return _EncodeTables(tables, in_weight, bias, cross.contiguous(), units, half_norms)
 
 
 _decode_tables = PerVersion(_build_decode_tables)
@@ -140,7 +141,8 @@ def rvq_encode(
     weights = (in_weights, in_biases, codebooks, out_weights, out_biases)
     if reason := rvq_encode_unsupported(z, *weights, counts, lengths):
         raise ValueError(reason)
-    encoding, decoding = _encode_tables(*weights), _decode_tables(*weights[2:])
+    encoding = _encode_tables(*weights)
+    decoding = encoding.decode
     (items, _, size), (stages, _, dim) = z.shape, decoding.codebooks.shape
 
     projections = project(encoding.in_weight, z, encoding.bias)
