@@ -61,36 +61,25 @@ class TrainingStep:
 
     def __call__(self, audio: Tensor, step: int) -> dict[str, Tensor]:
         """Step number `step` (from 0) on audio [B, 1, T]: every loss before its weight, and the gradient norms."""
-        recipe = self.recipe
         self.codec.train()
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.optimizer.learning_rate * recipe.optimizer.decay**step
-        warming_up = self.discriminator is not None and step < recipe.trainer.discriminator_warmup
-
+        self.set_learning_rate(step)
+        warming_up = self.discriminator is not None and step < self.recipe.trainer.discriminator_warmup
         with self.autocast(), torch.no_grad() if warming_up else contextlib.nullcontext():
             out = self._codec(audio)
-        fake = out["audio"].float()
-        values, finite = {}, []
+
+        values, fake, real = {}, None, None
         if self.discriminator:
+            # Every spectrogram is computed once and serves both networks' steps.
             with self.autocast():
-                signals = self.discriminator.spectra(fake), self.discriminator.spectra(audio)
-            values.update(self.discriminator_step(*signals))
-            finite.append(values["grad_norm/discriminator"].isfinite())
+                fake, real = (self.discriminator.spectra(x) for x in (out["audio"].float(), audio))
+            values.update(self.discriminator_step(fake, real))
         if not warming_up:
-            values.update(self.generator_losses(out, audio, *(signals if self.discriminator else (None, None))))
-            values["loss"] = sum(weight * values[name] for name, weight in self.weights().items())
-            values["grad_norm/generator"] = self.update("generator", self.codec, values["loss"])
-            finite.append(values["grad_norm/generator"].isfinite())
+            values.update(self.generator_step(out, audio, fake, real))
             if self.ema:
                 self.update_ema(step)
             codes = out["codes"].transpose(0, 1).flatten(1)
             self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
-
-        failed = ~torch.stack(finite).all()
-        self.skipped["total"] += failed
-        self.skipped["row"].add_(1).mul_(failed)
-        self.skipped["longest"].copy_(torch.maximum(self.skipped["longest"], self.skipped["row"]))
+        self.count_skipped(values)
         return {name: value.detach() for name, value in values.items()}
 
     def discriminator_step(self, fake, real) -> dict[str, Tensor]:
@@ -99,6 +88,13 @@ class TrainingStep:
             loss = GANLoss(self._scored(self._discriminator)).discriminator_loss(fake, real)
         norm = self.update("discriminator", self.discriminator, loss)
         return {"discriminator": loss, "grad_norm/discriminator": norm}
+
+    def generator_step(self, out: dict[str, Tensor], audio: Tensor, fake, real) -> dict[str, Tensor]:
+        """Updates the generator, from what it returned for the audio and the discriminator's `spectra` of both."""
+        values = self.generator_losses(out, audio, fake, real)
+        values["loss"] = sum(weight * values[name] for name, weight in self.weights().items())
+        values["grad_norm/generator"] = self.update("generator", self.codec, values["loss"])
+        return values
 
     def generator_losses(self, out: dict[str, Tensor], audio: Tensor, fake, real) -> dict[str, Tensor]:
         """The generator's losses by their name in `LossConfig`, those without weight left out (mel always there)."""
@@ -137,6 +133,20 @@ class TrainingStep:
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
         return norm
+
+    def set_learning_rate(self, step: int):
+        """That of step number `step`, which decays with every one."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.optimizer.learning_rate * self.recipe.optimizer.decay**step
+
+    def count_skipped(self, values: dict[str, Tensor]):
+        """Counts the step as skipped if a gradient norm is not finite."""
+        norms = torch.stack([norm for name, norm in values.items() if name.startswith("grad_norm/")])
+        failed = ~norms.isfinite().all()
+        self.skipped["total"] += failed
+        self.skipped["row"].add_(1).mul_(failed)
+        self.skipped["longest"].copy_(torch.maximum(self.skipped["longest"], self.skipped["row"]))
 
     @torch.no_grad()
     def update_ema(self, step: int):
