@@ -5,6 +5,7 @@ Nothing here waits for the GPU: losses stay tensors, and a step whose gradients 
 
 import contextlib
 import copy
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -205,4 +206,7 @@ def adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def distributed(network: nn.Module) -> DistributedDataParallel:
     """The network with gradients averaged over processes. Buffers agree by themselves (see `EMACodebook`)."""
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # PyTorch 2.13 has another name for broadcast_buffers, which 2.10 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
