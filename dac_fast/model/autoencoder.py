@@ -22,7 +22,7 @@ def decoder_block(channels: int, stride: int, act: str) -> Block:
     """[B, channels, T] to [B, channels / 2, T stride], one less where the stride is odd."""
     return Block(
         activation(act, channels),
-        ConvTranspose1d(channels, channels // 2, kernel_size=2 * stride, stride=stride, padding=-(-stride // 2)),
+        ConvTranspose1d(channels, channels // 2, stride, padding=-(-stride // 2)),
         *residual_units(channels // 2, act),
     )
 

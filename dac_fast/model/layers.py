@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.model import folded
 from dac_fast.ops.reference import valid_mask
 
 
@@ -41,9 +42,13 @@ class WeightNorm(nn.Module):
 
     @torch.no_grad()
     def fold(self):
-        """Store the weight as one tensor, on the device it is on: quicker, and no longer meant for training."""
+        """Store the weight as one tensor, on the device it is on: quicker, and no longer meant for training.
+
+        Its second axis lies innermost in memory, for `dac_fast.model.folded`.
+        """
         if not self.folded:
-            self.weight = nn.Parameter(self.normed_weight(), requires_grad=False)
+            weight = self.normed_weight().transpose(1, 2).contiguous().transpose(1, 2)
+            self.weight = nn.Parameter(weight, requires_grad=False)
             del self.weight_g, self.weight_v
 
 
@@ -71,14 +76,18 @@ class Conv1d(WeightNorm):
 
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
         padding = self.padding if padded else 0
-        y = F.conv1d(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
+        if self.folded:
+            y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        else:
+            y = F.conv1d(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
 class ConvTranspose1d(WeightNorm):
-    """Weight-normed `torch.nn.ConvTranspose1d`, bias included."""
+    """Weight-normed `torch.nn.ConvTranspose1d` with a kernel of two strides, bias included."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0):
+    def __init__(self, in_channels, out_channels, stride, padding=0):
+        kernel_size = 2 * stride
         fan_in = out_channels * kernel_size
         bias = torch.empty(out_channels)
         super().__init__(
@@ -91,7 +100,11 @@ class ConvTranspose1d(WeightNorm):
         return (length - 1) * self.stride - 2 * self.padding * padded + self.kernel_size
 
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
-        y = F.conv_transpose1d(x, self.normed_weight(), self.bias, self.stride, self.padding if padded else 0)
+        padding = self.padding if padded else 0
+        if self.folded:
+            y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
+        else:
+            y = F.conv_transpose1d(x, self.normed_weight(), self.bias, self.stride, padding)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
