@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import dac_fast
-from dac_fast.training import StateError, TrainingError, state, train
+from dac_fast.training import RecipeError, StateError, TrainingError, state, train
 
 ROOT = Path(__file__).parent.parent
 RATE = 8000
@@ -220,6 +220,12 @@ def test_another_architecture_is_refused(tones, tmp_path):
         )
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(tones, tmp_path, device):
+    with pytest.raises(RecipeError, match=f"^trainer.device is '{device}'; "):
+        quiet_train(tones, tmp_path, f"trainer.device={device}")
+
+
 def test_gradients_that_are_never_finite_end_the_run(tones, tmp_path):
     with pytest.raises(TrainingError, match="step 3: gradients not finite 3 steps in a row"):
         quiet_train(tones, tmp_path, "trainer.max_nonfinite=3", "losses.mel=.inf")
@@ -231,6 +237,8 @@ def test_it_learns_and_continues_from_a_codec(tones, tmp_path):
     quiet_train(tones, tmp_path / "a", "trainer.steps=120", *alone, *overrides)
     mel = [entry["mel"] for entry in logged(tmp_path / "a")]
     assert np.mean(mel[-10:]) < 0.5 * mel[0]
+    # A run that has all its steps stays as it is.
+    assert quiet_train(tones, tmp_path / "a", "trainer.steps=120", *alone, *overrides).step == 120
     start_from = f"trainer.init_from={tmp_path / 'a' / 'codec.safetensors'}"
     quiet_train(tones, tmp_path / "b", "trainer.steps=2", start_from, "trainer.discriminator_warmup=1", *overrides)
     assert "mel" not in logged(tmp_path / "b")[0]

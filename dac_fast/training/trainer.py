@@ -94,8 +94,13 @@ def process_group(device: str | None):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"trainer.device is {name!r}; accepted: cpu, cuda, cuda:N") from error
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RecipeError(f"trainer.device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
         # Shapes are the same in every step: the search for the quickest convolutions pays.
         torch.backends.cudnn.benchmark = True
