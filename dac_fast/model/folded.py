@@ -13,7 +13,7 @@ from torch import Tensor
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     """`torch.nn.functional.conv1d`. x: [B, in, T]; weight: [out, in, kernel]; result [B, out, T']."""
     _, channels, kernel = weight.shape
-    if kernel == 1 or channels == 1 and dilation == 1:
+    if kernel == 1 or (channels == 1 and dilation == 1):
         # one product: a row is a position's channels, or the one channel's window
         padded = F.pad(x, (padding, padding)) if padding else x
         rows = padded.transpose(1, 2)[:, ::stride] if kernel == 1 else padded[:, 0].unfold(1, kernel, stride)
@@ -26,7 +26,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, d
 
 
 def _conv1d_of_two_strides(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """Two products: output t sees block t of `stride` inputs through the first half of the taps, t + 1 through the rest."""
+    """Two products: output t sees the `stride` inputs of block t by the first half of the taps, t + 1 by the rest."""
     batch, channels, samples = x.shape
     size = (samples + 2 * padding) // stride - 1
     rows = F.pad(x.transpose(1, 2), (0, 0, padding, (size + 1) * stride - samples - padding))
