@@ -1,5 +1,9 @@
 """dac_kernels.snake against float64, on a GPU or in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from dac_kernels import launch
@@ -151,6 +155,14 @@ def test_without_gpu_and_interpreter(monkeypatch):
     assert "TRITON_INTERPRET=1" in snake_unsupported(x, alpha)
     monkeypatch.setattr(launch, "triton", None)
     assert snake_unsupported(x, alpha) == "Triton is not installed"
+
+
+def test_imports_without_triton():
+    script = "import sys; sys.modules['triton'] = None; from dac_kernels import launch, rvq, snake"
+    script += "; print(launch.device_unsupported(None))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "Triton is not installed", result.stderr
 
 
 def test_configuration_is_chosen_once_and_never_during_capture(monkeypatch):

@@ -4,6 +4,9 @@
 `rvq.py` has the formulas and puts them together.
 """
 
+# Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -22,6 +22,9 @@ Beyond, the error grows with |alpha x| but sin^2 stays in [0, 1], so y is off by
 sine is not used: its full-range path spills to local memory.
 """
 
+# Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
