@@ -21,19 +21,28 @@ __device__ Tables<float> tables;
 constexpr int kShared = kPoints + kPoints / 8;
 __device__ __forceinline__ int padded(int i) { return i + i / 8; }
 
+// The thread's index, read anew: what each size of transform derives from it is otherwise kept in registers across the
+// loop over windows, for all eight sizes, which spills.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // Transforms of M points: the frame of the block that this thread works on, as number `worker` of M / 8.
 template <int M>
 struct Place {
   static constexpr int kFrames = kPoints / M, kWorkers = M / 8;
-  int slot = threadIdx.x / kWorkers, worker = threadIdx.x % kWorkers;
+  int slot, worker;
+
+  __device__ __forceinline__ explicit Place(int thread) : slot(thread / kWorkers), worker(thread % kWorkers) {}
 };
 
 // Complex transform of every frame, elements as in fft.h. Nobody may need what is in shared memory any more, before
 // and after.
 template <int M, int kStride = 1>
-__device__ __forceinline__ void transform(Complex<float> (&v)[8], Complex<float>* shared) {
+__device__ __forceinline__ void transform(Complex<float> (&v)[8], const Place<M>& place, Complex<float>* shared) {
   constexpr int R = radix(M, kStride);
-  const Place<M> place;
   pass<R>(v, place.worker, M, kStride, tables.root);
   if constexpr (kStride * R < M) {
     Complex<float>* row = shared + place.slot * padded(M);
@@ -43,7 +52,7 @@ __device__ __forceinline__ void transform(Complex<float> (&v)[8], Complex<float>
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = row[padded(place.worker + e * (M / 8))];
     __syncthreads();
-    transform<M, kStride * R>(v, shared);
+    transform<M, kStride * R>(v, place, shared);
   }
 }
 
@@ -71,7 +80,7 @@ __device__ __forceinline__ void each_row(const Spectrogram& s, bool channels_las
 template <int M, class Out>
 __device__ void forward_block(const Plan& plan, const Spectrogram& s, const float* x, int64_t stride, int block,
                               Complex<float>* shared) {
-  const Place<M> place;
+  const Place<M> place(thread_index());
   const int first = block * Place<M>::kFrames, count = static_cast<int>(plan.batch) * s.frames;
   const auto frame_of = [&](int slot) {
     const int frame = first + slot;
@@ -88,11 +97,12 @@ __device__ void forward_block(const Plan& plan, const Spectrogram& s, const floa
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const int i = place.worker + e * (M / 8), n = start + 2 * i;
-      v[e].re = __ldg(signal + (inside ? n : reflect(n, s.samples))) * window[i].x;
-      v[e].im = __ldg(signal + (inside ? n + 1 : reflect(n + 1, s.samples))) * window[i].y;
+      const float2 weight = window[i];
+      v[e].re = __ldg(signal + (inside ? n : reflect(n, s.samples))) * weight.x;
+      v[e].im = __ldg(signal + (inside ? n + 1 : reflect(n + 1, s.samples))) * weight.y;
     }
   }
-  transform<M>(v, shared);
+  transform<M>(v, place, shared);
 
   // A worker splits its elements 0..3 and their mirror images, which other workers hold: among their elements 4..7.
   Complex<float>* row = shared + place.slot * (M + 1);
@@ -145,7 +155,8 @@ __device__ void forward_block(const Plan& plan, const Spectrogram& s, const floa
 template <int M, class In>
 __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, Range span, float* grad,
                               Complex<float>* shared) {
-  const Place<M> place;
+  const int thread = thread_index();
+  const Place<M> place(thread);
   const Range touching = frames_over(s, span);
   for (int first = touching.begin; first < touching.end; first += Place<M>::kFrames) {
     const Range frames = {first, lesser(first + Place<M>::kFrames, touching.end)};
@@ -189,21 +200,22 @@ __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, 
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = swapped(e < 4 ? v[e] : row[place.worker + e * (M / 8)]);
     __syncthreads();
-    transform<M>(v, shared);
+    transform<M>(v, place, shared);
 
     Complex<float>* frame = shared + place.slot * M;
     const auto* window = reinterpret_cast<const float2*>(tables.half_hann + 2 * M);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const int i = place.worker + e * (M / 8);
-      frame[i] = {v[e].im * window[i].x, v[e].re * window[i].y};
+      const float2 weight = window[i];
+      frame[i] = {v[e].im * weight.x, v[e].re * weight.y};
     }
     __syncthreads();
     const float* values = reinterpret_cast<const float*>(shared);
     for (int which = 0; which < kImages; ++which) {
       const Image way = image(s, which);
       const Range samples = samples_under(s, way, frames, span);
-      const int owned = (static_cast<int>(threadIdx.x) - (samples.begin - span.begin)) & (kThreads - 1);
+      const int owned = (thread - (samples.begin - span.begin)) & (kThreads - 1);
       for (int i = samples.begin + owned; i < samples.end; i += kThreads) {
         grad[i - span.begin] += overlap<float>(M / 2, 3 * M / 4, way.shift + way.sign * i, frames,
                                                [&](int f, int n) { return values[f * 2 * M + n]; });
@@ -214,14 +226,14 @@ __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, 
 }
 
 // Runs a statement with M a constant: half the window.
-#define DAC_WITH_SIZE(size, ...)                           \
-  switch (size) {                                          \
-    case 32: { constexpr int M = 16; __VA_ARGS__; break; } \
-    case 64: { constexpr int M = 32; __VA_ARGS__; break; } \
-    case 128: { constexpr int M = 64; __VA_ARGS__; break; } \
-    case 256: { constexpr int M = 128; __VA_ARGS__; break; } \
-    case 512: { constexpr int M = 256; __VA_ARGS__; break; } \
-    case 1024: { constexpr int M = 512; __VA_ARGS__; break; } \
+#define DAC_WITH_SIZE(size, ...)                               \
+  switch (size) {                                              \
+    case 32: { constexpr int M = 16; __VA_ARGS__; break; }     \
+    case 64: { constexpr int M = 32; __VA_ARGS__; break; }     \
+    case 128: { constexpr int M = 64; __VA_ARGS__; break; }    \
+    case 256: { constexpr int M = 128; __VA_ARGS__; break; }   \
+    case 512: { constexpr int M = 256; __VA_ARGS__; break; }   \
+    case 1024: { constexpr int M = 512; __VA_ARGS__; break; }  \
     case 2048: { constexpr int M = 1024; __VA_ARGS__; break; } \
     case 4096: { constexpr int M = 2048; __VA_ARGS__; break; } \
   }

@@ -1,5 +1,6 @@
 """The compiled module as it is shipped: its use of a GPU, sanitizers over its CPU half, wheels and their options."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ import pytest
 from dac_kernels import native
 
 ROOT = Path(__file__).parents[1]
-CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 
 
 def run(*command, **options):
@@ -21,9 +21,11 @@ def run(*command, **options):
 @pytest.mark.skipif(not (native._C and native._C.cuda_architectures), reason="the CUDA half is not built")
 def test_kernels_need_no_local_memory():
     """No kernel, for any architecture, has a stack frame or spills registers."""
-    cuobjdump = shutil.which("cuobjdump", path=f"{CUDA_BIN}{os.pathsep}{os.environ['PATH']}")
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(folder, "backends/nvidia/bin") for folder in (triton.submodule_search_locations if triton else [])]
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
     if cuobjdump is None:
-        pytest.skip("no cuobjdump on PATH")
+        pytest.skip("no cuobjdump on PATH or in Triton")
     usage = run(cuobjdump, "--dump-resource-usage", native._C.__file__, check=True).stdout
     kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     architectures = native._C.cuda_architectures.split(";")
