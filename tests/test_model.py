@@ -94,11 +94,11 @@ def test_folding_changes_nothing_but_the_storage(case):
     unpadded_audio = codec.decoder(codec.encode(batch).z, padded=False)
     folded = codec.fold_weight_norm()
     assert torch.equal(folded.encode(golden["audio_in"]).codes, golden["codes"])
-    close(folded(golden["audio_in"])["audio"], golden["audio_out"])
-    close(folded(batch)["audio"], expected)
+    close(folded(golden["audio_in"])["audio"], golden["audio_out"], 1e-4)
+    close(folded(batch)["audio"], expected, 1e-4)
     assert unpadded.shape[-1] == frames
     close(folded.encoder(batch.repeat(1, 1, 3)[..., :9000], padded=False), unpadded)
-    close(folded.decoder(folded.encode(batch).z, padded=False), unpadded_audio)
+    close(folded.decoder(folded.encode(batch).z, padded=False), unpadded_audio, 1e-4)
     assert not any("weight_g" in key for key in folded.state_dict())
 
 
