@@ -3,7 +3,6 @@
 A provider is started right before its parity check, so that an implementation that fails takes down no other.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,11 +29,6 @@ def functions(op: str, *args, scripted: bool = False) -> dict[str, Callable | st
     on_gpu = args[0].is_cuda
     for backend, module in ops.IMPLEMENTATIONS[op].items():
         if backend == "triton" and not on_gpu:
-            continue
-        try:
-            module = importlib.import_module(module)
-        except ImportError as error:
-            found[backend] = f"cannot be imported: {error}"
             continue
         found[backend] = getattr(module, f"{op}_unsupported")(*args) or getattr(module, op)
     return found

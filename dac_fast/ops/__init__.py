@@ -9,22 +9,24 @@ arguments, which returns None, or why it cannot run them.
 """
 
 import functools
-import importlib
 import os
 from collections.abc import Callable
 
 from dac_fast.ops import reference
+from dac_kernels import native
+from dac_kernels import rvq as triton_rvq
+from dac_kernels import snake as triton_snake
 
 BANDS = reference.BANDS
 BACKENDS = ("auto", "reference", "native", "triton")
 
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
 IMPLEMENTATIONS = {
-    "snake": {"triton": "dac_kernels.snake", "native": "dac_kernels.native"},
-    "rvq_encode": {"triton": "dac_kernels.rvq"},
-    "rvq_decode": {"triton": "dac_kernels.rvq"},
-    "stft_bands": {"native": "dac_kernels.native"},
-    "disc_preprocess": {"native": "dac_kernels.native"},
+    "snake": {"triton": triton_snake, "native": native},
+    "rvq_encode": {"triton": triton_rvq},
+    "rvq_decode": {"triton": triton_rvq},
+    "stft_bands": {"native": native},
+    "disc_preprocess": {"native": native},
 }
 
 _backend = None
@@ -73,7 +75,7 @@ def choose(op: str, *args, **kwargs) -> tuple[str, str]:
     for candidate, module in IMPLEMENTATIONS[op].items():
         if name not in ("auto", candidate):
             continue
-        reason = getattr(importlib.import_module(module), f"{op}_unsupported")(*args, **kwargs)
+        reason = getattr(module, f"{op}_unsupported")(*args, **kwargs)
         if reason is None and name == "auto" and candidate == "triton" and not args[0].is_cuda:
             reason = "Triton is chosen for CUDA tensors only"
         if reason is None:
@@ -90,7 +92,7 @@ def _dispatched(op: Callable) -> Callable:
     @functools.wraps(op)
     def run(*args, **kwargs):
         name, _ = choose(op.__name__, *args, **kwargs)
-        module = reference if name == "reference" else importlib.import_module(IMPLEMENTATIONS[op.__name__][name])
+        module = reference if name == "reference" else IMPLEMENTATIONS[op.__name__][name]
         return getattr(module, op.__name__)(*args, **kwargs)
 
     return run

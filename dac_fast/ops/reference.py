@@ -21,8 +21,10 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     Args:
         x: [B, C, T], any float dtype.
         alpha: [1, C, 1], one frequency per channel.
+    Returns:
+        of x's shape and dtype.
     """
-    return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+    return (x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()).to(x.dtype)
 
 
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
