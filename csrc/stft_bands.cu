@@ -155,8 +155,6 @@ __device__ void forward_block(const Plan& plan, const Spectrogram& s, const floa
 template <int M, class In>
 __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, Range span, float* grad,
                               Complex<float>* shared) {
-  const int thread = thread_index();
-  const Place<M> place(thread);
   const Range touching = frames_over(s, span);
   for (int first = touching.begin; first < touching.end; first += Place<M>::kFrames) {
     const Range frames = {first, lesser(first + Place<M>::kFrames, touching.end)};
@@ -180,6 +178,8 @@ __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, 
     __syncthreads();
 
     // As in the forward op, the other way round. (An empty slot transforms leftovers that nobody reads.)
+    const int thread = thread_index();
+    const Place<M> place(thread);
     Complex<float> v[8], mirror[4], middle;
     Complex<float>* row = shared + place.slot * (M + 1);
     const Complex<float>* root = tables.root + 2 * M;
