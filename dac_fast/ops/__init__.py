@@ -12,10 +12,11 @@ import functools
 import os
 from collections.abc import Callable
 
-from dac_fast.ops import reference
 from dac_kernels import native
 from dac_kernels import rvq as triton_rvq
 from dac_kernels import snake as triton_snake
+
+from dac_fast.ops import reference
 
 BANDS = reference.BANDS
 BACKENDS = ("auto", "reference", "native", "triton")
