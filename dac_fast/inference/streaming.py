@@ -41,7 +41,8 @@ class _Streams:
     def end(self, slots: Iterable[int]):
         """The signals of those streams end with what was pushed so far; what is pushed from now on is ignored."""
         for i in slots:
-            self._ends[i] = self._frames[i]
+            if self._ends[i] is None:
+                self._ends[i] = self._frames[i]
 
     def reset(self, slots: Iterable[int]):
         """New streams begin in those slots; what was in them is gone."""
