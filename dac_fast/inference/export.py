@@ -123,20 +123,26 @@ def export_onnx(codec: DAC, folder: str | os.PathLike, n_quantizers: int | None 
         OSError: the folder cannot be written.
     """
     try:
-        import onnxscript  # noqa: F401
+        from onnxscript import ir
     except ImportError as error:
         raise ValueError("ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'") from error
+    codec = copy.deepcopy(codec).float().cpu()
+    count = codec.config.n_codebooks if n_quantizers is None else n_quantizers
+    audio, codes = ("audio", ["batch", 1, "samples"]), ("codes", ["batch", count, "frames"])
+    programs = {}
+    for part, (given, result) in {"encoder": (audio, codes), "decoder": (codes, audio)}.items():
+        program = torch.onnx.export(
+            export(codec, part, n_quantizers), input_names=[given[0]], output_names=[result[0]], dynamo=True,
+            verbose=False,
+        )  # fmt: skip
+        program.model.graph.inputs[0].shape = ir.Shape(given[1])
+        program.model.graph.outputs[0].shape = ir.Shape(result[1])
+        program.model.metadata_props.update(sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length))
+        programs[part] = program
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    codec = copy.deepcopy(codec).float().cpu()
-    names = {"encoder": ("audio", "codes"), "decoder": ("codes", "audio")}
-    paths = []
-    for part, (given, result) in names.items():
-        program = torch.onnx.export(
-            export(codec, part, n_quantizers), input_names=[given], output_names=[result], dynamo=True, verbose=False
-        )
-        program.model.metadata_props.update(sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length))
-        paths.append(folder / f"{part}.onnx")
-        with atomic_path(paths[-1]) as temporary:
-            program.save(temporary)
+    paths = [folder / f"{part}.onnx" for part in PARTS]
+    for path, part in zip(paths, PARTS, strict=True):
+        with atomic_path(path) as temporary:
+            programs[part].save(temporary)
     return paths
