@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dac_fast.config import Config
-from dac_fast.files import atomic_path
+from dac_fast.files import atomic_path, write_bytes
 
 HUGGING_FACE_FILE = "model.safetensors"
 
@@ -80,8 +80,9 @@ def save(codec, path):
         metadata = {"dac_fast": json.dumps({"name": codec.name, **codec.config.to_dict()})}
         _save_safetensors(state, path, metadata)
     elif path.suffix == ".pth":
+        _require_published(codec.config, path)
         kwargs = codec.config.to_dict()
-        _require_snake(kwargs.pop("activation"), path)
+        del kwargs["activation"]
         with atomic_path(path) as temporary:
             torch.save({"state_dict": unfolded(state), "metadata": {"kwargs": kwargs}}, temporary)
     elif path.suffix == "":
@@ -133,10 +134,10 @@ def _read_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]):
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata)
+    # not `save_file`, whose files are private to the user, whatever the umask says
+    write_bytes(path, to_bytes(state, metadata))
 
 
 def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -172,7 +173,7 @@ def _read_hugging_face(path: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _hugging_face_config(config: Config, path: Path) -> dict:
-    _require_snake(config.activation, path)
+    _require_published(config, path)
     if config.latent_dim != config.encoder_dim * 2 ** len(config.encoder_rates):
         raise CheckpointError(f"{path}: latent_dim {config.latent_dim} has no place in Hugging Face's format")
     if config.decoder_rates != config.encoder_rates[::-1] or not isinstance(config.codebook_dim, int):
@@ -194,9 +195,10 @@ def _hugging_face_config(config: Config, path: Path) -> dict:
     }
 
 
-def _require_snake(activation: str, path: Path):
-    if activation != "snake":
-        raise CheckpointError(f"{path}: activation {activation!r} fits a .safetensors checkpoint only")
+def _require_published(config: Config, path: Path):
+    for name, value in (("activation", "snake"), ("quantizer", "factorized")):
+        if getattr(config, name) != value:
+            raise CheckpointError(f"{path}: {name} {getattr(config, name)!r} fits a .safetensors checkpoint only")
 
 
 def _hugging_face_names(config: Config) -> dict[str, str]:
