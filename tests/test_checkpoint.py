@@ -83,7 +83,7 @@ def test_damaged_and_hostile_checkpoints(codec, golden, tmp_path, monkeypatch):
         "cut.pth": published[: len(published) // 2],
         "empty.pth": b"",
         "text.safetensors": b"not a checkpoint",
-        "hostile.pth": pickle.dumps(Hostile()),
+        "hostile.pth": pickle.dumps(Hostile(), protocol=2),
     }
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
