@@ -7,11 +7,22 @@ import torch
 from dac_fast import download
 from dac_fast.config import PRESETS, Config
 from dac_fast.container import DACFile
+from dac_fast.inference import StreamingDecoder, StreamingEncoder
 from dac_fast.model import DAC
 from dac_fast.ops import use_backend
 from dac_fast.version import __version__
 
-__all__ = ["DAC", "PRESETS", "Config", "DACFile", "__version__", "load", "use_backend"]
+__all__ = [
+    "DAC",
+    "PRESETS",
+    "Config",
+    "DACFile",
+    "StreamingDecoder",
+    "StreamingEncoder",
+    "__version__",
+    "load",
+    "use_backend",
+]
 
 
 def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32) -> DAC:

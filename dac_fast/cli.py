@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dac_fast.audio import AUDIO_SUFFIXES
 from dac_fast.config import PRESETS
-from dac_fast.jobs import Existing, Job, err, fail, out, plan, run
+from dac_fast.jobs import Existing, Job, err, fail, may_write, out, plan, run
 from dac_fast.version import __version__
 
 app = typer.Typer(
@@ -28,6 +28,13 @@ class Format(str, Enum):
 
     dac2 = "dac2"
     dac1 = "dac1"
+
+
+class Program(str, Enum):
+    """Formats of exported models."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
 
 
 Inputs = Annotated[list[Path], typer.Argument(help="Files, or folders to go through with their subfolders.")]
@@ -297,13 +304,41 @@ def convert(
     """Convert a checkpoint to another format."""
     from dac_fast import load
 
-    if target.exists() and existing is not Existing.overwrite:
-        if existing is Existing.skip:
-            return
-        raise FileExistsError(f"{target} exists; --existing overwrite replaces it")
+    if not may_write(existing, target):
+        return
     codec = load(source)
     (codec.fold_weight_norm() if fold else codec).save(target)
     out.print(f"wrote {target}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where encoder and decoder are written; made where it is missing.")],
+    model: Model = "tiny",
+    n_quantizers: Codebooks = None,
+    format: Annotated[Program, typer.Option(help="pt2 is torch.export's.")] = Program.onnx,
+    existing: WhenExisting = Existing.error,
+):
+    """Write encoder (audio to codes) and decoder (codes to audio) for other runtimes, for any batch and length."""
+    import torch
+
+    from dac_fast import load
+    from dac_fast.files import atomic_path
+    from dac_fast.inference import export as program
+    from dac_fast.inference import export_onnx
+
+    paths = [folder / f"{part}.{format.value}" for part in ("encoder", "decoder")]
+    if not may_write(existing, *paths):
+        return
+    codec = load(model)
+    if format is Program.onnx:
+        export_onnx(codec, folder, n_quantizers)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            with atomic_path(path) as temporary:
+                torch.export.save(program(codec, path.stem, n_quantizers), temporary)
+    out.print(f"wrote {paths[0]} and {paths[1]}", markup=False)
 
 
 @app.command()

@@ -22,6 +22,18 @@ class Existing(str, Enum):
     overwrite = "overwrite"
 
 
+def may_write(existing: Existing, *targets: Path) -> bool:
+    """Whether to go on, and write the targets.
+
+    Raises:
+        FileExistsError: one is there, and that is an error.
+    """
+    found = next((target for target in targets if target.exists()), None)
+    if found and existing is Existing.error:
+        raise FileExistsError(f"{found} exists; --existing overwrite replaces it")
+    return not found or existing is Existing.overwrite
+
+
 def fail(error: Exception, subject=None):
     """One line about what went wrong, naming the file unless the message does."""
     message = " ".join(str(error).split()) or type(error).__name__
@@ -81,20 +93,16 @@ def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], 
             progress.update(task, audio=f"{seconds:.0f} s of audio")
 
         for job in jobs:
-            if job.target.exists() and existing is not Existing.overwrite:
-                if existing is Existing.skip:
-                    skipped += 1
-                else:
-                    failed += 1
-                    fail(FileExistsError(f"{job.target} exists; --existing overwrite replaces it"), job.source)
-            else:
-                try:
+            try:
+                if may_write(existing, job.target):
                     work(job, advance)
                     done += 1
-                # the faults of one file: its content, its place, its model; anything else is a bug and stops the run
-                except (ValueError, OSError) as error:
-                    failed += 1
-                    fail(error, job.source)
+                else:
+                    skipped += 1
+            # the faults of one file: its content, its place, its model; anything else is a bug and stops the run
+            except (ValueError, OSError) as error:
+                failed += 1
+                fail(error, job.source)
             progress.advance(task)
     elapsed = time.perf_counter() - start
     counts = [f"{verb} {done} of {len(jobs)}"]
