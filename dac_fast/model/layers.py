@@ -179,7 +179,8 @@ class ResidualUnit(Block):
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
         y = self.block(x, lengths, padded)
         crop = (x.shape[-1] - y.shape[-1]) // 2
-        return x[..., crop : x.shape[-1] - crop] + y
+        # in place: nothing else needs y, and a large tensor's first touch costs more than the addition
+        return y.add_(x[..., crop : x.shape[-1] - crop])
 
 
 def residual_units(channels: int, act: str) -> list[ResidualUnit]:
