@@ -198,6 +198,20 @@ def train(
 
 
 @app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG.")] = Path("curves.png"),
+    existing: WhenExisting = Existing.error,
+):
+    """Draw the training and validation curves of runs, to compare them."""
+    from dac_fast.plots import training_curves
+
+    if may_write(existing, output):
+        training_curves(output, runs)
+        out.print(f"wrote {output}", markup=False)
+
+
+@app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="A folder (its first-level folders are the domains), or a manifest.")],
     restored: Annotated[

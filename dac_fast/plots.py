@@ -1,11 +1,13 @@
-"""Pictures, as PNG files: rate-distortion curves, and spectrograms of a recording before and after.
+"""Pictures, as PNG files: rate-distortion and training curves, spectrograms of a recording before and after.
 
 They need matplotlib (the extra `plot`), which is imported when one is drawn.
 """
 
+import json
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ TICKS_HZ = (0, 250, 500, 1000, 2000, 4000, 8000, 16000, 32000)
 
 
 class PlotError(ValueError):
-    """A picture cannot be drawn: matplotlib is not installed."""
+    """A picture cannot be drawn."""
 
 
 def rate_distortion(path: str | os.PathLike, summary: Sequence[dict]):
@@ -58,6 +60,43 @@ def rate_distortion(path: str | os.PathLike, summary: Sequence[dict]):
     if domains:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    _save(figure, path)
+
+
+def training_curves(path: str | os.PathLike, runs: Sequence[str | os.PathLike]):
+    """Mel loss of training (a moving average over a tenth of the run) and mel distance on validation, over the steps.
+
+    Args:
+        path: of the PNG file.
+        runs: folders of training runs; each is a line, labelled with the folder's name.
+    Raises:
+        PlotError: matplotlib is not installed, or a folder has no readable log.
+        OutputError: the file cannot be written.
+    """
+    figure = _figure(10, 4)
+    axes = figure.subplots(1, 2)
+    for run, colour in zip(map(Path, runs), COLOURS * len(runs), strict=False):
+        try:
+            rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise PlotError(f"{run}: no readable log.jsonl of a training run: {error}") from error
+        for ax, part, key in zip(axes, ("train", "validation"), ("mel", "mel_distance"), strict=True):
+            points = np.array([(r["step"], r[key]) for r in rows if r["part"] == part and r.get(key) is not None])
+            if not len(points):
+                continue
+            values, width = points[:, 1], 1
+            if part == "train":
+                ax.plot(*points.T, color=colour, lw=0.8, alpha=0.3)
+                width = max(len(points) // 10, 1)
+                values = np.convolve(values, np.ones(width) / width, "valid")
+            ax.plot(points[width - 1 :, 0], values, color=colour, lw=2, label=run.resolve().name)
+    for ax, title in zip(axes, ("mel loss, training", "mel distance, validation"), strict=True):
+        ax.set_title(f"{title}  (lower is better)", loc="left", fontsize=10)
+        ax.set_xlabel("step")
+        ax.grid(color=GRID, lw=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     _save(figure, path)
 
 

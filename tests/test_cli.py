@@ -1,5 +1,6 @@
 """The command line as a user calls it: what it writes, what it says, and its exit code."""
 
+import json
 import subprocess
 import sys
 
@@ -82,6 +83,20 @@ def test_reconstruct_reports_and_converted_models_work(dac_fast_cli, folder, tmp
     assert code == 0
     assert "SI-SDR" in out
     assert read(tmp_path / "r" / "a.wav")[0].shape == (1, 20000)
+
+
+def test_curves_of_runs(dac_fast_cli, tmp_path):
+    rows = [
+        {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i} for i in (1, 2, 3) for part in ("train", "x")
+    ]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = tmp_path / "curves.png"
+    assert dac_fast_cli("curves", tmp_path / "a", tmp_path / "b", "-o", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = dac_fast_cli("curves", tmp_path, "-o", tmp_path / "other.png")
+    assert (code, "no readable log.jsonl" in err, (tmp_path / "other.png").exists()) == (1, True, False)
 
 
 def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
