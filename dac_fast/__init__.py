@@ -37,7 +37,9 @@ def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32) -> D
         OSError: the weights cannot be downloaded.
     """
     path = Path(name_or_path)
-    name = "" if path.exists() or path.suffix or len(path.parts) > 1 else str(name_or_path)
+    # a preset's name means the preset; ./44khz is the folder of that name
+    is_path = str(name_or_path) not in PRESETS and (path.exists() or path.suffix or len(path.parts) > 1)
+    name = "" if is_path else str(name_or_path)
     codec = DAC.load(download.download(name) if name else path)
     codec.name = name
     return codec.to(device=device, dtype=dtype)

@@ -9,7 +9,9 @@ A weight may be stored normed (`weight_g`, `weight_v`), in the newer spelling of
 """
 
 import json
+import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,7 +143,13 @@ def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # whose message advises to switch the protection off
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: no checkpoint, or it holds more than tensors and plain values") from error
     try:
         state, kwargs = dict(content["state_dict"]), dict(content["metadata"]["kwargs"])
     except (KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dac_fast.audio import AUDIO_SUFFIXES
 from dac_fast.config import PRESETS
+from dac_fast.files import make_folder
 from dac_fast.jobs import Existing, Job, err, fail, may_write, out, plan, run
 from dac_fast.version import __version__
 
@@ -87,17 +88,15 @@ def encode(
     """Compress recordings to .dac files."""
     if no_padding and format is not Format.dac1:
         raise ValueError("--no-padding makes files for the published package; accepted: with --format dac1")
+    from dac_fast.model.recordings import check_options, compress
+
+    normalize = None if no_normalize else normalize_db
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".dac", (".dac",))
     codec = load_codec(model, device)
+    check_options(codec, chunk_seconds, n_quantizers, normalize)
 
     def work(job: Job, advance):
-        from dac_fast.model.recordings import compress
-
-        file = compress(
-            codec, job.source, chunk_seconds, n_quantizers, None if no_normalize else normalize_db, not no_padding,
-            advance,
-        )  # fmt: skip
-        job.target.parent.mkdir(parents=True, exist_ok=True)
+        file = compress(codec, job.source, chunk_seconds, n_quantizers, normalize, not no_padding, advance)
         file.save(job.target, format=format.value)
         return file.duration
 
@@ -115,22 +114,25 @@ def decode(
     existing: WhenExisting = Existing.error,
 ):
     """Restore recordings from .dac files."""
-    from dac_fast.audio import AudioWriter
+    from dac_fast.audio import WRITABLE, AudioWriter
     from dac_fast.container import DACFile
     from dac_fast.model.recordings import decompressed_blocks
 
-    suffix = suffix if suffix.startswith(".") else f".{suffix}"
+    suffix = f".{suffix.lower().removeprefix('.')}"
+    if suffix not in WRITABLE:
+        raise ValueError(f"--suffix is {suffix!r}; accepted: {', '.join(WRITABLE)}")
     jobs = plan(inputs, output, (".dac",), suffix, AUDIO_SUFFIXES)
     codecs = {}
 
     def work(job: Job, advance):
         file = DACFile.load(job.source)
+        # a file names a preset at most: it is not to choose which path is opened
+        if not model and file.model not in PRESETS:
+            named = f"names the model {file.model!r}" if file.model else "does not name its model"
+            raise ValueError(f"the file {named}; give it by --model")
         name = model or file.model
-        if not name:
-            raise ValueError("the file does not name its model; give it by --model")
         if name not in codecs:
             codecs[name] = load_codec(name, device)
-        job.target.parent.mkdir(parents=True, exist_ok=True)
         options = {"subtype": subtype} if subtype else {}
         with AudioWriter(job.target, file.sample_rate, file.channels, **options) as writer:
             for block in decompressed_blocks(codecs[name], file):
@@ -153,10 +155,12 @@ def reconstruct(
 ):
     """Compress and restore recordings, and say what it cost and how near they come."""
     from dac_fast.audio import read, write
+    from dac_fast.model.recordings import check_options
     from dac_fast.reconstruction import report
 
-    jobs = plan(inputs, output, AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES)
+    jobs = plan(inputs, output, AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
     codec = load_codec(model, device)
+    check_options(codec, n_quantizers=n_quantizers)
     table = Table("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance", title=f"model {model}")
 
     def work(job: Job, advance):
@@ -165,7 +169,6 @@ def reconstruct(
         file = codec.compress((audio, rate), n_quantizers=n_quantizers)
         restored, _ = codec.decompress(file)
         elapsed = time.perf_counter() - start
-        job.target.parent.mkdir(parents=True, exist_ok=True)
         write(job.target, restored, rate)
         if plot:
             from dac_fast.plots import spectrograms
@@ -192,7 +195,7 @@ def train(
 
     summary = run_training(recipe, overrides or [])
     best = "" if summary.best is None else f", best mel distance on validation {summary.best:.4f}"
-    out.print(f"{summary.folder}: step {summary.step}{best}", markup=False)
+    out.print(f"{summary.folder}: step {summary.step}{best}")
     if summary.signal is not None:
         raise typer.Exit(128 + summary.signal)
 
@@ -208,7 +211,7 @@ def curves(
 
     if may_write(existing, output):
         training_curves(output, runs)
-        out.print(f"wrote {output}", markup=False)
+        out.print(f"wrote {output}")
 
 
 @app.command()
@@ -234,16 +237,21 @@ def evaluate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU.")
     ] = None,
+    existing: WhenExisting = Existing.error,
 ):
     """Measure how near a model, or a folder of reconstructions, comes to the originals."""
     from dac_fast.evaluate import evaluate_codec, evaluate_folders
 
+    picture = output / "rate_distortion.png"
+    if not may_write(existing, *(output / name for name in ("files.csv", "summary.csv", "evaluation.json")), picture):
+        return
+    make_folder(output)
     try:
         counts = None if codebooks is None else [int(part) for part in codebooks.split(",")]
     except ValueError as error:
         raise ValueError(f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9") from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("measured", total=None)
         options = {
             "sample_rate": sample_rate, "seconds": seconds, "visqol": visqol, "jobs": jobs,
@@ -256,12 +264,14 @@ def evaluate(
     for failure in evaluation.failures:
         fail(ValueError(failure["problem"]), failure["file"])
     for name in evaluation.without_reference:
-        err.print(f"without a reference: {name}", markup=False)
+        err.print(f"without a reference: {name}")
     out.print(evaluation.table())
     for note in evaluation.notes:
-        out.print(note, markup=False)
+        out.print(note)
+    # one of an earlier evaluation would not be of these numbers
+    picture.unlink(missing_ok=True)
     evaluation.save(output, plot)
-    out.print(f"wrote {output}; {len(evaluation.failures)} files failed", markup=False)
+    out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
     if evaluation.failures:
         raise typer.Exit(1)
 
@@ -286,7 +296,9 @@ def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoin
                 "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
                 "size": f"{path.stat().st_size} bytes",
             }
-        source = path if path.exists() or path.suffix else download.cached(str(path))
+        source = download.cached(str(path)) if str(path) in PRESETS else path
+        if not source.exists() and str(path) in PRESETS:
+            raise ValueError(f"{path} is not downloaded; dac-fast download {path} does that")
         config, state = checkpoint.read(source)
         parameters = sum(tensor.numel() for tensor in state.values())
         return {"checkpoint": source, **config.to_dict(), "hop length": config.hop_length,
@@ -318,8 +330,11 @@ def convert(
     """Convert a checkpoint to another format."""
     from dac_fast import load
 
+    if fold and target.suffix != ".safetensors":
+        raise ValueError(f"--fold with {target}; accepted: with a target that ends in .safetensors")
     if not may_write(existing, target):
         return
+    make_folder(target.parent)
     codec = load(source)
     (codec.fold_weight_norm() if fold else codec).save(target)
     out.print(f"wrote {target}")
@@ -344,15 +359,15 @@ def export(
     paths = [folder / f"{part}.{format.value}" for part in ("encoder", "decoder")]
     if not may_write(existing, *paths):
         return
+    make_folder(folder)
     codec = load(model)
     if format is Program.onnx:
         export_onnx(codec, folder, n_quantizers)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             with atomic_path(path) as temporary:
                 torch.export.save(program(codec, path.stem, n_quantizers), temporary)
-    out.print(f"wrote {paths[0]} and {paths[1]}", markup=False)
+    out.print(f"wrote {paths[0]} and {paths[1]}")
 
 
 @app.command()
@@ -367,7 +382,7 @@ def download(
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     for name in names:
-        with Progress(*columns, console=err, transient=True) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task(name, total=None)
             path = fetch(name, mirror, lambda done, total: progress.update(task, completed=done, total=total))  # noqa: B023
         out.print(f"{name}: {path}")

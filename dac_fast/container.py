@@ -103,7 +103,7 @@ class DACFile:
             object.__setattr__(self, "input_db", float(self.input_db))
         except (TypeError, ValueError) as error:
             raise DACFileError(f"input_db is {self.input_db!r}; accepted: a number") from error
-        _require(abs(self.input_db) <= 1000, "input_db", self.input_db, "a loudness in LUFS")
+        _require(abs(self.input_db) <= 200, "input_db", self.input_db, "a loudness in LUFS")
         if self.gains is not None:
             gains = np.asarray(self.gains, np.float32)
             positive = gains.shape == (n_channels,) and np.isfinite(gains).all() and (gains > 0).all()
@@ -258,7 +258,7 @@ def _from_dac2(data: bytes) -> dict:
         "codebook_size": size,
         "model_sample_rate": model_rate,
         "hop_length": hop,
-        "model": data[HEADER.size : gains_start].decode("utf-8"),
+        "model": data[HEADER.size : gains_start].decode("utf-8", "replace"),
     }
 
 

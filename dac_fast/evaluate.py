@@ -303,7 +303,7 @@ def _check_excerpt(sample_rate: int | None, seconds: float | None):
     if sample_rate is not None and sample_rate not in SAMPLE_RATES:
         accepted = f"{SAMPLE_RATES.start} to {SAMPLE_RATES.stop - 1}"
         raise ValueError(f"sample_rate is {sample_rate}; accepted: {accepted} Hz")
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {seconds}; accepted: above 0")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dac_fast.files import atomic_path
+from dac_fast.files import atomic_path, make_folder
 from dac_fast.metrics import codebook_entropy
 
 METRICS = ("mel_distance", "stft_distance", "si_sdr", "visqol")
@@ -79,7 +79,7 @@ class Evaluation:
             PlotError: matplotlib is not installed; the other files are written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _write(folder / "files.csv", _csv(self.files))
         _write(folder / "summary.csv", _csv(self.summary))
         _write(

@@ -46,6 +46,20 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def make_folder(path: str | os.PathLike):
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"{path}: cannot write there: it is a file, not a folder") from error
+    except OSError as error:
+        raise OutputError(f"{path}: cannot make this folder: {error.strerror}") from error
+
+
 def write_bytes(path: str | os.PathLike, data: bytes):
     """Makes `data` the content of the file; raises as `atomic_path` does, or where the disk is full."""
     with atomic_path(path) as temporary:

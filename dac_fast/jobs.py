@@ -1,6 +1,7 @@
 """Many files through one command: which becomes which, progress, and the faults of single files."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -10,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(soft_wrap=True, highlight=False, stderr=True)
+from dac_fast.files import make_folder
+
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(soft_wrap=True, highlight=False, markup=False, stderr=True)
 
 
 class Existing(str, Enum):
@@ -38,7 +41,7 @@ def fail(error: Exception, subject=None):
     """One line about what went wrong, naming the file unless the message does."""
     message = " ".join(str(error).split()) or type(error).__name__
     prefix = f"{subject}: " if subject is not None and str(subject) not in message else ""
-    err.print(f"error: {prefix}{message}", markup=False)
+    err.print(f"error: {prefix}{message}")
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,31 @@ class Job:
 
     source: Path
     target: Path
+    # written beside the target
+    extra: tuple[Path, ...] = ()
+    # why it cannot be done
+    problem: str | None = None
 
 
-def plan(inputs: list[Path], output: Path | None, sources: tuple, suffix: str, targets: tuple) -> list[Job]:
+def plan(
+    inputs: list[Path], output: Path | None, sources: tuple, suffix: str, targets: tuple, extra: tuple = ()
+) -> list[Job]:
     """Which file becomes which.
 
     Args:
         inputs: files and folders; of folders, the files whose suffix is in `sources`.
         output: a folder, a file (by its suffix, in `targets`) where there is one input file, or None.
         suffix: of the outputs.
+        extra: suffixes of what is written beside each output.
     Raises:
-        ValueError: there is nothing to do, or two outputs would be one file.
+        ValueError: there is nothing to do, or the output is none for these inputs.
     """
     as_file = output is not None and output.suffix.lower() in targets and not output.is_dir()
     if as_file and (len(inputs) != 1 or inputs[0].is_dir()):
         raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
-    jobs = []
+    if output is not None and not as_file and output.suffix.lower() in (*sources, *targets) and not output.is_dir():
+        raise ValueError(f"--output is {output}; accepted: a folder, or a file that ends in {', '.join(targets)}")
+    found_jobs = []
     for item in inputs:
         found = sorted(p for p in item.rglob("*") if p.suffix.lower() in sources) if item.is_dir() else [item]
         if not found:
@@ -70,12 +82,16 @@ def plan(inputs: list[Path], output: Path | None, sources: tuple, suffix: str, t
         for source in found:
             relative = source.relative_to(item) if item.is_dir() else Path(source.name)
             folder = output if output is not None else (item if item.is_dir() else item.parent)
-            jobs.append(Job(source, output if as_file else (folder / relative).with_suffix(suffix)))
-    by_target = {}
-    for job in jobs:
-        other = by_target.setdefault(job.target, job)
-        if other is not job:
-            raise ValueError(f"{other.source} and {job.source} would both become {job.target}; convert them apart")
+            found_jobs.append((source, output if as_file else (folder / relative).with_suffix(suffix)))
+    claims = Counter(target for _, target in found_jobs)
+    jobs = []
+    for source, target in found_jobs:
+        problem = None
+        if claims[target] > 1:
+            problem = f"{source}: {claims[target]} inputs would become {target}; convert them apart"
+        elif target.resolve() == source.resolve():
+            problem = f"{source} would be replaced by its own output; accepted: another --output"
+        jobs.append(Job(source, target, tuple(target.with_suffix(end) for end in extra), problem))
     return jobs
 
 
@@ -84,7 +100,7 @@ def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], 
     done = failed = skipped = 0
     seconds, start = 0.0, time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[audio]}"))
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(verb, total=len(jobs), audio="")
 
         def advance(more: float):
@@ -94,7 +110,10 @@ def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], 
 
         for job in jobs:
             try:
-                if may_write(existing, job.target):
+                if job.problem:
+                    raise ValueError(job.problem)
+                if may_write(existing, job.target, *job.extra):
+                    make_folder(job.target.parent)
                     work(job, advance)
                     done += 1
                 else:

@@ -1,5 +1,6 @@
 """The command line as a user calls it: what it writes, what it says, and its exit code."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dac_fast import DACFile, cli
+from dac_fast import DACFile, cli, ops
 from dac_fast.audio import read, write
 
 
@@ -85,6 +86,36 @@ def test_reconstruct_reports_and_converted_models_work(dac_fast_cli, folder, tmp
     assert read(tmp_path / "r" / "a.wav")[0].shape == (1, 20000)
 
 
+def test_faults_of_single_files_do_not_stop_the_others(dac_fast_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(folder / "a.flac", np.zeros((1, 100), np.float32), 44100)
+    code, out, err = dac_fast_cli("encode", folder, "-o", "codes [b]")
+    assert (code, "encoded 1 of 5, 4 failed" in out) == (1, True)
+    assert err.count("2 inputs would become codes [b]/a.dac; convert them apart") == 2
+    # a file of the published package's chunk mode with a chunk too short to decode; one that names a path as its model
+    good = DACFile.load("codes [b]/deep/b.dac")
+    unpadded = dataclasses.replace(good, padding=False, chunk_length=4, gains=None)
+    unpadded.save(tmp_path / "codes [b]" / "short.dac", format="dac1")
+    dataclasses.replace(good, model="/etc").save(tmp_path / "codes [b]" / "path.dac")
+    code, out, err = dac_fast_cli("decode", "codes [b]", "-o", "out", "--model", "tiny")
+    assert (code, "decoded 2 of 3, 1 failed" in out) == (1, True)
+    assert "short.dac: the file has a chunk of" in err
+    assert "too few to decode without padding" in err
+    code, _, err = dac_fast_cli("decode", "codes [b]/path.dac", "-o", "out2")
+    assert (code, "the file names the model '/etc'; give it by --model" in err) == (1, True)
+    # a folder named like a preset does not take its place
+    (tmp_path / "tiny").mkdir()
+    code, out, _ = dac_fast_cli("info", "codes [b]/deep/b.dac", "tiny")
+    assert (code, "codes [b]/deep/b.dac" in out) == (0, True)
+    (tmp_path / "out3.png").write_text("keep")
+    assert dac_fast_cli("reconstruct", folder / "a.flac", "-o", "out3.wav", "--plot")[0] == 1
+    assert (tmp_path / "out3.png").read_text() == "keep"
+    monkeypatch.setenv("DAC_FAST_BACKEND", "native")
+    monkeypatch.setattr(ops, "_backend", None)
+    code, _, err = dac_fast_cli("decode", "codes [b]/deep/b.dac", "-o", "out4")
+    assert (code, "'native' cannot run rvq_decode" in err) == (1, True)
+
+
 def test_curves_of_runs(dac_fast_cli, tmp_path):
     rows = [
         {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i} for i in (1, 2, 3) for part in ("train", "x")
@@ -126,24 +157,28 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
         (["encode", "a.wav", "-o", "a.wav/x/y.dac"], "a.wav"),
         (["encode", "a.wav", "deep", "-o", "one.dac"], "accepted for several inputs: a folder"),
         (["encode", "deep/none"], "holds no file that ends in"),
-        (["encode", "a.wav", "twin", "-o", "o"], "would both become o/a.dac"),
+        (["reconstruct", "a.wav", "-o", ".", "--existing", "overwrite"], "a.wav would be replaced by its own output"),
+        (["encode", "a.wav", "-o", "new.wav"], "--output is new.wav; accepted: a folder, or a file that ends in .dac"),
+        (["encode", "a.wav", "--chunk-seconds", "inf"], "chunk_seconds is inf; accepted: above 0"),
+        (["encode", "a.wav", "--normalize-db", "nan"], "normalize_db is nan; accepted: -100 to 20 LUFS"),
         (["decode", "a.wav", "-o", "o"], "not a .dac file"),
-        (["decode", "a.wav", "--suffix", "xyz", "-m", "tiny"], "not a .dac file"),
+        (["decode", "a.wav", "--suffix", "xyz", "-m", "tiny"], "--suffix is '.xyz'; accepted: .wav, .flac"),
+        (["info", "44khz"], "44khz is not downloaded; dac-fast download 44khz does that"),
+        (["export", "a.wav"], "a.wav: cannot write there: it is a file, not a folder"),
+        (["convert", "tiny", "x.pth", "--fold"], "accepted: with a target that ends in .safetensors"),
         (["info", "a.txt"], "a.txt: no such checkpoint"),
         (["download", "48khz"], "unknown model '48khz'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(dac_fast_cli, folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("DAC_FAST_CACHE", str(folder / "cache"))
     (folder / "deep" / "none").mkdir()
-    (folder / "twin").mkdir()
-    write(folder / "twin" / "a.flac", np.zeros((1, 100), np.float32), 44100)
     before = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     code, _, err = dac_fast_cli(*arguments)
     assert code == 1
-    errors = [line for line in err.splitlines() if line.strip()]
-    assert len(errors) == 1, err
-    assert message in errors[0]
+    assert err.count("\n") == 1, err
+    assert message in err
     assert {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()} == before
 
 

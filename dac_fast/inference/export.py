@@ -5,8 +5,11 @@ convolution a plain one, which every runtime knows: "encoder" takes audio [B, 1,
 F = ceil(T / hop_length); "decoder" takes codes int64 [B, N, F] to audio [B, 1, F hop_length]. Codes are not checked.
 """
 
+import contextlib
 import copy
+import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
-from dac_fast.files import atomic_path
+from dac_fast.files import atomic_path, make_folder
 from dac_fast.model.codec import DAC
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
 
@@ -131,18 +134,33 @@ def export_onnx(codec: DAC, folder: str | os.PathLike, n_quantizers: int | None 
     audio, codes = ("audio", ["batch", 1, "samples"]), ("codes", ["batch", count, "frames"])
     programs = {}
     for part, (given, result) in {"encoder": (audio, codes), "decoder": (codes, audio)}.items():
-        program = torch.onnx.export(
-            export(codec, part, n_quantizers), input_names=[given[0]], output_names=[result[0]], dynamo=True,
-            verbose=False,
-        )  # fmt: skip
+        with _quiet():
+            program = torch.onnx.export(
+                export(codec, part, n_quantizers), input_names=[given[0]], output_names=[result[0]], dynamo=True,
+                verbose=False,
+            )  # fmt: skip
         program.model.graph.inputs[0].shape = ir.Shape(given[1])
         program.model.graph.outputs[0].shape = ir.Shape(result[1])
         program.model.metadata_props.update(sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length))
         programs[part] = program
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = [folder / f"{part}.onnx" for part in PARTS]
     for path, part in zip(paths, PARTS, strict=True):
         with atomic_path(path) as temporary:
             programs[part].save(temporary)
     return paths
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence torch.onnx on packages that these models do not need, and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

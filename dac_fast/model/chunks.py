@@ -78,6 +78,15 @@ def decode(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
         yield audio[:, (begin - first) * hop : (end - first) * hop]
 
 
+def survives_unpadded(module: nn.Module, length: int) -> bool:
+    """Whether every convolution of an encoder or decoder gives something out where none is padded."""
+    for conv in convolutions(module):
+        length = conv.output_length(length, padded=False)
+        if length <= 0:
+            return False
+    return True
+
+
 def output_samples(codec, samples: int) -> int:
     """Samples that a window of that many gives back where no convolution is padded."""
     return codec.decoder.output_length(codec.encoder.output_length(samples, padded=False), padded=False)
@@ -109,8 +118,13 @@ def encode_unpadded(codec, blocks: Iterable[Tensor], window: int, n_quantizers: 
         ValueError: the window is too short.
     """
     step, lead = output_samples(codec, window), delay(codec)
-    if step <= 0:
-        shortest = next(n for n in range(window, 1 << 30, codec.hop_length) if output_samples(codec, n) > 0)
+
+    def long_enough(samples):
+        frames = codec.encoder.output_length(samples, padded=False)
+        return survives_unpadded(codec.encoder, samples) and survives_unpadded(codec.decoder, frames)
+
+    if not long_enough(window):
+        shortest = next(n for n in range(window, 1 << 30, codec.hop_length) if long_enough(n))
         raise ValueError(
             f"chunks of {window / codec.sample_rate:g} s; accepted without padding: "
             f"at least {shortest / codec.sample_rate:g} s"

@@ -8,6 +8,7 @@ Files of the published package hold the recording's loudness instead of the gain
 that loudness, as the published package does.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
@@ -47,10 +48,8 @@ def compress(
         AudioError: the recording cannot be read, is empty, or holds NaN or infinity.
         ValueError: chunk_seconds or n_quantizers is out of range.
     """
-    if chunk_seconds is None:
-        chunk_seconds = DEFAULT_CHUNK_SECONDS
-    if not chunk_seconds > 0:
-        raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
+    check_options(codec, chunk_seconds, n_quantizers, normalize_db)
+    chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
     recording = Recording(source)
 
@@ -75,10 +74,14 @@ def compress(
         window = -(-int(chunk_seconds * codec.sample_rate) // hop) * hop
         chunk_length = codec.encoder.output_length(window, padded=False)
         parts = chunks.encode_unpadded(codec, blocks(), window, n_quantizers)
-    codes = []
+    # of a chunk without padding, only its middle is new
+    step = None if padding else chunks.output_samples(codec, window)
+    codes, left = [], samples
     for part in parts:
         codes.append(part.cpu())
-        progress(part.shape[-1] * hop / codec.sample_rate)
+        advance = min(step or part.shape[-1] * hop, left)
+        left -= advance
+        progress(advance / codec.sample_rate)
     return DACFile(
         codes=torch.cat(codes, dim=-1),
         chunk_length=chunk_length,
@@ -93,6 +96,17 @@ def compress(
         hop_length=hop,
         model=codec.name,
     )
+
+
+def check_options(codec, chunk_seconds=None, n_quantizers=None, normalize_db=None):
+    """Raises ValueError where an option of `compress` is out of range."""
+    available = codec.config.n_codebooks
+    if chunk_seconds is not None and not 0 < chunk_seconds < math.inf:
+        raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
+    if n_quantizers is not None and n_quantizers not in range(1, available + 1):
+        raise ValueError(f"{n_quantizers} codebooks; accepted: 1 to {available}")
+    if normalize_db is not None and not -100 <= normalize_db <= 20:
+        raise ValueError(f"normalize_db is {normalize_db}; accepted: -100 to 20 LUFS, or None")
 
 
 def decompress(codec, file) -> tuple[np.ndarray, int]:
@@ -165,6 +179,9 @@ def _check_fits(codec, file: DACFile):
             f"the file is of a codec at {file.model_sample_rate} Hz with {file.hop_length} samples per frame; "
             f"this one is at {c.sample_rate} Hz with {c.hop_length}"
         )
+    shortest = file.n_frames % file.chunk_length or file.chunk_length
+    if not file.padding and not chunks.survives_unpadded(codec.decoder, shortest):
+        raise ValueError(f"the file has a chunk of {shortest} frames, too few to decode without padding")
     longest = (file.n_frames + 1) * c.hop_length * file.sample_rate // c.sample_rate + 1
     if file.original_length > longest:
         raise ValueError(f"the file claims {file.original_length} samples; its codes hold up to {longest}")

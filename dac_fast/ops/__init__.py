@@ -30,6 +30,11 @@ IMPLEMENTATIONS = {
     "disc_preprocess": {"native": native},
 }
 
+
+class BackendError(RuntimeError, ValueError):
+    """The backend that was asked for cannot run an op on these arguments."""
+
+
 _backend = None
 
 
@@ -68,7 +73,7 @@ def choose(op: str, *args, **kwargs) -> tuple[str, str]:
     """Which backend runs `op` on these arguments, and why not a faster one (for `dac-fast doctor`).
 
     Raises:
-        RuntimeError: the backend was named and cannot run them.
+        BackendError: the backend was named and cannot run them.
     """
     name, reasons = backend(), []
     if name == "reference":
@@ -83,7 +88,7 @@ def choose(op: str, *args, **kwargs) -> tuple[str, str]:
             return candidate, "; ".join(reasons)
         reasons.append(f"{candidate}: {reason}")
     if name != "auto":
-        raise RuntimeError(f"backend {name!r} cannot run {op}: {'; '.join(reasons) or 'it has no such op'}")
+        raise BackendError(f"backend {name!r} cannot run {op}: {'; '.join(reasons) or 'it has no such op'}")
     return "reference", "; ".join(reasons)
 
 

@@ -7,6 +7,7 @@ checkpoint.
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -94,10 +95,9 @@ def process_group(device: str | None):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"trainer.device is {name!r}; accepted: cpu, cuda, cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RecipeError(f"trainer.device is {name!r}; accepted: cpu, cuda, cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"trainer.device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
