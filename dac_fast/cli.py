@@ -279,30 +279,7 @@ def evaluate(
 @app.command()
 def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoints, or names of models.")]):
     """Say what a .dac file or a checkpoint holds."""
-    from dac_fast import checkpoint, download
-    from dac_fast.container import DACFile
-
-    def describe(path: Path) -> dict:
-        if path.suffix == ".dac":
-            file = DACFile.load(path)
-            return {
-                "model": file.model or "not named in the file",
-                "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
-                "loudness": f"{file.input_db:.2f} LUFS",
-                "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
-                "bitrate": "not known without the model"
-                if file.bitrate is None
-                else f"{file.bitrate / 1000:.2f} kbit/s",
-                "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
-                "size": f"{path.stat().st_size} bytes",
-            }
-        source = download.cached(str(path)) if str(path) in PRESETS else path
-        if not source.exists() and str(path) in PRESETS:
-            raise ValueError(f"{path} is not downloaded; dac-fast download {path} does that")
-        config, state = checkpoint.read(source)
-        parameters = sum(tensor.numel() for tensor in state.values())
-        return {"checkpoint": source, **config.to_dict(), "hop length": config.hop_length,
-                "bitrate": f"{config.bitrate / 1000:.2f} kbit/s", "parameters": f"{parameters:,}"}  # fmt: skip
+    from dac_fast.describe import describe
 
     failed = 0
     for path in paths:
@@ -314,7 +291,7 @@ def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoin
             continue
         table = Table(title=str(path), show_header=False, title_justify="left")
         for key, value in facts.items():
-            table.add_row(key.replace("_", " "), str(value))
+            table.add_row(key, str(value))
         out.print(table)
     if failed:
         raise typer.Exit(1)

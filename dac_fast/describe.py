@@ -1,0 +1,47 @@
+"""What `dac-fast info` says of a .dac file or a checkpoint."""
+
+from pathlib import Path
+
+from dac_fast import checkpoint, download
+from dac_fast.config import PRESETS
+from dac_fast.container import DACFile
+
+
+def describe(path: Path) -> dict:
+    """Facts by their name, for a table.
+
+    Args:
+        path: of a .dac file or a checkpoint, or the name of a preset.
+    Raises:
+        ValueError: it cannot be read, or is not downloaded.
+    """
+    return _of_file(path) if path.suffix == ".dac" else _of_checkpoint(path)
+
+
+def _of_file(path: Path) -> dict:
+    file = DACFile.load(path)
+    return {
+        "model": file.model or "not named in the file",
+        "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
+        "loudness": f"{file.input_db:.2f} LUFS",
+        "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
+        "bitrate": f"{file.bitrate / 1000:.2f} kbit/s" if file.bitrate else "not known without the model",
+        "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
+        "size": f"{path.stat().st_size} bytes",
+    }
+
+
+def _of_checkpoint(path: Path) -> dict:
+    name = str(path)
+    if name in PRESETS:
+        path = download.cached(name)
+        if not path.exists():
+            raise ValueError(f"{name} is not downloaded; dac-fast download {name} does that")
+    config, state = checkpoint.read(path)
+    return {
+        "checkpoint": path,
+        **{key.replace("_", " "): value for key, value in config.to_dict().items()},
+        "hop length": config.hop_length,
+        "bitrate": f"{config.bitrate / 1000:.2f} kbit/s",
+        "parameters": f"{sum(tensor.numel() for tensor in state.values()):,}",
+    }
