@@ -154,6 +154,8 @@ def reconstruct(
     existing: WhenExisting = Existing.error,
 ):
     """Compress and restore recordings, and say what it cost and how near they come."""
+    import numpy as np
+
     from dac_fast.audio import read, write
     from dac_fast.model.recordings import check_options
     from dac_fast.reconstruction import report
@@ -161,6 +163,8 @@ def reconstruct(
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
     codec = load_codec(model, device)
     check_options(codec, n_quantizers=n_quantizers)
+    # what is imported and set up at the first call is not the codec's speed
+    codec.decompress(codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate)))
     table = Table("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance", title=f"model {model}")
 
     def work(job: Job, advance):
