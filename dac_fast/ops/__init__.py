@@ -24,6 +24,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
 IMPLEMENTATIONS = {
     "snake": {"triton": triton_snake, "native": native},
+    "conv1d": {},
+    "conv_transpose1d": {},
+    "residual_unit": {},
     "rvq_encode": {"triton": triton_rvq},
     "rvq_decode": {"triton": triton_rvq},
     "stft_bands": {"native": native},
@@ -105,6 +108,9 @@ def _dispatched(op: Callable) -> Callable:
 
 
 snake = _dispatched(reference.snake)
+conv1d = _dispatched(reference.conv1d)
+conv_transpose1d = _dispatched(reference.conv_transpose1d)
+residual_unit = _dispatched(reference.residual_unit)
 rvq_encode = _dispatched(reference.rvq_encode)
 rvq_decode = _dispatched(reference.rvq_decode)
 stft_bands = _dispatched(reference.stft_bands)

@@ -4,6 +4,7 @@ Shapes: B items, C channels, T samples or time steps, N codebooks of K entries w
 D latent channels, F latent frames. Everything here is differentiable by autograd.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -30,6 +31,125 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
     """[B, 1, size] booleans: True where a position lies before its item's length. lengths: int64 [B]."""
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
+
+
+@contextlib.contextmanager
+def _convolutions_in(tf32: bool):
+    """Convolutions of float32 on CUDA in TF32, or not, whatever torch's switch says."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def _finish(c: Tensor, dtype: torch.dtype, bias, alpha, residual, lengths, tanh, keep) -> tuple[Tensor, Tensor]:
+    """What follows a convolution, in float32 at least; channels innermost."""
+    c = c.transpose(1, 2).contiguous().transpose(1, 2).to(torch.promote_types(dtype, torch.float32))
+    c = c + bias[:, None]
+    if tanh:
+        c = c.tanh()
+    if lengths is not None:
+        c = torch.where(valid_mask(lengths, c.shape[2]), c, 0)
+    if residual is not None:
+        c = c + residual
+    return c.to(dtype) if keep else None, None if alpha is None else snake(c, alpha.to(c)).to(dtype)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    *,
+    alpha: Tensor | None = None,
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    tanh: bool = False,
+    keep: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Convolution and all that surrounds it in the codec: c = [tanh](conv(x) + bias), zero past lengths, + residual.
+
+    Args:
+        x: [B, in, T], any float dtype; fast with channels innermost in memory.
+        weight: [out, in, K], of x's dtype; fast with its input axis innermost.
+        bias: [out], of x's dtype or float32.
+        alpha: [1, out, 1], of x's dtype or float32: of the Snake that follows.
+        residual: [B, out, T'], of x's dtype: added at the end.
+        lengths: int64 [B], valid positions of each item in the output.
+        keep: whether c itself is wanted.
+        tf32: float32 may be rounded to TF32 for the products (CUDA).
+    Returns:
+        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without `alpha`. Both of x's
+        dtype, with channels innermost in memory.
+    """
+    with _convolutions_in(tf32):
+        c = F.conv1d(x, weight, None, stride, padding, dilation)
+    return _finish(c, x.dtype, bias, alpha, residual, lengths, tanh, keep)
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int = 0,
+    *,
+    alpha: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Transposed convolution with a kernel of two strides: c = conv_transpose(x) + bias, zero past lengths.
+
+    Args:
+        weight: [in, out, 2 stride], of x's dtype; fast with its input axis innermost.
+        x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
+    Returns:
+        c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
+    """
+    with _convolutions_in(tf32):
+        c = F.conv_transpose1d(x, weight, None, stride, padding)
+    return _finish(c, x.dtype, bias, alpha, None, lengths, False, keep)
+
+
+def residual_unit(
+    x: Tensor,
+    snaked: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    alpha1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    dilation: int,
+    padding: int,
+    *,
+    alpha: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The codec's residual unit (paper, appendix A) from its first Snake on: c = conv1(snake(conv7(snaked))) + x.
+
+    Args:
+        x: [B, C, T].
+        snaked: [B, C, T], Snake of x by the unit's first alpha, which the producer of x also made.
+        weight1, bias1, alpha1: [C, C, 7], [C] and [1, C, 1].
+        weight2, bias2: [C, C, 1] and [C].
+        padding: 3 dilation, or 0: then the result is shorter than x, which is cropped alike on both sides.
+        alpha: [1, C, 1], of the Snake that follows.
+        lengths, keep, tf32, dtypes: as for `conv1d`. The Snake in the middle is rounded to x's dtype.
+    Returns:
+        c and snake(c), as for `conv1d`.
+    """
+    _, hidden = conv1d(snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, tf32=tf32)
+    crop = 3 * dilation - padding
+    x = x[..., crop : x.shape[2] - crop]
+    return conv1d(hidden, weight2, bias2, alpha=alpha, residual=x, lengths=lengths, keep=keep, tf32=tf32)
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
