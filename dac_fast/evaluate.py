@@ -14,7 +14,6 @@ of less than a second or so) is None and left out of the mean.
 """
 
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -30,32 +29,22 @@ import numpy as np
 import torch
 
 from dac_fast import ops
-from dac_fast.audio import AUDIO_SUFFIXES, SAMPLE_RATES, AudioError, Recording, resample
+from dac_fast.audio import SAMPLE_RATES, AudioError, Recording, resample
 from dac_fast.evaluation import OVERALL, Evaluation, Measured, summarize
 from dac_fast.metrics import codebook_counts, mel_distance, si_sdr, stft_distance
 from dac_fast.resample import resampled
+from dac_fast.sources import AudioFile, audio_files, files_below
 
-MANIFEST = "manifest.jsonl"
 SHORTEST = 1025  # samples; the longest window of the distances is reflected at the edges
 LENGTH_TOLERANCE = 0.1  # seconds; decoders of other formats add or drop some 10 ms
 VISQOL_RATE = 48000
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file to measure.
+class Pair(AudioFile):
+    """A reference, and the path of its reconstruction (None: there is none)."""
 
-    Attributes:
-        name: its path within the folder or manifest, the parts joined by "/".
-        domain: what it is counted as: speech, music, ….
-        path: where it lies.
-        restored: the reconstruction's path, where there is one already.
-    """
-
-    name: str
-    domain: str
-    path: Path
-    restored: Path | None = None
+    restored: str | None = None
 
 
 def evaluate_codec(
@@ -73,8 +62,7 @@ def evaluate_codec(
 
     Args:
         codec: the `DAC`, on the device it is to run on.
-        data: a folder, whose first-level folders are the domains, or a manifest (in a folder: `manifest.jsonl`): JSON
-            lines with "file" (relative to the manifest) and, if wanted, "domain".
+        data: a folder, whose first-level folders are the domains, or a manifest; see `dac_fast.sources`.
         codebooks: how many codebooks to use, one evaluation each; None: all, and half as many, down to one.
         sample_rate: at which files are read, compressed and compared, in Hz; None: the codec's.
         seconds: use only the beginning of each file; None: all of it.
@@ -99,7 +87,7 @@ def evaluate_codec(
         jobs = 1
     sample_rate = codec.sample_rate if sample_rate is None else sample_rate
     _check_excerpt(sample_rate, seconds)
-    sources = find_sources(data)
+    sources = _references(data)
     visqol, notes = _visqol_choice(visqol)
     task = _CodecTask(sample_rate, seconds, visqol, codec, codebooks)
     measured = _run(task, sources, jobs, progress)
@@ -132,7 +120,7 @@ def evaluate_folders(
         ValueError: no files there, or a damaged manifest.
     """
     _check_excerpt(sample_rate, seconds)
-    sources, strangers = _paired(find_sources(reference), _from_folder(Path(restored)))
+    sources, strangers = _paired(_references(reference), files_below(restored))
     visqol, notes = _visqol_choice(visqol)
     task = _PairTask(sample_rate, seconds, visqol)
     measured = _run(task, sources, jobs, progress)
@@ -140,68 +128,26 @@ def evaluate_folders(
     return summarize(measured, settings, notes, without_reference=strangers)
 
 
-def find_sources(data: str | os.PathLike) -> list[Source]:
-    """The audio files of a folder (of its manifest, where there is one) or of a manifest, in the order of their names.
-
-    Raises:
-        ValueError: there are none, or a line of the manifest does not name one.
-    """
-    data = Path(data)
-    manifest = data / MANIFEST if data.is_dir() else data
-    sources = _from_manifest(manifest) if manifest.is_file() else _from_folder(data)
-    for source in sources:
-        if source.domain == OVERALL:
-            raise ValueError(f"{data}: {source.name} is of domain {OVERALL!r}, which is the name of all together")
-    return sources
+def _references(data: str | os.PathLike) -> list[AudioFile]:
+    files = audio_files(data)
+    for file in files:
+        if file.domain == OVERALL:
+            raise ValueError(f"{data}: {file.name} is of domain {OVERALL!r}, which is the name of all together")
+    return files
 
 
-def _from_folder(folder: Path) -> list[Source]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder or manifest")
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    sources = [Source(path.as_posix(), _domain_of(path), folder / path) for path in found if path.name[0] != "."]
-    return _in_order(sources, folder)
-
-
-def _from_manifest(manifest: Path) -> list[Source]:
-    sources = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{manifest}, line {number}: not JSON ({error})") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-                raise ValueError(f'{manifest}, line {number}: accepted: {{"file": PATH, "domain": NAME, …}}')
-            path = Path(entry["file"])
-            sources.append(
-                Source(path.as_posix(), str(entry.get("domain") or _domain_of(path)), manifest.parent / path)
-            )
-    return _in_order(sources, manifest)
-
-
-def _in_order(sources: list[Source], origin: Path) -> list[Source]:
-    if not sources:
-        raise ValueError(f"{origin} holds no audio file ({', '.join(AUDIO_SUFFIXES)})")
-    return sorted(sources, key=lambda source: source.name)
-
-
-def _domain_of(path: Path) -> str:
-    return path.parts[0] if len(path.parts) > 1 and not path.is_absolute() else "other"
-
-
-def _paired(references: list[Source], others: list[Source]) -> tuple[list[Source], list[str]]:
+def _paired(references: list[AudioFile], others: list[AudioFile]) -> tuple[list[Pair], list[str]]:
     """References with their reconstructions, and the names of reconstructions that belong to none."""
     by_stem = {}
-    for other in others:
+    for other in sorted(others, key=lambda other: other.name):
         by_stem.setdefault(Path(other.name).with_suffix(""), []).append(other)
     pairs, used = [], set()
-    for source in references:
-        candidates = by_stem.get(Path(source.name).with_suffix(""), [])
-        partner = next((c for c in candidates if c.name == source.name), candidates[0] if candidates else None)
-        pairs.append(replace(source, restored=partner and partner.path))
+    for file in references:
+        candidates = by_stem.get(Path(file.name).with_suffix(""), [])
+        partner = next((c for c in candidates if c.name == file.name), candidates[0] if candidates else None)
+        pairs.append(Pair(**vars(file), restored=partner and partner.path))
         used.add(partner and partner.name)
-    return pairs, [other.name for other in others if other.name not in used]
+    return pairs, sorted(other.name for other in others if other.name not in used)
 
 
 @dataclass
@@ -212,15 +158,12 @@ class _Task:
     seconds: float | None
     visqol: bool
 
-    def __call__(self, source: Source) -> Measured:
+    def __call__(self, source: AudioFile) -> Measured:
         try:
             return self.measure(source)
         # The faults of one file; anything else is a bug and stops the run.
         except (ValueError, OSError) as error:
-            problem = " ".join(str(error).split())
-            for path in (source.path, source.restored):
-                problem = problem.removeprefix(f"{path}: ")
-            return Measured([], problem=problem)
+            return Measured([], problem=" ".join(str(error).split()).removeprefix(f"{source.path}: "))
 
     def read(self, path: Path, sample_rate: int | None) -> tuple[np.ndarray, int]:
         """The audio [C, T], as much of it as is wanted, at that rate (None: its own), and the rate."""
@@ -259,7 +202,7 @@ class _CodecTask(_Task):
     codec: torch.nn.Module
     codebooks: list[int]
 
-    def measure(self, source: Source) -> Measured:
+    def measure(self, source: AudioFile) -> Measured:
         audio, rate = self.read(source.path, self.sample_rate)
         # The codes of few codebooks are the first ones of many: encoded once, decoded for each count.
         file = self.codec.compress((audio, rate), n_quantizers=self.codebooks[-1])
@@ -276,7 +219,7 @@ class _CodecTask(_Task):
 
 @dataclass
 class _PairTask(_Task):
-    def measure(self, source: Source) -> Measured:
+    def measure(self, source: Pair) -> Measured:
         if source.restored is None:
             raise AudioError("there is no reconstruction of it")
         x, rate = self.read(source.path, self.sample_rate)
@@ -294,7 +237,7 @@ class _PairTask(_Task):
         return Measured([_row(source, x, rate) | self.compare(x, y, rate)])
 
 
-def _row(source: Source, audio: np.ndarray, rate: int) -> dict:
+def _row(source: AudioFile, audio: np.ndarray, rate: int) -> dict:
     seconds = round(audio.shape[1] / rate, 6)
     return {"file": source.name, "domain": source.domain, "seconds": seconds, "sample_rate": rate}
 
@@ -330,7 +273,7 @@ def _visqol(x: np.ndarray, y: np.ndarray, rate: int) -> float:
         return math.nan
 
 
-def _run(task: _Task, sources: list[Source], jobs: int | None, progress) -> list[tuple[Source, Measured]]:
+def _run(task: _Task, sources: list[AudioFile], jobs: int | None, progress) -> list[tuple[AudioFile, Measured]]:
     """The task on every source, in their order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(cores if jobs is None else jobs, len(sources))
@@ -371,5 +314,5 @@ def _start_worker(task: bytes, threads: int, backend: str):
     _task = pickle.loads(task)
 
 
-def _work(source: Source) -> Measured:
+def _work(source: AudioFile) -> Measured:
     return _task(source)

@@ -140,7 +140,7 @@ def test_manifest_and_hold_out(tmp_path):
     assert len(training) == 6
     assert hold_out(files[::-1], 0.2)[1] == validation[::-1]
     manifest.write_text('{"file": "0.wav"}\nnonsense\n')
-    with pytest.raises(DataError, match="manifest.jsonl: line 2: accepted: a JSON object"):
+    with pytest.raises(DataError, match="manifest.jsonl: line 2 is 'nonsense'; accepted: a JSON object"):
         find_files(manifest, RATE)
 
 

@@ -218,6 +218,7 @@ def test_another_architecture_is_refused(tones, tmp_path):
         quiet_train(
             tones, tmp_path / "other", f"trainer.init_from={tmp_path / 'codec.safetensors'}", "model.decoder_dim=8"
         )
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

@@ -128,9 +128,6 @@ class Run:
         precision = trainer.precision or ("bf16" if device.type == "cuda" else "fp32")
         self.step = TrainingStep(recipe, device, precision)
         self.done, self.best = 0, None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            state.remove_leftovers(self.folder)
         found = state.load_newest(self.folder, recipe)
         notes = [] if found is None else found[1]
         if found is not None:
@@ -141,7 +138,9 @@ class Run:
             notes.append(f"{self.folder}: goes on from step {self.done}")
         elif trainer.init_from:
             self.initialise(trainer.init_from)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
+            state.remove_leftovers(self.folder)
             with atomic_path(self.folder / "recipe.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         self.log = Log(
