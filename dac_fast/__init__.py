@@ -25,15 +25,16 @@ __all__ = [
 ]
 
 
-def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32) -> DAC:
+def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32, engine: bool | dict | None = None) -> DAC:
     """A codec in eval mode.
 
     Args:
         name_or_path: a preset ("tiny" is bundled; "44khz", "44khz_16kbps", "24khz", "16khz" are downloaded when they
             are not in the cache), or a checkpoint: ours, a published .pth, or a Hugging Face folder.
         device, dtype: of the parameters.
+        engine: True, or arguments of `DAC.optimize`, which is called then.
     Raises:
-        ValueError: no such preset or path, or the checkpoint is damaged or no codec's.
+        ValueError: no such preset or path, the checkpoint is damaged or no codec's, or as `DAC.optimize` says.
         OSError: the weights cannot be downloaded.
     """
     path = Path(name_or_path)
@@ -42,4 +43,5 @@ def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32) -> D
     name = "" if is_path else str(name_or_path)
     codec = DAC.load(download.download(name) if name else path)
     codec.name = name
-    return codec.to(device=device, dtype=dtype)
+    codec = codec.to(device=device, dtype=dtype)
+    return codec if engine in (None, False) else codec.optimize(**({} if engine is True else engine))

@@ -138,7 +138,7 @@ def encode_unpadded(codec, blocks: Iterable[Tensor], window: int, n_quantizers: 
             # a window starts at every `step` before the end of the signal; the last ones reach beyond it
             buffer = nn.functional.pad(buffer, (0, lead + window))
         while buffer is not None and buffer.shape[1] >= window and begin < total:
-            z = codec.encoder(buffer[:, None, :window], padded=False)
+            z = codec.run_encoder(buffer[:, None, :window], padded=False)
             yield codec.quantizer(z, n_quantizers)[1]
             buffer, begin = buffer[:, step:], begin + step
 
@@ -147,4 +147,4 @@ def encode_unpadded(codec, blocks: Iterable[Tensor], window: int, n_quantizers: 
 def decode_unpadded(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
     """Audio of codes [C, N, F] that were made in the published package's chunk mode, `chunk_frames` at a time."""
     for part in codes.split(chunk_frames, dim=-1):
-        yield codec.decoder(codec.quantizer.from_codes(part)[0], padded=False)[:, 0]
+        yield codec.run_decoder(codec.quantizer.decode(part), padded=False)[:, 0]

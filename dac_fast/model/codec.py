@@ -1,5 +1,6 @@
 """The codec: encoder, quantizer and decoder in one module, with the published state-dict keys."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,12 +42,14 @@ class DAC(nn.Module):
         sample_rate: in Hz.
         hop_length: samples per latent frame.
         name: preset name where the weights came by one ("44khz"), else "".
+        engine: what runs encode and decode after `optimize`, else None. Setting it to None goes back to the modules.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__()
         self.config = c = Config(*args, **kwargs)
         self.sample_rate, self.hop_length, self.name = c.sample_rate, c.hop_length, ""
+        self.engine = None
         self.encoder = Encoder(c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation)
         self.quantizer = ResidualVectorQuantizer(
             c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
@@ -64,14 +67,20 @@ class DAC(nn.Module):
             ValueError: the shape, a length or n_quantizers is out of range.
         """
         _check_shape("audio", audio, channels=1)
-        samples = audio.shape[-1]
-        audio = F.pad(audio, (0, -samples % self.hop_length))
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, audio.shape[0], audio.shape[-1], audio.device)
+        if engine := self._engine_for(audio):
+            return engine.encode(audio, lengths, n_quantizers)
+        return self.encode_by(self.encoder, audio, lengths, n_quantizers)
+
+    def encode_by(self, encoder: Callable, audio: Tensor, lengths: Tensor | None, n_quantizers: int | None) -> Encoded:
+        """`encode` of checked arguments, by another `encoder` that is called like the module."""
+        audio = F.pad(audio, (0, -audio.shape[-1] % self.hop_length))
         if lengths is None:
-            z, frames = self.encoder(audio), None
+            z, frames = encoder(audio), None
         else:
-            lengths = _checked_lengths(lengths, audio.shape[0], samples, audio.device)
             frames = -(-lengths // self.hop_length)
-            z = self.encoder(zero_past(audio, lengths), frames * self.hop_length)
+            z = encoder(zero_past(audio, lengths), frames * self.hop_length)
         outputs = self.quantizer(z, n_quantizers, frames)
         if frames is None:
             frames = torch.full((z.shape[0],), z.shape[-1], device=z.device)
@@ -92,8 +101,15 @@ class DAC(nn.Module):
         _check_shape("latent", z, channels=self.config.latent_dim)
         if lengths is not None:
             lengths = _checked_lengths(lengths, z.shape[0], z.shape[-1], z.device)
+        if engine := self._engine_for(z):
+            return engine.decode(z, lengths)
+        return self.decode_by(self.decoder, z, lengths)
+
+    def decode_by(self, decoder: Callable, z: Tensor, lengths: Tensor | None) -> Tensor:
+        """`decode` of checked arguments, by another `decoder` that is called like the module."""
+        if lengths is not None:
             z = zero_past(z, lengths)
-        audio = self.decoder(z, lengths)
+        audio = decoder(z, lengths)
         return F.pad(audio, (0, z.shape[-1] * self.hop_length - audio.shape[-1]))
 
     def decode_codes(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -103,10 +119,23 @@ class DAC(nn.Module):
             ValueError: the shape, a code or a length is out of range.
         """
         _check_shape("codes", codes)
-        low, high = (int(v) for v in codes.aminmax())
-        if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(f"code {low if low < 0 else high}; accepted: 0 to {self.config.codebook_size - 1}")
-        return self.decode(self.quantizer.from_codes(codes)[0], lengths)
+        check = _range_check(codes, self.config.codebook_size)
+        if engine := self._engine_for(codes):
+            if lengths is not None:
+                lengths = _checked_lengths(lengths, codes.shape[0], codes.shape[-1], codes.device)
+            audio = engine.decode_codes(codes, lengths)
+            check()
+            return audio
+        check()
+        return self.decode(self.quantizer.decode(codes), lengths)
+
+    def run_encoder(self, x: Tensor, padded: bool = True) -> Tensor:
+        """`self.encoder(x, padded=padded)`, by the engine if there is one."""
+        return (self._engine_for(x) or self).encoder(x, padded=padded)
+
+    def run_decoder(self, z: Tensor, padded: bool = True) -> Tensor:
+        """`self.decoder(z, padded=padded)`, by the engine if there is one."""
+        return (self._engine_for(z) or self).decoder(z, padded=padded)
 
     def forward(self, audio: Tensor, n_quantizers: int | None = None) -> dict[str, Tensor]:
         """Audio [B, 1, T] through the whole codec.
@@ -130,6 +159,55 @@ class DAC(nn.Module):
             if isinstance(module, WeightNorm):
                 module.fold()
         return self
+
+    def optimize(self, precision=None, shapes: Iterable[tuple[int, int]] = (), memory: int = 4 << 30) -> "DAC":
+        """Have `encode` and `decode` (and what uses them) run by an engine: fused layers, CUDA graphs. Returns self.
+
+        The codec is folded and in eval mode from then on, and its parameters stay float32. The engine runs what needs
+        no gradients: its results have none. In training mode, or for an input that requires a gradient, the modules
+        run as they do without an engine. Whatever moves, converts or replaces the weights ends the engine: the next
+        call says so. It is not saved, and a copy of the codec has none. `str(codec.engine)` says how it stands.
+
+        Args:
+            precision: of the convolutions, "fp32" (no TF32), "tf32", "fp16" or "bf16", or {"encode": one of these,
+                "decode": one of these}. None: fp32 for encode, so that codes are the reference's; for decode fp16 on
+                CUDA, fp32 on the CPU. The quantizer computes in fp32 in any case.
+            shapes: (batch, frames) pairs, for CUDA: the ways to run each layer are timed at these, and each becomes a
+                CUDA graph of encode and one of decode_codes, with all codebooks. A graph serves requests of its
+                size and smaller ones, down to half of it, ragged batches too.
+            memory: bytes that the graphs may hold; shapes beyond are timed but not captured.
+        Raises:
+            ValueError: an argument is out of range, the codec is not in float32, or its activation is not Snake.
+        """
+        from dac_fast.inference.engine import Engine
+
+        # frees what an earlier one holds
+        self.engine = None
+        self.engine = Engine(self, precision, shapes, memory)
+        return self
+
+    def _engine_for(self, x: Tensor):
+        """The engine, if it is to run x."""
+        if self.engine is None or self.training or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if self.engine.stale:
+            raise RuntimeError(f"the codec was {self.engine.stale} after optimize(); call optimize() again")
+        return self.engine
+
+    def _apply(self, *args, **kwargs):
+        if self.engine is not None:
+            self.engine.stale = "moved or converted"
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):  # noqa: D102
+        if self.engine is not None:
+            self.engine.stale = "given other weights"
+        return super().load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True):  # noqa: D102
+        if mode and self.engine is not None:
+            self.engine.stale = "in training"
+        return super().train(mode)
 
     def compress(self, source, chunk_seconds=None, n_quantizers=None, normalize_db=-16.0, padding=True):
         """A recording to a `DACFile`, in constant memory; see `dac_fast.model.recordings.compress`."""
@@ -166,7 +244,28 @@ def _check_shape(name: str, x: Tensor, channels: int | None = None):
 
 
 def _checked_lengths(lengths, items: int, longest: int, device) -> Tensor:
-    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    if lengths.shape != (items,) or int(lengths.min()) < 1 or int(lengths.max()) > longest:
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    # where they are, and at once: reading from a GPU waits for all that it was given to do
+    fits = lengths.shape == (items,)
+    low, high = torch.stack(lengths.aminmax()).tolist() if fits else (0, 0)
+    if low < 1 or high > longest:
         raise ValueError(f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}")
-    return lengths
+    return lengths.to(device)
+
+
+def _range_check(codes: Tensor, size: int) -> Callable[[], None]:
+    """A function that raises ValueError where a code is not below `size`.
+
+    Call it after what is to run meanwhile: a GPU finds the bounds before, and the call waits for these only.
+    """
+    bounds = torch.stack(codes.aminmax()).to("cpu", non_blocking=True)
+    event = torch.cuda.current_stream(codes.device).record_event() if codes.is_cuda else None
+
+    def check():
+        if event is not None:
+            event.synchronize()
+        low, high = bounds.tolist()
+        if low < 0 or high >= size:
+            raise ValueError(f"code {low if low < 0 else high}; accepted: 0 to {size - 1}")
+
+    return check

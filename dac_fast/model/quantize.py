@@ -57,8 +57,16 @@ class ResidualVectorQuantizer(nn.Module):
             [q.out_proj.bias for q in stages],
         )
 
-    def forward(self, z: Tensor, n_quantizers: int | None = None, lengths: Tensor | None = None):
+    def forward(
+        self,
+        z: Tensor,
+        n_quantizers: int | None = None,
+        lengths: Tensor | None = None,
+        counts: Tensor | None = None,
+    ):
         """Quantise z [B, D, F] with the first `n_quantizers` stages (None: all); see `ops.rvq_encode`.
+
+        counts: stages that each item keeps, int64 [B]; None: all, in training mode drawn at random (see `dropout`).
 
         Returns:
             quantised z [B, D, F], codes int64 [B, N, F], latents [B, sum d, F], commitment loss, codebook loss.
@@ -66,8 +74,7 @@ class ResidualVectorQuantizer(nn.Module):
             ValueError: n_quantizers is not between 1 and the number of stages.
         """
         n = self._checked_count(n_quantizers)
-        counts = None
-        if self.training and self.dropout and n_quantizers is None:
+        if counts is None and self.training and self.dropout and n_quantizers is None:
             counts = torch.full((z.shape[0],), n, device=z.device)
             dropped = int(z.shape[0] * self.dropout)
             counts[:dropped] = torch.randint(1, n + 1, (dropped,), device=z.device)
@@ -110,12 +117,24 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError: more codes per frame than stages.
         """
+        entries = self._entries(codes)
+        return self.decode(codes), torch.cat(entries, dim=1), codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, N, F] of the first N stages to quantised z [B, D, F].
+
+        Raises:
+            ValueError: more codes per frame than stages.
+        """
         n = self._checked_count(codes.shape[1])
-        entries = [F.embedding(codes[:, i], self.quantizers[i].codebook.weight).transpose(1, 2) for i in range(n)]
         if self.form in ("unprojected", "ema"):
-            return sum(entries), torch.cat(entries, dim=1), codes
-        codebooks, out_weights, out_biases = self._decode_weights(n)
-        return ops.rvq_decode(codes, codebooks, out_weights, out_biases), torch.cat(entries, dim=1), codes
+            return sum(self._entries(codes))
+        return ops.rvq_decode(codes, *self._decode_weights(n))
+
+    def _entries(self, codes: Tensor) -> list[Tensor]:
+        """The codebook entries [B, d, F] of codes [B, N, F], stage by stage."""
+        n = self._checked_count(codes.shape[1])
+        return [F.embedding(codes[:, i], self.quantizers[i].codebook.weight).transpose(1, 2) for i in range(n)]
 
     def from_latents(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unquantised latents [B, sum d, F] to (quantised z [B, D, F], entries [B, sum d, F], codes [B, N, F]).
