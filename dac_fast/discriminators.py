@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.model.channels_last import innermost
 from dac_fast.model.layers import WeightNorm, default_init
 from dac_fast.ops.reference import band_edges
 from dac_fast.resample import filter_bank
@@ -32,7 +33,10 @@ class Conv(WeightNorm):
         self.stride, self.padding, self.groups = stride, padding, groups
 
     def forward(self, x):  # noqa: D102
-        return self.convolve(x, self.normed_weight(), self.bias, self.stride, self.padding, groups=self.groups)
+        weight = self.normed_weight()
+        if not self.channels_last or self.convolve is F.conv1d:
+            return self.convolve(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return innermost(F.conv2d(innermost(x), innermost(weight), self.bias, self.stride, self.padding))
 
 
 def activated(*args, **kwargs) -> nn.Sequential:
@@ -208,11 +212,14 @@ class MRD(nn.Module):
         return [m for band in maps for m in band] + [score]
 
 
-def band_spectrograms(x: Tensor, windows: list[int], bands: list[tuple[float, float]]) -> list[list[Tensor]]:
+def band_spectrograms(
+    x: Tensor, windows: list[int], bands: list[tuple[float, float]], channels_last: bool = False
+) -> list[list[Tensor]]:
     """`ops.stft_bands` of x [B, 1, T] in float32, stored in the type that autocast would have convolutions read."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return ops.stft_bands(full_precision(x)[:, 0], windows, bands, dtype=dtype)
+    layout = "channels_last" if channels_last else "channels_first"
+    return ops.stft_bands(full_precision(x)[:, 0], windows, bands, layout, dtype)
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,12 @@ class DiscriminatorInput:
         """The same values without their history."""
         return DiscriminatorInput(self.audio.detach(), [[band.detach() for band in w] for w in self.bands])
 
+    def joined(self, other: "DiscriminatorInput") -> "DiscriminatorInput":
+        """One batch of these items and then the other's."""
+        windows = zip(self.bands, other.bands, strict=True)
+        bands = [[torch.cat(pair) for pair in zip(*window, strict=True)] for window in windows]
+        return DiscriminatorInput(torch.cat([self.audio, other.audio]), bands)
+
 
 class Discriminator(nn.Module):
     """All of them: an MPD per period, an MSD per rate, an MRD per FFT size, in this order.
@@ -240,6 +253,9 @@ class Discriminator(nn.Module):
         fft_sizes: windows of the MRDs, in samples; empty: no MRD.
         sample_rate: of the audio, in Hz.
         bands: of every MRD, as (low, high) fractions of the spectrum; `((0.0, 1.0),)` is a single band.
+
+    Attributes:
+        channels_last: whether spectrograms are to have their channels innermost in memory, see `set_channels_last`.
     """
 
     def __init__(
@@ -251,6 +267,7 @@ class Discriminator(nn.Module):
         bands: Sequence[tuple[float, float]] = BANDS,
     ):
         super().__init__()
+        self.channels_last = False
         self.fft_sizes = list(fft_sizes)
         self.bands = [tuple(band) for band in bands]
         self.discriminators = nn.ModuleList(
@@ -269,7 +286,7 @@ class Discriminator(nn.Module):
         """
         check_audio(x)
         audio = ops.disc_preprocess(full_precision(x))
-        bands = band_spectrograms(audio, self.fft_sizes, self.bands) if self.fft_sizes else []
+        bands = band_spectrograms(audio, self.fft_sizes, self.bands, self.channels_last) if self.fft_sizes else []
         return DiscriminatorInput(audio, bands)
 
     def forward(self, x: Tensor | DiscriminatorInput) -> list[list[Tensor]]:

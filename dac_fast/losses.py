@@ -186,7 +186,7 @@ class GANLoss(nn.Module):
     Args:
         discriminator: maps audio to a list, one per sub-discriminator, of lists of feature maps whose last is its
             score, as `dac_fast.discriminators.Discriminator` does. What that one's `spectra` returns is accepted
-            as `fake` and `real` too.
+            as `fake` and `real` too; both of one shape.
     """
 
     def __init__(self, discriminator: Callable):
@@ -194,9 +194,11 @@ class GANLoss(nn.Module):
         self.discriminator = discriminator
 
     def discriminator_loss(self, fake, real) -> Tensor:
-        """Pushes scores of `fake` to 0 and of `real` to 1. No gradient reaches `fake`."""
-        fakes, reals = self.discriminator(fake.detach()), self.discriminator(real)
-        return sum(f[-1].square().mean() + (1 - r[-1]).square().mean() for f, r in zip(fakes, reals, strict=True))
+        """Pushes scores of `fake` to 0 and of `real` to 1, both seen in one pass. No gradient reaches `fake`."""
+        fake = fake.detach()
+        both = torch.cat([fake, real]) if isinstance(fake, Tensor) else fake.joined(real)
+        scores = [maps[-1].chunk(2) for maps in self.discriminator(both)]
+        return sum(f.square().mean() + (1 - r).square().mean() for f, r in scores)
 
     def generator_loss(self, fake, real) -> tuple[Tensor, Tensor]:
         """Adversarial loss, which pushes scores of `fake` to 1, and feature loss. No gradient passes through `real`.
@@ -208,8 +210,16 @@ class GANLoss(nn.Module):
             reals = self.discriminator(real)
         adversarial = sum((1 - maps[-1]).square().mean() for maps in fakes)
         feature = sum(
-            F.l1_loss(f, r)
+            mean_absolute_difference(f, r)
             for fake_maps, real_maps in zip(fakes, reals, strict=True)
             for f, r in zip(fake_maps[:-1], real_maps[:-1], strict=True)
         )
         return adversarial, feature
+
+
+def mean_absolute_difference(x: Tensor, y: Tensor) -> Tensor:
+    """`F.l1_loss` in float32 at least, which keeps only the difference for the backward pass, in the inputs' dtype."""
+    # Rounding a difference keeps its sign, which is all that the gradient depends on.
+    difference = x - y
+    dtype = torch.promote_types(difference.dtype, torch.float32)
+    return torch.linalg.vector_norm(difference, 1, dtype=dtype) / difference.numel()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dac_fast.model import channels_last
+
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     """`torch.nn.functional.conv1d`. x: [B, in, T]; weight: [out, in, kernel]; result [B, out, T']."""
@@ -20,9 +22,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, d
         return F.linear(rows, weight.flatten(1), bias).transpose(1, 2)
     if kernel == 2 * stride and dilation == 1:
         return _conv1d_of_two_strides(x, weight, bias, stride, padding)
-    # PyTorch knows this layout for two axes of space only; the first one has size 1 here
-    y = F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, (1, stride), (0, padding), (1, dilation))
-    return y.squeeze(2)
+    return channels_last.conv1d(x, weight, bias, stride, padding, dilation)
 
 
 def _conv1d_of_two_strides(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:

@@ -8,14 +8,17 @@ length, and every forward takes two optional things beside x [B, C, T]:
     padded: False runs the convolution without its padding, as the published package's chunk mode does.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dac_fast import ops
-from dac_fast.model import folded
+from dac_fast.model import channels_last, folded
 from dac_fast.ops.reference import valid_mask
 
 
@@ -23,10 +26,16 @@ class WeightNorm(nn.Module):
     """Holds a weight as direction `weight_v` and magnitude `weight_g` (arXiv 1602.07868), or folded, as `weight`.
 
     The magnitude is per index of the first axis. Subclasses use `self.normed_weight()`.
+
+    Attributes:
+        channels_last: whether outputs are to have channels innermost in memory, see `set_channels_last`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
+        self.channels_last = False
+        # Within `weights_kept`: a list, of the weight once it is computed.
+        self._kept: list[Tensor] | None = None
         self.weight_g = nn.Parameter(weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1)))
         self.weight_v = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
@@ -38,7 +47,14 @@ class WeightNorm(nn.Module):
 
     def normed_weight(self) -> Tensor:
         """The weight that is convolved with."""
-        return self.weight if self.folded else torch._weight_norm(self.weight_v, self.weight_g, 0)
+        if self.folded:
+            return self.weight
+        if self._kept:
+            return self._kept[0]
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        if self._kept is not None:
+            self._kept.append(weight)
+        return weight
 
     @torch.no_grad()
     def fold(self):
@@ -50,6 +66,19 @@ class WeightNorm(nn.Module):
             weight = self.normed_weight().transpose(1, 2).contiguous().transpose(1, 2)
             self.weight = nn.Parameter(weight, requires_grad=False)
             del self.weight_g, self.weight_v
+
+
+@contextlib.contextmanager
+def weights_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, every weight of the network is normed in the first pass only: for several passes between two updates."""
+    layers = [module for module in network.modules() if isinstance(module, WeightNorm)]
+    for layer in layers:
+        layer._kept = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 def default_init(weight: Tensor, fan_in: int) -> Tensor:
@@ -79,7 +108,8 @@ class Conv1d(WeightNorm):
         if self.folded:
             y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         else:
-            y = F.conv1d(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
+            convolve = channels_last.conv1d if self.channels_last else F.conv1d
+            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
@@ -104,7 +134,8 @@ class ConvTranspose1d(WeightNorm):
         if self.folded:
             y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
         else:
-            y = F.conv_transpose1d(x, self.normed_weight(), self.bias, self.stride, padding)
+            convolve = channels_last.conv_transpose1d if self.channels_last else F.conv_transpose1d
+            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
@@ -151,17 +182,25 @@ class Chain(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A module that is one chain of layers, kept under the published name `block`."""
+    """A module that is one chain of layers, kept under the published name `block`.
+
+    Attributes:
+        checkpointed: keep only the input for the backward pass, which computes the rest again: less memory, more time.
+    """
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
         self.block = Chain(*layers)
+        self.checkpointed = False
 
     def output_length(self, length, padded=True):
         """Positions that come out of `length` (an int or an int tensor)."""
         return self.block.output_length(length, padded)
 
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
+        if self.checkpointed and torch.is_grad_enabled():
+            # Nothing in a block is random, and saving the generator's state would wait for the GPU.
+            return checkpoint(self.block, x, lengths, padded, use_reentrant=False, preserve_rng_state=False)
         return self.block(x, lengths, padded)
 
 

@@ -111,6 +111,8 @@ class TrainerConfig:
         log_every, validate_every, sample_every, save_every: in steps.
         samples: validation items whose audio and spectrograms go to TensorBoard.
         keep_last: checkpoints kept; those of the steps in `keep_steps` are kept besides.
+        gradient_checkpointing: compute the codec's blocks twice and keep less of them: for GPUs with little memory.
+        cuda_graph: launch a whole step at once (one process on one GPU): for GPUs that wait for Python.
         max_nonfinite: steps in a row without finite gradients after which the run stops.
         tensorboard: write TensorBoard logs too, where the package is installed.
     """
@@ -131,6 +133,8 @@ class TrainerConfig:
     samples: int = 8
     keep_last: int = 3
     keep_steps: tuple[int, ...] = (10_000, 50_000, 100_000, 200_000)
+    gradient_checkpointing: bool = False
+    cuda_graph: bool = False
     max_nonfinite: int = 20
     tensorboard: bool = True
 

@@ -198,6 +198,22 @@ def loader(excerpts: Excerpts, batches, workers: int, pin_memory: bool = False) 
         yield batch
 
 
+def moved(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
+    """The batches of a `loader` with their audio on the device; a GPU copies it while it still runs the last step."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            audio = batch["audio"].to(device, non_blocking=True)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        # Allocated for the other stream, it must not be given away while this one uses it.
+        audio.record_stream(current)
+        yield {**batch, "audio": audio}
+
+
 def _collated(items: list[dict]) -> dict:
     for item in items:
         if "error" in item:

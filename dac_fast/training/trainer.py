@@ -27,7 +27,7 @@ from dac_fast.files import atomic_path
 from dac_fast.metrics import codebook_counts, codebook_entropy, mel_distance, si_sdr, stft_distance
 from dac_fast.training import state
 from dac_fast.training.config import Recipe, RecipeError, load_recipe
-from dac_fast.training.data import Batches, Excerpts, loader
+from dac_fast.training.data import Batches, Excerpts, loader, moved
 from dac_fast.training.log import Log
 from dac_fast.training.sources import DataError, find_files, hold_out
 from dac_fast.training.step import TrainingStep
@@ -186,10 +186,11 @@ class Run:
         self.validation_audio = self.read_validation()
         since, timed, stopping = time.monotonic(), 0, False
         with Stop() as stop:
-            for batch in loader(excerpts, batches, self.workers, pin_memory=self.device.type == "cuda"):
+            loaded = loader(excerpts, batches, self.workers, pin_memory=self.device.type == "cuda")
+            for batch in moved(loaded, self.device):
                 self.unreadable.update(batch["unreadable"])
                 torch.manual_seed(step_seed(trainer.seed, self.done, self.rank))
-                losses = self.step(batch["audio"].to(self.device, non_blocking=True), self.done)
+                losses = self.step(batch["audio"], self.done)
                 self.done, timed = self.done + 1, timed + 1
                 self.log.advance(self.done)
 
@@ -232,7 +233,7 @@ class Run:
         values = dict(zip(names, torch.stack([losses[name].double() for name in names]).tolist(), strict=True))
         values |= used | {
             "skipped": int(self.step.skipped["total"]),
-            "learning_rate": self.step.optimizers["generator"].param_groups[0]["lr"],
+            "learning_rate": float(self.step.optimizers["generator"].param_groups[0]["lr"]),
             "steps_per_second": steps_per_second,
         }
         if self.rank == 0:
