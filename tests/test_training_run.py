@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -244,3 +245,19 @@ def test_it_learns_and_continues_from_a_codec(tones, tmp_path):
     quiet_train(tones, tmp_path / "b", "trainer.steps=2", start_from, "trainer.discriminator_warmup=1", *overrides)
     assert "mel" not in logged(tmp_path / "b")[0]
     assert logged(tmp_path / "b")[1]["mel"] < 0.6 * mel[0]
+
+
+def test_tiny_overfits_a_real_recording(tmp_path):
+    clip = Path(dac_fast.__file__).parent / "assets" / "tabla_cc0.flac"
+    (tmp_path / "audio").mkdir()
+    shutil.copy(clip, tmp_path / "audio")
+    overrides = (
+        f"data.train={tmp_path / 'audio'}", "data.validation=null", "data.seconds=0.19", "data.workers=0",
+        "losses.adversarial=0", "losses.feature=0", "optimizer.learning_rate=1e-3",
+        f"trainer.folder={tmp_path / 'run'}", "trainer.steps=150", "trainer.batch_size=2", "trainer.log_every=1",
+        "trainer.tensorboard=false", "trainer.device=cpu",
+    )  # fmt: skip
+    with dac_fast.use_backend("auto"):
+        train("tiny", overrides, Console(file=io.StringIO()))
+    mel = [entry["mel"] for entry in logged(tmp_path / "run")]
+    assert np.mean(mel[-20:]) < 0.5 * mel[0]
