@@ -8,7 +8,7 @@ from tolerances import assert_as_good_as
 
 import dac_fast
 from dac_fast import DAC, PRESETS
-from dac_fast.inference import DecoderStreams, EncoderStreams, StreamingDecoder, StreamingEncoder
+from dac_fast.inference import DecoderStreams, EncoderStreams, StreamingDecoder, StreamingEncoder, stream_graph
 from dac_fast.inference.stream_layers import Span
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -198,14 +198,123 @@ def test_steady_state_is_one_fixed_computation(codec, monkeypatch):
     ):
         for _ in range(20):
             streams.push(block)
-        states = [tail.kept.data_ptr() for tail in streams._chain.tails]
+        states = [tail.data_ptr() for tail in streams._chain.tails]
         with monkeypatch.context() as patch:
             patch.setattr(Span, "mask", None)
             streams.push(block)
             streams.end([0])
             with pytest.raises(TypeError):
                 streams.push(block)
-        assert [tail.kept.data_ptr() for tail in streams._chain.tails] == states
+        assert [tail.data_ptr() for tail in streams._chain.tails] == states
+
+
+def recorded_on_the_cpu(step, device):
+    """In place of a CUDA graph: every replay writes to the same memory."""
+    output = step()
+
+    def replay():
+        recorded_on_the_cpu.replays += 1
+        return output.copy_(step())
+
+    return replay
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    recorded_on_the_cpu.replays = 0
+    monkeypatch.setattr(stream_graph, "record", recorded_on_the_cpu)
+
+
+@torch.inference_mode()
+def test_captured_pushes_give_the_same(codec, fake_graphs):
+    """Slots at random, and single signals: whatever a graph cannot do runs without it, on the same states."""
+    hop, lengths = codec.hop_length, (60, 1, 45)
+    codes = [random_codes(codec, 1, frames, frames) for frames in lengths]
+    audio = [random_audio(codec, 1, frames * hop, frames) for frames in lengths]
+    outputs = []
+    for capture in (False, True):
+        decoders, encoders = DecoderStreams(codec, batch=2), EncoderStreams(codec, batch=2)
+        for frames in (1, 3) if capture else ():
+            decoders.capture(frames)
+            encoders.capture(frames)
+        lag = -(-decoders.look_ahead // hop)
+        outputs.append(run_slots(decoders, codes, 1, lag, 0) + run_slots(encoders, audio, hop, encoders.delay, 0))
+    for plain, captured in zip(*outputs):
+        torch.testing.assert_close(captured, plain, rtol=0, atol=1e-12)
+    assert recorded_on_the_cpu.replays > 10
+
+    decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
+    decoder.capture(1, batch=2)
+    encoder.capture(2, batch=2)
+    for _ in range(2):
+        before = recorded_on_the_cpu.replays
+        codes, audio = random_codes(codec, 2, 60), random_audio(codec, 2, 60 * hop)
+        restored = torch.cat([*map(decoder.push, codes.split(1, dim=2)), decoder.flush()], dim=2)
+        torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
+        encoded = torch.cat([*map(encoder.push, audio.split(2 * hop + 1, dim=2)), encoder.flush()], dim=2)
+        assert torch.equal(encoded, codec.encode(audio).codes)
+        assert recorded_on_the_cpu.replays > before + 20
+
+
+def test_capture_says_where_it_can(codec):
+    for streams in (DecoderStreams(codec, 1), StreamingEncoder(codec)):
+        with pytest.raises(ValueError, match="the codec is on cpu; accepted: a CUDA device"):
+            streams.capture(1)
+    with pytest.raises(ValueError, match="frames is 0; accepted: a positive integer"):
+        EncoderStreams(codec, 1).capture(0)
+    with pytest.raises(ValueError, match="99 codebooks; accepted: 1 to"):
+        DecoderStreams(codec, 1).capture(1, n_quantizers=99)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["even", "odd"])
+def test_streams_run_the_engines_layers(golden, fake_graphs, name, precision):
+    """In its precision, with the quantizer in float32, captured where a graph can serve."""
+    codec, exact = load(golden, name, dtype=torch.float32).optimize(precision), load(golden, name)
+    codes, audio = random_codes(codec, 2, 60), random_audio(codec, 2, 2000)
+    decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
+    decoder.capture(2, batch=2)
+    encoder.capture(2, batch=2)
+    assert {kept.dtype for kept in decoder._of(2)._chain.tails} == {codec.engine.plans["decode"].dtype}
+    streamed = torch.cat([*map(decoder.push, codes.split(2, dim=2)), decoder.flush()], dim=2)
+    assert streamed.dtype == torch.float32
+    whole, truth = codec.decode_codes(codes), exact.decode_codes(codes)
+    assert snr(streamed, truth) > snr(whole, truth) - 3
+    streamed = torch.cat([*map(encoder.push, audio.split(77, dim=2)), encoder.flush()], dim=2)
+    whole, truth = codec.encode(audio).codes, exact.encode(audio.double()).codes
+    assert (streamed == truth).double().mean() > (whole == truth).double().mean() - 0.05
+    assert recorded_on_the_cpu.replays > 10
+
+
+def snr(actual, exact):
+    return 10 * torch.log10(exact.square().mean() / (actual.double() - exact).square().mean()).item()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", [None, "fp16", "fp32"])
+def test_graphs_replay_what_runs_without_them(golden, precision):
+    """Modules, and the engine's layers."""
+    codec = load(golden, "even", device="cuda", dtype=torch.float32)
+    if precision:
+        codec.optimize(precision)
+    hop, lengths = codec.hop_length, (60, 1, 45)
+    codes = [random_codes(codec, 1, frames, frames) for frames in lengths]
+    audio = [random_audio(codec, 1, frames * hop, frames) for frames in lengths]
+    outputs = []
+    for capture in (False, True):
+        decoders, encoders = DecoderStreams(codec, 2), EncoderStreams(codec, 2)
+        for frames in (1, 3) if capture else ():
+            decoders.capture(frames)
+            encoders.capture(frames)
+        lag = -(-decoders.look_ahead // hop)
+        outputs.append((run_slots(decoders, codes, 1, lag, 0), run_slots(encoders, audio, hop, encoders.delay, 0)))
+    for plain, captured in zip(*(decoded for decoded, _ in outputs)):
+        # other kernels may be chosen for a recording, or by it
+        assert snr(captured, plain.double()) > (50 if precision == "fp16" else 80)
+    same = [(a == b).double().mean() for a, b in zip(*(encoded for _, encoded in outputs))]
+    assert min(same) > 0.9
 
 
 def test_a_flush_ends_a_signal(codec):

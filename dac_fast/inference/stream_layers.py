@@ -1,25 +1,31 @@
 """The codec's layers on streams: blocks of a signal in, blocks out, each position of each layer computed once.
 
-A convolution that sees its input on both sides runs late instead: it keeps the last inputs that it still needs, and
-of every block of inputs it gives the outputs that these complete. That is the padded convolution's output, delayed by
-its right reach; a residual unit delays its input by as much before it adds it. The delays of all layers add up to the
-look-ahead of encoder or decoder.
+A layer that sees its input on both sides runs late instead: it keeps the last inputs that it still needs, and of every
+block of inputs it gives the outputs that these complete. That is the padded layer's output, delayed by its right
+reach. The delays of all layers add up to the look-ahead of encoder or decoder.
 
 Where a signal has no positions, the whole signal's layers see zeros. A stream's layers have computed something there,
-since every layer has a bias, and each convolution that looks around itself puts zeros in its place. So it must know
-which positions a block holds (`Span`). Once a stream is past its beginning, and before its end is known, all are the
+since every layer has a bias, and each layer that looks around itself puts zeros in its place. So it must know which
+positions a block holds (`Span`). Once a stream is past its beginning, and before its end is known, all are the
 signal's: nothing is replaced, and a block is one computation of fixed shapes, on states that stay where they are in
 memory.
+
+The layers are the modules, or the fused ones of a `Plan`, which hand on two tensors: y, and Snake of it, each None
+where the next layer does not read it. Modules hand on y alone.
 
 B: streams, each at its own position. `active`: booleans [B]; the states of the other streams stay as they are; None:
 all are active.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dac_fast.inference.plan import Plan, Unit, float32_products
 from dac_fast.model.layers import Block, Chain, Conv1d, ConvTranspose1d, ResidualUnit
 
 
@@ -40,108 +46,114 @@ class Span(NamedTuple):
         return torch.where(((index >= 0) & (index < self.length[:, None]))[:, None], x, 0)
 
 
-class Tail:
-    """The last `size` positions of a stream x [B, C, T], zeros at first: `kept` [B, size, C], never another tensor.
+class StreamedLayer:
+    """A convolution or residual unit of a stream: of a block of inputs, the outputs that it completes.
 
-    Channels lie innermost, as the folded convolutions like it.
-    """
+    It keeps the last `context` positions of its inputs, zeros at first.
 
-    def __init__(self, size: int, channels: int, batch: int, like: Tensor):
-        self.kept = torch.zeros(batch, size, channels, dtype=like.dtype, device=like.device)
-
-    def join(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """x [B, C, T] with the kept positions before it; its last ones are kept now."""
-        joined = torch.cat([self.kept, x.transpose(1, 2)], dim=1)
-        last = joined[:, x.shape[-1] :]
-        self.kept.copy_(last if active is None else torch.where(active[:, None, None], last, self.kept))
-        return joined.transpose(1, 2)
-
-
-class StreamedConv:
-    """`Conv1d` or `ConvTranspose1d` of a stream: of a block of inputs, the outputs that it completes.
-
+    Args:
+        layer: a module, or a layer of a `Plan`.
+        batch: streams.
     Attributes:
-        tails: the states, as of every streamed layer.
+        tails: what is kept of each input, [B, context, C] and never another tensor. Channels lie innermost, as folded
+            and fused convolutions like it.
     """
 
-    def __init__(self, conv: Conv1d | ConvTranspose1d, batch: int):
-        self.conv, self.transposed = conv, isinstance(conv, ConvTranspose1d)
+    def __init__(self, layer, batch: int):
+        self.layer, self.fused = layer, not isinstance(layer, nn.Module)
+        inputs = 1
+        # a residual unit looks around itself with its first convolution only, and a fused one reads y and Snake of y
+        if isinstance(layer, ResidualUnit):
+            conv = layer.block[1]
+        elif isinstance(layer, Unit):
+            conv, inputs = layer.first, 2
+        else:
+            conv = layer
+        self.transposed = conv.transposed if self.fused else isinstance(conv, ConvTranspose1d)
+        self.stride, self.padding = conv.stride, conv.padding
         # a transposed convolution has a kernel of two strides: every output sees two inputs
         self.context = 1 if self.transposed else conv.dilation * (conv.kernel_size - 1) + 1 - conv.stride
-        weight = conv.weight if conv.folded else conv.weight_v
-        channels = weight.shape[0 if self.transposed else 1]
-        self.tails = [Tail(self.context, channels, batch, weight)] if self.context else []
+        weight = conv.weight if self.fused or conv.folded else conv.weight_v
+        size = batch, self.context, weight.shape[0 if self.transposed else 1]
+        self.tails = [weight.new_zeros(size) for _ in range(inputs if self.context else 0)]
 
     def span(self, span: Span) -> Span:
         """What the outputs are, where the inputs are `span`."""
-        conv = self.conv
         if self.transposed:
-            first = span.first * conv.stride - conv.padding
+            first = span.first * self.stride - self.padding
         else:
-            first = (span.first - self.context + conv.padding) // conv.stride
-        return Span(first, conv.output_length(span.length))
+            first = (span.first - self.context + self.padding) // self.stride
+        return Span(first, self.layer.output_length(span.length, True))
 
     def first_input(self, first: int) -> int:
-        """The opposite, for the first position and a `Conv1d`: where the inputs begin."""
-        return first * self.conv.stride - self.conv.padding + self.context
+        """The opposite, for the first position and no transposed convolution: where the inputs begin."""
+        return first * self.stride - self.padding + self.context
 
-    def __call__(self, x: Tensor, span: Span | None, active: Tensor | None) -> tuple[Tensor, Span | None]:
-        """A block x [B, C, T], which is `span`, to the outputs that it completes, and what they are."""
-        for tail in self.tails:
-            x = tail.join(x if span is None else span.mask(x), active)
-        y = self.conv(x, padded=False)
+    def __call__(self, y, snaked, span: Span | None, active: Tensor | None):
+        """A block y, snaked [B, C, T], which is `span`, to the outputs that it completes, and what they are."""
+        inputs = [x for x in (y, snaked) if x is not None]
+        for i, kept in enumerate(self.tails):
+            x = inputs[i] if span is None else span.mask(inputs[i])
+            joined = torch.cat([kept, x.transpose(1, 2)], dim=1)
+            last = joined[:, -self.context :]
+            if active is None:
+                kept.copy_(last)
+            else:
+                torch.where(active[:, None, None], last, kept, out=kept)
+            inputs[i] = joined.transpose(1, 2)
+        if self.fused:
+            outputs = self.layer(*inputs, *[None] * (2 - len(inputs)), padded=False)
+        else:
+            outputs = self.layer(*inputs, padded=False), None
         if self.transposed:
             # the first `stride` outputs lack the input before the kept one, the last ones lack the next input
-            y = y[..., self.conv.stride : -self.conv.stride]
-        return y, None if span is None else self.span(span)
+            outputs = [x if x is None else x[..., self.stride : -self.stride] for x in outputs]
+        return *outputs, None if span is None else self.span(span)
 
 
 class StreamedChain:
-    """`Chain` of a stream; methods as those of `StreamedConv`."""
+    """An encoder's or decoder's layers for streams, called and asked as `StreamedLayer` is.
 
-    def __init__(self, chain: Chain, batch: int):
-        self.layers = [_streamed(layer, batch) for layer in chain]
-        self.moving = [layer for layer in self.layers if not isinstance(layer, nn.Module)]
-        self.tails = [tail for layer in self.moving for tail in layer.tails]
+    Args:
+        chain: the modules, or a plan of fused layers.
+        batch: streams.
+    Attributes:
+        tails: of all layers.
+    """
+
+    def __init__(self, chain: Chain | Plan, batch: int):
+        plan = chain if isinstance(chain, Plan) else None
+        self.choices, self.tf32 = (plan.choices, plan.tf32) if plan else (None, None)
+        moving = (Conv1d, ConvTranspose1d, ResidualUnit)
+        self.layers = [
+            layer if isinstance(layer, nn.Module) and not isinstance(layer, moving) else StreamedLayer(layer, batch)
+            for layer in (plan.layers if plan else _flat(chain))
+        ]
+        self.moving = [layer for layer in self.layers if isinstance(layer, StreamedLayer)]
+        self.tails = [kept for layer in self.moving for kept in layer.tails]
 
     def span(self, span: Span) -> Span:  # noqa: D102
-        for layer in self.moving:
-            span = layer.span(span)
-        return span
+        return functools.reduce(lambda span, layer: layer.span(span), self.moving, span)
 
     def first_input(self, first: int) -> int:  # noqa: D102
-        for layer in reversed(self.moving):
-            first = layer.first_input(first)
-        return first
+        return functools.reduce(lambda first, layer: layer.first_input(first), reversed(self.moving), first)
 
-    def __call__(self, x: Tensor, span: Span | None, active: Tensor | None) -> tuple[Tensor, Span | None]:  # noqa: D102
-        for layer in self.layers:
-            if isinstance(layer, nn.Module):
-                x = layer(x)
-            else:
-                x, span = layer(x, span, active)
-        return x, span
-
-
-class StreamedResidualUnit(StreamedChain):
-    """`ResidualUnit` of a stream: the input waits for the convolutions before it is added."""
-
-    def __init__(self, unit: ResidualUnit, batch: int):
-        super().__init__(unit.block, batch)
-        like = self.tails[0].kept
-        self.waiting = Tail(-self.span(Span(0, 0)).first, like.shape[2], batch, like)
-        self.tails.append(self.waiting)
-
-    def __call__(self, x: Tensor, span: Span | None, active: Tensor | None) -> tuple[Tensor, Span | None]:  # noqa: D102
-        added = self.waiting.join(x, active)[..., : x.shape[-1]]
-        y, span = super().__call__(x, span, active)
-        return added + y, span
+    def __call__(self, x: Tensor, span: Span | None, active: Tensor | None) -> tuple[Tensor, Span | None]:
+        """A block x [B, C, T] to the outputs that it completes, of x's dtype, and what they are."""
+        y, snaked = x.to(self.tails[0].dtype), None
+        with contextlib.nullcontext() if self.tf32 is None else float32_products(self.tf32):
+            for layer in self.layers:
+                if isinstance(layer, StreamedLayer):
+                    y, snaked, span = layer(y, snaked, span, active)
+                else:
+                    y = layer(y)
+        return y.to(x.dtype), span
 
 
-def _streamed(layer: nn.Module, batch: int):
-    """The layer for that many streams; the module itself where it looks at one position at a time."""
-    if isinstance(layer, (Conv1d, ConvTranspose1d)):
-        return StreamedConv(layer, batch)
-    if isinstance(layer, ResidualUnit):
-        return StreamedResidualUnit(layer, batch)
-    return StreamedChain(layer.block, batch) if isinstance(layer, Block) else layer
+def _flat(chain: Chain) -> Iterator[nn.Module]:
+    """Convolutions, residual units and activations in the order in which a signal meets them."""
+    for layer in chain:
+        if isinstance(layer, Block) and not isinstance(layer, ResidualUnit):
+            yield from _flat(layer.block)
+        else:
+            yield layer
