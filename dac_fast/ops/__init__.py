@@ -12,7 +12,9 @@ import functools
 import os
 from collections.abc import Callable
 
+from dac_kernels import conv1d as triton_conv1d
 from dac_kernels import native
+from dac_kernels import residual_unit as triton_residual_unit
 from dac_kernels import rvq as triton_rvq
 from dac_kernels import snake as triton_snake
 
@@ -24,9 +26,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
 IMPLEMENTATIONS = {
     "snake": {"triton": triton_snake, "native": native},
-    "conv1d": {},
-    "conv_transpose1d": {},
-    "residual_unit": {},
+    "conv1d": {"triton": triton_conv1d},
+    "conv_transpose1d": {"triton": triton_conv1d},
+    "residual_unit": {"triton": triton_residual_unit},
     "rvq_encode": {"triton": triton_rvq},
     "rvq_decode": {"triton": triton_rvq},
     "stft_bands": {"native": native},

@@ -1,0 +1,394 @@
+# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
+"""Convolutions with channels innermost in memory, in Triton: one kernel for dilated, strided and transposed ones.
+
+In this layout an item x [C, T] is a flat array, time by time, and the inputs of one output position are runs of
+consecutive elements: without dilation one run of K C elements that starts at (t stride - padding) C, else K runs of C
+elements, `dilation C` apart. What lies outside the item reads as zero. So a convolution is one matrix product
+
+    c[t, n] = sum over runs r and elements k of  x[(t stride - padding) C + r dilation C + k]  weight[n, r, k]
+
+and a transposed one, whose kernel is two strides, as well: input t reaches the `stride` outputs of block t by the
+first half of the taps, and those of block t + 1 by the second. That is a convolution with runs (t - 1, t), padding 1
+and stride * out columns, n = (tap, channel), whose row t is flat too: it begins `padding` positions before position
+t stride of the output.
+
+The epilogue works in float32 on the accumulators: c + bias, tanh, zero past the item's length, + residual; it stores
+c, or snake(c) for the layer that follows, or both, so that Snake is neither computed once per tap nor costs a pass.
+Rows of all items are tiled together: short items (streaming) share tiles.
+"""
+
+# Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dac_kernels.launch import DTYPES, device_unsupported, jit, launch, tl, tuned
+from dac_kernels.snake import _reduced, _sine
+
+# Tiles of M rows and N columns, K elements at a time, warps and stages; accumulation is in the same order in all. All
+# fit in 99 KiB of shared memory, and none spills.
+TILES = {
+    "half": ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 32, 64, 4, 4), (128, 64, 32, 4, 4)),
+    "tf32": ((128, 64, 32, 4, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4)),
+    "ieee": ((64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (32, 64, 32, 4, 3)),
+    # Each thread holds an address per element.
+    "unaligned": ((64, 64, 32, 4, 2),),
+}
+
+# Blocks of rows that take turns on the same columns, so that weights are read from L2 rather than from memory.
+_GROUP = 8
+
+
+@jit
+def tile_of(m_blocks, n_blocks, GROUP: tl.constexpr):
+    """This program's block of rows and of columns: GROUP blocks of rows by all columns, then the next GROUP."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * n_blocks) * GROUP
+    size = tl.minimum(m_blocks - first, GROUP)
+    inside = pid % (GROUP * n_blocks)
+    return first + inside % size, inside // size
+
+
+@jit
+def windows(x, item, m, known, size, x_b, step, first, ALIGN: tl.constexpr):
+    """Pointers [M, 1] to where each row's runs start, and the offsets from there between which the item lies."""
+    start = (m.to(tl.int64) * step - first)[:, None]
+    # Offsets are small, so what is far away may as well be 2^30 away.
+    low = tl.maximum(-start, 0).to(tl.int32)
+    high = tl.where(known[:, None], tl.minimum(size - start, 1 << 30), 0).to(tl.int32)
+    at = x + item.to(tl.int64)[:, None] * x_b + start
+    return at, tl.multiple_of(low, (ALIGN, ALIGN)), tl.multiple_of(high, (ALIGN, ALIGN))
+
+
+@jit
+def snake_of(c, alpha, channel, known):
+    """Snake of c [M, N] with the frequencies of channels [N]."""
+    frequency = tl.load(alpha + channel, mask=known, other=1.0).to(tl.float32)[None, :]
+    sine = _sine(_reduced(c, frequency))
+    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.fma(square, 1.0 / (frequency + 1e-9), c)
+
+
+@jit
+def finish(
+    c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, channel_known, at, inside, y_b, r_b,
+    TANH: tl.constexpr,
+):  # fmt: skip
+    """The epilogue on sums c [M, N]: `at` are their offsets in the item, which exist where `inside`."""
+    c += tl.load(bias + channel, mask=channel_known, other=0.0).to(tl.float32)[None, :]
+    if TANH:
+        c = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * c))
+    item = item.to(tl.int64)[:, None]
+    if lengths is not None:
+        length = tl.load(lengths + item, mask=known[:, None], other=0)
+        c = tl.where(position < length, c, 0.0)
+    if residual is not None:
+        c += tl.load(residual + item * r_b + at, mask=inside, other=0.0).to(tl.float32)
+    at += item * y_b
+    if y is not None:
+        tl.store(y + at, c.to(y.dtype.element_ty), mask=inside)
+    if alpha is not None:
+        tl.store(snaked + at, snake_of(c, alpha, channel, channel_known).to(snaked.dtype.element_ty), mask=inside)
+
+
+@jit
+def _conv1d_kernel(
+    x, weight, bias, alpha, residual, lengths, y, snaked, rows, M, size, x_b, step, first, runs, run, run_step,
+    w_run, w_k, w_tap, w_n, N, CHANNELS, T, skip, y_b, r_b,
+    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Items of `size` elements give M rows each, `rows` together. A row's first run of `run` elements starts at
+    # row * step - first, the next ones `run_step` apart.
+    m_block, n_block = tile_of(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    known, item, m = row < rows, row // M, row % M
+    x_at, low, high = windows(x, item, m, known, size, x_b, step, first, ALIGN)
+    n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_known = n < N
+    inside = known[:, None] & n_known[None, :]
+    if TRANSPOSED:
+        tap, channel = n // CHANNELS, n % CHANNELS
+        position = (m * (N // CHANNELS))[:, None] + (tap - skip)[None, :]
+        inside = inside & (position >= 0) & (position < T)
+        w_at = weight + (tap.to(tl.int64) * w_tap + channel.to(tl.int64) * w_n)[None, :]
+    else:
+        channel, position = n, m[:, None]
+        w_at = weight + (n.to(tl.int64) * w_n)[None, :]
+
+    run_blocks = tl.cdiv(run, BLOCK_K)
+    c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(runs * run_blocks):
+        r = block // run_blocks
+        k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        at = (r * run_step + k)[None, :]
+        a = tl.load(x_at + at, mask=(at >= low) & (at < high) & (k < run)[None, :], other=0.0)
+        w_offset = (r.to(tl.int64) * w_run + k.to(tl.int64) * w_k)[:, None]
+        w = tl.load(w_at + w_offset, mask=n_known[None, :] & (k < run)[:, None], other=0.0)
+        c = tl.dot(a, w, c, input_precision=PRECISION)
+    at = (m.to(tl.int64) * N - skip * CHANNELS)[:, None] + n[None, :]
+    finish(
+        c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, n_known, at, inside,
+        y_b, r_b, TANH,
+    )  # fmt: skip
+
+
+def channels_innermost(x: Tensor) -> Tensor:
+    """x [B, C, T] with each item's elements in a flat [T, C]: a copy only where they are not."""
+    _, channels, time = x.shape
+    if (channels == 1 or x.stride(1) == 1) and (time == 1 or x.stride(2) == channels):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector, or None, with its elements next to each other."""
+    return None if vector is None else vector.contiguous()
+
+
+def outputs(x: Tensor, channels: int, time: int, keep: bool, snaked: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for c and snake(c), with channels innermost, where they are wanted."""
+    shape = (x.shape[0], time, channels)
+    return tuple(x.new_empty(shape).transpose(1, 2) if wanted else None for wanted in (keep, snaked))
+
+
+def precision_of(x: Tensor, tf32: bool) -> str:
+    """`input_precision` of products; half precision has only one."""
+    return "tf32" if tf32 or x.dtype != torch.float32 else "ieee"
+
+
+def alignment(channels: int, x: Tensor, *weights: Tensor) -> tuple[int, bool]:
+    """What is known to divide an offset in x, 16 or 1, and whether rows and weights are loaded in vectors."""
+    strides = [x.stride(0)]
+    for weight in weights:
+        used = [stride for stride, extent in zip(weight.stride(), weight.shape, strict=True) if extent > 1]
+        # One axis lies innermost.
+        strides += sorted(used, key=lambda stride: stride != 1)[1:]
+        if 1 not in used:
+            strides.append(1)
+    align = math.gcd(16, channels)
+    return (16, math.gcd(16, *strides) == 16) if align == 16 else (1, False)
+
+
+def _product(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, transposed: bool) -> dict[str, int]:
+    """The convolution as a matrix product: the integers of `_conv1d_kernel` that describe it."""
+    _, channels, size = x.shape
+    time = output_length(size, weight.shape[2], stride, padding, dilation, transposed)
+    if transposed:
+        inputs, out, taps = weight.stride()
+        shape = {"M": size + 1, "N": stride * weight.shape[1], "CHANNELS": weight.shape[1], "T": time, "skip": padding}
+        runs = {"step": channels, "first": channels, "runs": 2, "run": channels, "run_step": channels}
+        return shape | runs | {"w_run": -stride * taps, "w_k": inputs, "w_tap": taps, "w_n": out}
+    out, inputs, taps = weight.stride()
+    kernel = weight.shape[2]
+    shape = {"M": time, "N": weight.shape[0], "CHANNELS": weight.shape[0], "T": time, "skip": 0}
+    runs = {"step": stride * channels, "first": padding * channels, "run_step": dilation * channels}
+    strides = {"w_run": taps, "w_k": taps if channels == 1 else inputs, "w_tap": 0, "w_n": out}
+    if dilation == 1 and (channels == 1 or kernel == 1 or taps == channels * inputs):
+        return shape | runs | strides | {"runs": 1, "run": kernel * channels}
+    return shape | runs | strides | {"runs": kernel, "run": channels}
+
+
+def tiles(kinds: dict[str, tuple], x: Tensor, precision: str, aligned: bool, columns: int, run: int) -> list[dict]:
+    """The tiles for such tensors, no wider than the product needs."""
+    kind = "unaligned" if not aligned else precision if x.dtype == torch.float32 else "half"
+
+    def needed(block, extent):
+        return min(block, max(16, 1 << (extent - 1).bit_length()))
+
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    fitting = dict.fromkeys((m, needed(n, columns), needed(k, run), *rest) for m, n, k, *rest in kinds[kind])
+    return [dict(zip(names, tile, strict=True)) for tile in fitting]
+
+
+@torch.library.custom_op("dac_kernels::conv1d", mutates_args=())
+def _conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    transposed: bool,
+    tanh: bool,
+    keep: bool,
+    tf32: bool,
+) -> list[Tensor]:
+    """c, if wanted, and snake(c), if there is an alpha."""
+    product = _product(x, weight, stride, padding, dilation, transposed)
+    y, snaked = outputs(x, product["CHANNELS"], product["T"], keep, alpha is not None)
+    items, channels, size = x.shape
+    rows = items * product["M"]
+    x = channels_innermost(x)
+    residual = None if residual is None else channels_innermost(residual)
+    weight = weight[..., stride:] if transposed else weight
+    tensors = (x, weight, dense(bias), dense(alpha), residual, dense(lengths), y, snaked)
+    product |= {"rows": rows, "size": size * channels, "x_b": x.stride(0), "y_b": product["T"] * product["CHANNELS"]}
+    product["r_b"] = 0 if residual is None else residual.stride(0)
+    align, aligned = alignment(channels, x, weight)
+    precision = precision_of(x, tf32)
+
+    def run(config):
+        programs = -(-rows // config["BLOCK_M"]) * -(-product["N"] // config["BLOCK_N"])
+        constants = {"TRANSPOSED": transposed, "ALIGN": align, "TANH": tanh, "PRECISION": precision, "GROUP": _GROUP}
+        launch(_conv1d_kernel, programs, *tensors, **product, **constants, **config)
+
+    parts = [name for name, tensor in zip("xwbarlys", tensors, strict=True) if tensor is not None]
+    shape = (channels, product["N"], product["runs"], product["run"], stride, rows.bit_length())
+    key = "conv1d", x.device, x.dtype, precision, align, aligned, weight.stride(), *parts, *shape
+    run(tuned(key, tiles(TILES, x, precision, aligned, product["N"], product["run"]), run))
+    return [tensor for tensor in (y, snaked) if tensor is not None]
+
+
+@_conv1d.register_fake
+def _(x, weight, bias, alpha, residual, lengths, stride, padding, dilation, transposed, tanh, keep, tf32):
+    product = _product(x, weight, stride, padding, dilation, transposed)
+    made = outputs(x, product["CHANNELS"], product["T"], keep, alpha is not None)
+    return [tensor for tensor in made if tensor is not None]
+
+
+def output_length(size: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool) -> int:
+    """Positions that come out of `size`."""
+    if transposed:
+        return (size + 1) * stride - 2 * padding
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def tensors_unsupported(x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]], single: tuple = ()) -> str | None:
+    """Why no kernel can run on x and the named tensors, of these shapes; those of `single` may be float32 too."""
+    if reason := device_unsupported(x):
+        return reason
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; accepted: float32, float16, bfloat16"
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            return f"{name} has shape {tuple(tensor.shape)}; accepted: {shape}"
+        accepted = {torch.int64} if name == "lengths" else {x.dtype, torch.float32} if name in single else {x.dtype}
+        if tensor.dtype not in accepted:
+            return f"{name} is {tensor.dtype}; accepted: {' or '.join(sorted(map(str, accepted)))}"
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device} and x on {x.device}"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return f"{name} needs a gradient, and this op is for inference"
+    return None
+
+
+def _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, transposed) -> str | None:
+    if x.dim() != 3 or weight.dim() != 3:
+        return f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; accepted: [B, C, T] and three axes"
+    kernel = weight.shape[2]
+    if min(stride, dilation, kernel) < 1 or padding < 0:
+        return f"stride {stride}, padding {padding}, dilation {dilation}, kernel {kernel}; accepted: 1, 0, 1, 1 or more"
+    if transposed and kernel != 2 * stride:
+        return f"a kernel of {kernel} at stride {stride}; accepted: {2 * stride}"
+    if alpha is None and not keep:
+        return "neither keep nor alpha, so there would be no output"
+    items, channels, size = x.shape
+    time = output_length(size, kernel, stride, padding, dilation, transposed)
+    if time < 1 or items * (time + 1) >= 1 << 31:
+        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^31"
+    out = weight.shape[1 if transposed else 0]
+    shapes = {
+        "weight": (weight, (channels, out, kernel) if transposed else (out, channels, kernel)),
+        "bias": (bias, (out,)),
+        "alpha": (alpha, (1, out, 1)),
+        "residual": (residual, (items, out, time)),
+        "lengths": (lengths, (items,)),
+    }
+    return tensors_unsupported(x, shapes, single=("bias", "alpha"))
+
+
+def conv1d_unsupported(
+    x, weight, bias, stride=1, padding=0, dilation=1, *, alpha=None, residual=None, lengths=None, tanh=False,
+    keep=True, tf32=False,
+) -> str | None:  # fmt: skip
+    """Why `conv1d` cannot run on these arguments, or None."""
+    return _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False)
+
+
+def conv_transpose1d_unsupported(
+    x, weight, bias, stride, padding=0, *, alpha=None, lengths=None, keep=True, tf32=False
+) -> str | None:
+    """Why `conv_transpose1d` cannot run on these arguments, or None."""
+    return _unsupported(x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True)
+
+
+def pair(made: list[Tensor], keep: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The list that an op returns as (c, snake(c))."""
+    made = made if keep else [None, *made]
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    *,
+    alpha: Tensor | None = None,
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    tanh: bool = False,
+    keep: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """c = [tanh](conv(x) + bias), zero past lengths, + residual; and snake(c). For inference: no gradients.
+
+    Args:
+        x: [B, in, T], float32, float16 or bfloat16; copied unless its channels lie innermost in memory, densely.
+        weight: [out, in, K], of x's dtype, any strides; fast with memory [out, K, in], and 16 dividing `in` and `out`.
+        bias: [out], of x's dtype or float32.
+        alpha: [1, out, 1], of x's dtype or float32: of the Snake that follows.
+        residual: [B, out, T'], of x's dtype: added at the end. Copied as x is.
+        lengths: int64 [B], valid positions of each item in the output.
+        keep: whether c itself is wanted.
+        tf32: float32 may be rounded to TF32 for the products.
+    Returns:
+        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without `alpha`. Both of x's
+        dtype, with channels innermost in memory. Sums and epilogue are float32.
+    Raises:
+        ValueError: `conv1d_unsupported` has a reason.
+    """
+    if reason := _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False):
+        raise ValueError(reason)
+    made = _conv1d(
+        x, weight, bias, alpha, residual, lengths, stride, padding, dilation, False, tanh, keep, tf32
+    )  # fmt: skip
+    return pair(made, keep)
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int = 0,
+    *,
+    alpha: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: bool = True,
+    tf32: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """c = conv_transpose(x) + bias with a kernel of two strides, zero past lengths; and snake(c). For inference.
+
+    Args:
+        weight: [in, out, 2 stride], of x's dtype, any strides; fast with `in` or `out` innermost in memory.
+        x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
+    Returns:
+        c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
+    Raises:
+        ValueError: `conv_transpose1d_unsupported` has a reason.
+    """
+    if reason := _unsupported(x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True):
+        raise ValueError(reason)
+    return pair(_conv1d(x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32), keep)
