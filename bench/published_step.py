@@ -8,7 +8,9 @@ fusion; every loss fetched from the device in every step. Left out: what its tra
 Modules bear the published names, in the order of `dac_fast`'s, so that a checkpoint of either goes on in the other.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -45,17 +47,25 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).pow(2)
 
 
-class Snake(nn.Module):
+@functools.cache
+def scripted_snake() -> Callable:
     """It, as TorchScript, which fuses it on a GPU."""
+    with warnings.catch_warnings():
+        # That TorchScript is deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(snake)
+
+
+class Snake(nn.Module):
+    """It, with its parameter."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1, channels, 1))
-        self.function = torch.jit.script(snake)
 
     def forward(self, x):
         # torch.compile has its own fusion, and does not look into TorchScript.
-        return (snake if torch.compiler.is_compiling() else self.function)(x, self.alpha)
+        return (snake if torch.compiler.is_compiling() else scripted_snake())(x, self.alpha)
 
 
 class Block(nn.Module):
