@@ -4,8 +4,8 @@ Over several files, one that fails is reported in a line and the others are done
 """
 
 import sys
+import threading
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,48 +16,31 @@ from rich.table import Table
 from dac_fast.audio import AUDIO_SUFFIXES
 from dac_fast.config import PRESETS
 from dac_fast.files import make_folder
-from dac_fast.jobs import Existing, Job, err, fail, may_write, out, plan, run
+from dac_fast.jobs import Existing, Job, attempt, by_size, err, fail, may_write, one_by_one, out, plan, run
+from dac_fast.options import (
+    BatchSeconds,
+    ChunkSeconds,
+    Codebooks,
+    Device,
+    Format,
+    Inputs,
+    Model,
+    NoNormalize,
+    NormalizeDb,
+    Output,
+    Precision,
+    Program,
+    Tune,
+    WhenExisting,
+    batching,
+    load_codec,
+    use_engine,
+)
 from dac_fast.version import __version__
 
 app = typer.Typer(
     help="Descript Audio Codec: audio to codes and back.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-
-class Format(str, Enum):
-    """Formats of .dac files."""
-
-    dac2 = "dac2"
-    dac1 = "dac1"
-
-
-class Program(str, Enum):
-    """Formats of exported models."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-
-
-Inputs = Annotated[list[Path], typer.Argument(help="Files, or folders to go through with their subfolders.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", help="A folder (subfolders are kept), or a file for a single input. Default: beside it."
-    ),
-]
-Model = Annotated[str, typer.Option("--model", "-m", help=f"One of {', '.join(PRESETS)}, or the path of a checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
-Codebooks = Annotated[
-    int | None,
-    typer.Option("--n-quantizers", "--codebooks", help="Use the first that many codebooks. Default: all."),
-]
-ChunkSeconds = Annotated[
-    float | None,
-    typer.Option(help="Seconds that are encoded at once. Changes memory and speed, not the codes. Default: 10."),
-]
-NormalizeDb = Annotated[float, typer.Option(help="Loudness in LUFS that a recording is brought to for encoding.")]
-NoNormalize = Annotated[bool, typer.Option("--no-normalize", help="Encode at the recording's own loudness.")]
-WhenExisting = Annotated[Existing, typer.Option(help="What to do where an output is there already.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -83,22 +66,35 @@ def encode(
         bool,
         typer.Option("--no-padding", help="The published package's chunk mode: chunks stand alone. For dac1 files."),
     ] = False,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the encoder. Default: fp32, which gives the published codes.")
+    ] = None,
+    batch_seconds: BatchSeconds = None,
+    tune: Tune = False,
     existing: WhenExisting = Existing.error,
 ):
     """Compress recordings to .dac files."""
     if no_padding and format is not Format.dac1:
         raise ValueError("--no-padding makes files for the published package; accepted: with --format dac1")
-    from dac_fast.model.recordings import check_options, compress
+    from dac_fast.model.recordings import check_options, compress_all
 
     normalize = None if no_normalize else normalize_db
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".dac", (".dac",))
     codec = load_codec(model, device)
     check_options(codec, chunk_seconds, n_quantizers, normalize)
+    reading = batching(device, batch_seconds)
+    use_engine(codec, "encode", precision, reading["batch_seconds"] if tune else 0)
+    options = codec, chunk_seconds, n_quantizers, normalize, not no_padding
 
-    def work(job: Job, advance):
-        file = compress(codec, job.source, chunk_seconds, n_quantizers, normalize, not no_padding, advance)
+    def save(job: Job, file):
         file.save(job.target, format=format.value)
         return file.duration
+
+    def work(jobs: list[Job], advance):
+        jobs = by_size(jobs)
+        for number, file in compress_all([job.source for job in jobs], *options, **reading, progress=advance):
+            job = jobs[number]
+            yield job, file if isinstance(file, Exception) else attempt(save, job, file)
 
     run(jobs, work, "encoded", existing)
 
@@ -111,34 +107,52 @@ def decode(
     device: Device = "auto",
     suffix: Annotated[str, typer.Option(help="Audio format, where the output is a folder.")] = ".wav",
     subtype: Annotated[str, typer.Option(help="Sample format: PCM_16, PCM_24, FLOAT, … as soundfile names it.")] = "",
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the decoder. Default: fp16 on a GPU, fp32 on the CPU.")
+    ] = None,
+    batch_seconds: BatchSeconds = None,
+    tune: Tune = False,
     existing: WhenExisting = Existing.error,
 ):
     """Restore recordings from .dac files."""
     from dac_fast.audio import WRITABLE, AudioWriter
     from dac_fast.container import DACFile
-    from dac_fast.model.recordings import decompressed_blocks
+    from dac_fast.model.recordings import decompress_all
 
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in WRITABLE:
         raise ValueError(f"--suffix is {suffix!r}; accepted: {', '.join(WRITABLE)}")
     jobs = plan(inputs, output, (".dac",), suffix, AUDIO_SUFFIXES)
-    codecs = {}
 
-    def work(job: Job, advance):
-        file = DACFile.load(job.source)
+    reading = batching(device, batch_seconds)
+    codecs, loading = {}, threading.Lock()
+
+    def load(path: Path):
+        file = DACFile.load(path)
         # a file names a preset at most: it is not to choose which path is opened
         if not model and file.model not in PRESETS:
             named = f"names the model {file.model!r}" if file.model else "does not name its model"
             raise ValueError(f"the file {named}; give it by --model")
         name = model or file.model
-        if name not in codecs:
-            codecs[name] = load_codec(name, device)
+        with loading:
+            if name not in codecs:
+                codecs[name] = load_codec(name, device)
+                use_engine(codecs[name], "decode", precision, reading["batch_seconds"] if tune else 0)
+            return codecs[name], file
+
+    def save(job: Job, file: DACFile, blocks, advance):
         options = {"subtype": subtype} if subtype else {}
         with AudioWriter(job.target, file.sample_rate, file.channels, **options) as writer:
-            for block in decompressed_blocks(codecs[name], file):
+            for block in blocks:
                 writer.write(block)
                 advance(block.shape[1] / file.sample_rate)
         return file.duration
+
+    def work(jobs: list[Job], advance):
+        jobs = by_size(jobs)
+        for number, result in decompress_all([job.source for job in jobs], load, **reading):
+            job = jobs[number]
+            yield job, result if isinstance(result, Exception) else attempt(save, job, *result, advance)
 
     run(jobs, work, "decoded", existing)
 
@@ -184,7 +198,7 @@ def reconstruct(
         return file.duration
 
     try:
-        run(jobs, work, "reconstructed", existing)
+        run(jobs, one_by_one(work), "reconstructed", existing)
     finally:
         out.print(table)
 
@@ -375,25 +389,6 @@ def doctor():
     from dac_fast.doctor import report
 
     report(out)
-
-
-def load_codec(name: str, device: str):
-    """The codec of that name on that device, folded for inference."""
-    import torch
-
-    from dac_fast import load
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {device!r}; accepted: auto, cpu, cuda, cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {device!r}; there are {torch.cuda.device_count()} CUDA devices")
-    return load(name, device=resolved).fold_weight_norm()
 
 
 def main():

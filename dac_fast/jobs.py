@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -95,9 +95,38 @@ def plan(
     return jobs
 
 
-def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], verb: str, existing: Existing):
+def by_size(jobs: list[Job]) -> list[Job]:
+    """Jobs by the size of their files, which stands for their length: a batch is as long as its longest item."""
+    return sorted(jobs, key=lambda job: job.source.stat().st_size if job.source.is_file() else 0)
+
+
+# Does jobs and says how each ended: the seconds of audio in it, or the ValueError or OSError that it caused. Meanwhile
+# it calls the function that it is given with the seconds done since the last call.
+Work = Callable[[list[Job], Callable[[float], None]], Iterator[tuple[Job, float | Exception]]]
+
+
+def one_by_one(work: Callable[[Job, Callable[[float], None]], float]) -> Work:
+    """Work on many jobs of work on one, which gives its seconds."""
+
+    def all_of_them(jobs, advance):
+        for job in jobs:
+            yield job, attempt(work, job, advance)
+
+    return all_of_them
+
+
+def attempt(work: Callable, *args):
+    """What `work(*args)` returns, or the exception, if it is the fault of one file: its content, place, or model."""
+    try:
+        return work(*args)
+    # anything else is a bug and stops the run
+    except (ValueError, OSError) as error:
+        return error
+
+
+def run(jobs: list[Job], work: Work, verb: str, existing: Existing):
     """Do every job, under a progress bar; report failures in a line each, then exit with 1 if there were any."""
-    done = failed = skipped = 0
+    ended = Counter()
     seconds, start = 0.0, time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[audio]}"))
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
@@ -108,25 +137,36 @@ def run(jobs: list[Job], work: Callable[[Job, Callable[[float], None]], float], 
             seconds += more
             progress.update(task, audio=f"{seconds:.0f} s of audio")
 
-        for job in jobs:
-            try:
-                if job.problem:
-                    raise ValueError(job.problem)
-                if may_write(existing, job.target, *job.extra):
-                    make_folder(job.target.parent)
-                    work(job, advance)
-                    done += 1
-                else:
-                    skipped += 1
-            # the faults of one file: its content, its place, its model; anything else is a bug and stops the run
-            except (ValueError, OSError) as error:
-                failed += 1
-                fail(error, job.source)
+        def end(job: Job, outcome: str | Exception):
+            if isinstance(outcome, Exception):
+                fail(outcome, job.source)
+                outcome = "failed"
+            ended[outcome] += 1
             progress.advance(task)
+
+        to_do = []
+        for job in jobs:
+            ready = attempt(_prepare, job, existing)
+            if ready is True:
+                to_do.append(job)
+            else:
+                end(job, ready or "skipped")
+        for job, outcome in work(to_do, advance) if to_do else ():
+            end(job, outcome if isinstance(outcome, Exception) else "done")
     elapsed = time.perf_counter() - start
-    counts = [f"{verb} {done} of {len(jobs)}"]
-    counts += [f"{number} {what}" for number, what in ((skipped, "skipped"), (failed, "failed")) if number]
-    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time" if done else ""
-    out.print(", ".join(counts) + speed)
-    if failed:
+    counts = [f"{verb} {ended['done']} of {len(jobs)}"]
+    counts += [f"{ended[what]} {what}" for what in ("skipped", "failed") if ended[what]]
+    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time"
+    out.print(", ".join(counts) + (speed if ended["done"] else ""))
+    if ended["failed"]:
         raise typer.Exit(1)
+
+
+def _prepare(job: Job, existing: Existing) -> bool:
+    """Whether the job is to be done; then its output's folder is there."""
+    if job.problem:
+        raise ValueError(job.problem)
+    if not may_write(existing, job.target, *job.extra):
+        return False
+    make_folder(job.target.parent)
+    return True

@@ -114,9 +114,6 @@ class Convolution:
         self.stride, self.padding, self.kernel_size = conv.stride, conv.padding, conv.kernel_size
         self.dilation = 1 if self.transposed else conv.dilation
         self.weight, self.bias = conv.normed_weight().detach().to(dtype), conv.bias.detach()
-        if self.transposed and self.weight.is_cuda:
-            # [in, out, kernel] with its input axis innermost, as the fused kernel likes it
-            self.weight = self.weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         self.bias_as_weight = self.bias.to(dtype)
 
     def output_length(self, length, padded: bool):

@@ -1,12 +1,16 @@
 """Long signals through the codec in chunks, in constant memory.
 
 `encode` and `decode` give each chunk the context that its edges can see, and drop the context's output: the result
-is that of the whole signal at once (up to float rounding). `encode_unpadded` and `decode_unpadded` are the published
-package's own chunk mode, in which the convolutions run without padding on overlapping windows.
+is that of the whole signal at once (up to float rounding). The published package's own chunk mode is different: there
+the convolutions run without padding on overlapping windows.
+
+What is computed at once is a `Window`. Windows depend on nothing but their own signal, so any of them, of whatever
+signals, can share a batch (`encode_batch`, `decode_batch`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +35,51 @@ def reach(module: nn.Module) -> int:
     return positions
 
 
-@torch.inference_mode()
+class Window(NamedTuple):
+    """What is encoded or decoded at once.
+
+    Attributes:
+        codec: the `DAC` that it is for.
+        signal: samples [C, n], or codes [C, N, f]; channels are independent.
+        begin, end: the frames of it whose output is wanted; the others are context.
+        padded: whether convolutions are padded; False: the published package's chunk mode, all output is wanted.
+    """
+
+    codec: nn.Module
+    signal: Tensor
+    begin: int = 0
+    end: int = 0
+    padded: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        hop = self.codec.hop_length if self.signal.dim() == 3 else 1
+        return self.signal.shape[-1] * hop / self.codec.sample_rate
+
+
 def encode(codec, blocks: Iterable[Tensor], chunk_frames: int, n_quantizers: int | None = None) -> Iterator[Tensor]:
-    """Codes of a signal, equal to those of the whole signal encoded at once.
+    """Codes [C, N, chunk_frames] of a signal, the last ones fewer, equal to those of the whole signal encoded at once.
+
+    Args:
+        codec, blocks, chunk_frames: as for `sample_windows`.
+        n_quantizers: use the first that many codebooks; None: all.
+    """
+    return (encode_batch([window], n_quantizers)()[0] for window in sample_windows(codec, blocks, chunk_frames))
+
+
+def decode(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
+    """Audio [C, chunk_frames hop_length] of codes [C, N, F], the last one shorter, equal to that of all at once."""
+    return (decode_batch([window])()[0] for window in code_windows(codec, codes, chunk_frames))
+
+
+def sample_windows(codec, blocks: Iterable[Tensor], chunk_frames: int) -> Iterator[Window]:
+    """A signal in windows to encode.
 
     Args:
         codec: the `DAC`.
-        blocks: the signal, piece by piece, each [C, n] for any n; channels are independent.
-        chunk_frames: frames that come out per chunk.
-        n_quantizers: use the first that many codebooks; None: all.
-    Yields:
-        codes [C, N, chunk_frames], the last one shorter.
+        blocks: the signal, piece by piece, each [C, n] for any n.
+        chunk_frames: frames that come out per window.
     """
     hop = codec.hop_length
     context = -(-reach(codec.encoder) // hop)
@@ -55,27 +93,95 @@ def encode(codec, blocks: Iterable[Tensor], chunk_frames: int, n_quantizers: int
         available = first + (-(-buffer.shape[1] // hop) if ended else buffer.shape[1] // hop)
         while done < available if ended else done + chunk_frames + context <= available:
             until = min(done + chunk_frames, available)
-            window = buffer[:, : (min(until + context, available) - first) * hop]
-            yield codec.encode(window[:, None], n_quantizers=n_quantizers).codes[..., done - first : until - first]
+            signal = buffer[:, : (min(until + context, available) - first) * hop]
+            yield Window(codec, signal, done - first, until - first)
             done = until
             keep = max(done - context, 0)
             buffer, first = buffer[:, (keep - first) * hop :], keep
 
 
-@torch.inference_mode()
-def decode(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
-    """Audio of codes [C, N, F], equal to that of all frames decoded at once.
-
-    Yields:
-        [C, chunk_frames * hop_length], the last one shorter.
-    """
-    hop, frames = codec.hop_length, codes.shape[-1]
-    context = reach(codec.decoder)
+def code_windows(codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
+    """Codes [C, N, F] in windows to decode, `chunk_frames` frames each."""
+    frames, context = codes.shape[-1], reach(codec.decoder)
     for begin in range(0, frames, chunk_frames):
         end = min(begin + chunk_frames, frames)
         first, last = max(begin - context, 0), min(end + context, frames)
-        audio = codec.decode_codes(codes[..., first:last])[:, 0]
-        yield audio[:, (begin - first) * hop : (end - first) * hop]
+        yield Window(codec, codes[..., first:last], begin - first, end - first)
+
+
+@torch.inference_mode()
+def encode_batch(windows: Sequence[Window], n_quantizers: int | None = None) -> Callable[[], list[Tensor]]:
+    """Begin to encode windows of one codec; of any lengths, where they are padded.
+
+    Returns:
+        a function that waits for the codes, and returns those [C, N, f] of each window, on the CPU.
+    """
+    codec, _, _, _, padded = windows[0]
+    samples, lengths = _stacked([window.signal for window in windows], codec)
+    if padded:
+        codes = codec.encode(samples, lengths, n_quantizers).codes
+    else:
+        codes = codec.quantizer(codec.run_encoder(samples, padded=False), n_quantizers)[1]
+    return _later(codes, windows, 1)
+
+
+@torch.inference_mode()
+def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
+    """Begin to decode windows of one codec and number of codebooks; of any lengths, where they are padded.
+
+    Returns:
+        a function that waits for the audio, and returns that [C, n] of each window, on the CPU.
+    """
+    codec, _, _, _, padded = windows[0]
+    codes, lengths = _stacked([window.signal for window in windows], codec)
+    if padded:
+        audio = codec.decode_codes(codes, lengths)
+    else:
+        audio = codec.run_decoder(codec.quantizer.decode(codes), padded=False)
+    return _later(audio[:, 0], windows, codec.hop_length)
+
+
+def _stacked(signals: Sequence[Tensor], codec) -> tuple[Tensor, Tensor | None]:
+    """Signals as one batch on the codec's device, and the length of each item, None where they are all the same."""
+    parameter = next(codec.parameters())
+    on_gpu = parameter.is_cuda
+    # samples [C, n] are items of one channel each
+    signals = [signal if signal.dim() == 3 else signal[:, None] for signal in signals]
+    lengths = torch.tensor([signal.shape[2] for signal in signals for _ in signal])
+    longest = int(lengths.max())
+    dtype = parameter.dtype if signals[0].is_floating_point() else signals[0].dtype
+    batch = torch.zeros(len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=on_gpu)
+    item = 0
+    for signal in signals:
+        batch[item : item + signal.shape[0], :, : signal.shape[2]] = signal
+        item += signal.shape[0]
+    if on_gpu:
+        # on a stream of its own, so that it need not wait for what is being computed
+        stream = torch.cuda.Stream(parameter.device)
+        with torch.cuda.stream(stream):
+            batch = batch.to(parameter.device, non_blocking=True)
+        current = torch.cuda.current_stream(parameter.device)
+        current.wait_stream(stream)
+        batch.record_stream(current)
+    return batch, lengths if int(lengths.min()) < longest else None
+
+
+def _later(outputs: Tensor, windows: Sequence[Window], hop: int) -> Callable[[], list[Tensor]]:
+    """A function that returns the wanted part of each window, `hop` positions a frame, once the GPU is done."""
+    finished = None
+    if outputs.is_cuda:
+        device = outputs.device
+        outputs = outputs.to("cpu", non_blocking=True)
+        finished = torch.cuda.current_stream(device).record_event()
+
+    def collect():
+        if finished is not None:
+            finished.synchronize()
+        parts = outputs.split([window.signal.shape[0] for window in windows])
+        pairs = zip(parts, windows, strict=True)
+        return [part[..., w.begin * hop : w.end * hop] if w.padded else part for part, w in pairs]
+
+    return collect
 
 
 def survives_unpadded(module: nn.Module, length: int) -> bool:
@@ -103,30 +209,26 @@ def delay(codec) -> int:
     return (length - shortest) // 2
 
 
-@torch.inference_mode()
-def encode_unpadded(codec, blocks: Iterable[Tensor], window: int, n_quantizers: int | None = None) -> Iterator[Tensor]:
-    """Codes of a signal in the published package's chunk mode.
+def unpadded_sample_windows(codec, blocks: Iterable[Tensor], size: int) -> Iterator[Window]:
+    """A signal in windows to encode, as the published package's chunk mode cuts it; each gives as many frames.
 
     Args:
         codec: the `DAC`.
         blocks: the signal, piece by piece, each [C, n].
-        window: samples per window, a multiple of hop_length and long enough for a frame to come out.
-        n_quantizers: use the first that many codebooks; None: all.
-    Yields:
-        codes [C, N, f], the same f for every window.
+        size: samples per window, a multiple of hop_length and long enough for a frame to come out.
     Raises:
         ValueError: the window is too short.
     """
-    step, lead = output_samples(codec, window), delay(codec)
+    step, lead = output_samples(codec, size), delay(codec)
 
     def long_enough(samples):
         frames = codec.encoder.output_length(samples, padded=False)
         return survives_unpadded(codec.encoder, samples) and survives_unpadded(codec.decoder, frames)
 
-    if not long_enough(window):
-        shortest = next(n for n in range(window, 1 << 30, codec.hop_length) if long_enough(n))
+    if not long_enough(size):
+        shortest = next(n for n in range(size, 1 << 30, codec.hop_length) if long_enough(n))
         raise ValueError(
-            f"chunks of {window / codec.sample_rate:g} s; accepted without padding: "
+            f"chunks of {size / codec.sample_rate:g} s; accepted without padding: "
             f"at least {shortest / codec.sample_rate:g} s"
         )
     buffer, begin, total = None, 0, 0  # the samples held, where they begin in the signal, its samples so far
@@ -136,15 +238,12 @@ def encode_unpadded(codec, blocks: Iterable[Tensor], window: int, n_quantizers: 
             buffer = torch.cat([block.new_zeros(block.shape[0], lead) if buffer is None else buffer, block], dim=1)
         elif buffer is not None:
             # a window starts at every `step` before the end of the signal; the last ones reach beyond it
-            buffer = nn.functional.pad(buffer, (0, lead + window))
-        while buffer is not None and buffer.shape[1] >= window and begin < total:
-            z = codec.run_encoder(buffer[:, None, :window], padded=False)
-            yield codec.quantizer(z, n_quantizers)[1]
+            buffer = nn.functional.pad(buffer, (0, lead + size))
+        while buffer is not None and buffer.shape[1] >= size and begin < total:
+            yield Window(codec, buffer[:, :size], padded=False)
             buffer, begin = buffer[:, step:], begin + step
 
 
-@torch.inference_mode()
-def decode_unpadded(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
-    """Audio of codes [C, N, F] that were made in the published package's chunk mode, `chunk_frames` at a time."""
-    for part in codes.split(chunk_frames, dim=-1):
-        yield codec.run_decoder(codec.quantizer.decode(part), padded=False)[:, 0]
+def unpadded_code_windows(codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
+    """Codes [C, N, F] that were made in the published package's chunk mode, `chunk_frames` at a time."""
+    return (Window(codec, part, padded=False) for part in codes.split(chunk_frames, dim=-1))

@@ -8,9 +8,12 @@ Files of the published package hold the recording's loudness instead of the gain
 that loudness, as the published package does.
 """
 
+import functools
+import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ import torch
 from dac_fast.audio import LoudnessMeter, Recording, normalization_gains
 from dac_fast.container import DACFile
 from dac_fast.model import chunks
+from dac_fast.model.batches import in_batches, read_ahead
 from dac_fast.resample import resampled
 
 DEFAULT_CHUNK_SECONDS = 10.0
@@ -48,11 +52,74 @@ def compress(
         AudioError: the recording cannot be read, is empty, or holds NaN or infinity.
         ValueError: chunk_seconds or n_quantizers is out of range.
     """
+    options = codec, chunk_seconds, n_quantizers, normalize_db, padding
+    for _, result in compress_all([source], *options, progress=progress):
+        if isinstance(result, Exception):
+            raise result
+    return result
+
+
+def compress_all(
+    sources: Sequence,
+    codec,
+    chunk_seconds: float | None = None,
+    n_quantizers: int | None = None,
+    normalize_db: float | None = -16.0,
+    padding: bool = True,
+    *,
+    batch_seconds: float = 0.0,
+    threads: int = 0,
+    progress: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[tuple[int, DACFile | Exception]]:
+    """Recordings to codes: chunks of all of them in common batches, while threads read what comes next.
+
+    Args:
+        sources: see `compress`; fast where neighbours are about as long as each other.
+        codec, chunk_seconds, n_quantizers, normalize_db, padding, progress: as for `compress`.
+        batch_seconds: audio that is encoded at once, all channels added; 0: chunk by chunk.
+        threads: that read and resample ahead of time; 0: none.
+    Yields:
+        the number of each source, in order, and its file, or the ValueError or OSError that it caused.
+    Raises:
+        ValueError: chunk_seconds, n_quantizers or normalize_db is out of range.
+    """
     check_options(codec, chunk_seconds, n_quantizers, normalize_db)
     chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
-    recording = Recording(source)
+    readers = [functools.partial(_read, codec, source, chunk_seconds, normalize_db, padding) for source in sources]
+    results = in_batches(
+        read_ahead(readers, threads),
+        functools.partial(chunks.encode_batch, n_quantizers=n_quantizers),
+        batch_seconds,
+    )
+    for number, group in itertools.groupby(results, key=lambda result: result[0]):
+        yield number, _assembled(codec, (part for _, part in group), progress)
 
+
+@dataclass
+class _Levels:
+    """What reading a recording for the first time tells.
+
+    Attributes:
+        samples: at the codec's rate.
+        loudness: in LUFS.
+        gains: the factor of each channel, float32 [C].
+        chunk_length: frames of each chunk; step: samples by which chunks follow each other, None where that is all
+            their frames; padding: whether convolutions are padded.
+    """
+
+    recording: Recording
+    samples: int
+    loudness: float
+    gains: np.ndarray
+    chunk_length: int
+    step: int | None
+    padding: bool
+
+
+def _read(codec, source, chunk_seconds: float, normalize_db: float | None, padding: bool) -> Iterator:
+    """Reads a recording twice: first its `_Levels`, then all of its windows."""
+    recording = Recording(source)
     meter = LoudnessMeter(codec.sample_rate, recording.channels)
     samples = 0
     for block in recording.blocks(codec.sample_rate):
@@ -60,40 +127,47 @@ def compress(
         samples += block.shape[1]
     loudness = meter.integrated()
     gains = normalization_gains(loudness, meter.peaks, normalize_db)
-
-    def blocks():
-        for block in recording.blocks(codec.sample_rate):
-            yield torch.from_numpy(block * gains[:, None]).to(next(codec.parameters()))
+    blocks = (torch.from_numpy(block * gains[:, None]) for block in recording.blocks(codec.sample_rate))
 
     hop = codec.hop_length
-    frames = -(-max(samples, 1) // hop)
-    if padding or samples <= chunk_seconds * codec.sample_rate:
-        padding, chunk_length = True, frames
-        parts = chunks.encode(codec, blocks(), max(round(chunk_seconds * codec.sample_rate / hop), 1), n_quantizers)
+    chunk_samples = chunk_seconds * codec.sample_rate
+    if padding or samples <= chunk_samples:
+        yield _Levels(recording, samples, loudness, gains, -(-max(samples, 1) // hop), None, True)
+        yield from chunks.sample_windows(codec, blocks, max(round(chunk_samples / hop), 1))
     else:
-        window = -(-int(chunk_seconds * codec.sample_rate) // hop) * hop
-        chunk_length = codec.encoder.output_length(window, padded=False)
-        parts = chunks.encode_unpadded(codec, blocks(), window, n_quantizers)
-    # of a chunk without padding, only its middle is new
-    step = None if padding else chunks.output_samples(codec, window)
-    codes, left = [], samples
+        size = -(-int(chunk_samples) // hop) * hop
+        frames = codec.encoder.output_length(size, padded=False)
+        # of a chunk without padding, only its middle is new
+        step = chunks.output_samples(codec, size)
+        yield _Levels(recording, samples, loudness, gains, frames, step, False)
+        yield from chunks.unpadded_sample_windows(codec, blocks, size)
+
+
+def _assembled(codec, parts: Iterable, progress: Callable[[float], None]) -> DACFile | Exception:
+    """The file of a recording's `_Levels` and the codes of its windows, or what went wrong with it."""
+    codes = []
     for part in parts:
-        codes.append(part.cpu())
-        advance = min(step or part.shape[-1] * hop, left)
+        if isinstance(part, Exception):
+            return part
+        if isinstance(part, _Levels):
+            levels, left = part, part.samples
+            continue
+        codes.append(part)
+        advance = min(levels.step or part.shape[-1] * codec.hop_length, left)
         left -= advance
         progress(advance / codec.sample_rate)
     return DACFile(
         codes=torch.cat(codes, dim=-1),
-        chunk_length=chunk_length,
-        original_length=recording.frames,
-        input_db=loudness,
-        channels=recording.channels,
-        sample_rate=recording.sample_rate,
-        padding=padding,
-        gains=gains,
+        chunk_length=levels.chunk_length,
+        original_length=levels.recording.frames,
+        input_db=levels.loudness,
+        channels=levels.recording.channels,
+        sample_rate=levels.recording.sample_rate,
+        padding=levels.padding,
+        gains=levels.gains,
         codebook_size=codec.config.codebook_size,
         model_sample_rate=codec.sample_rate,
-        hop_length=hop,
+        hop_length=codec.hop_length,
         model=codec.name,
     )
 
@@ -122,14 +196,63 @@ def decompress(codec, file) -> tuple[np.ndarray, int]:
 
 def decompressed_blocks(codec, file: DACFile) -> Iterator[np.ndarray]:
     """The blocks, float32 [C, n], of what `decompress` returns whole."""
+    for _, result in decompress_all([file], lambda file: (codec, file)):
+        if isinstance(result, Exception):
+            raise result
+        yield from result[1]
+
+
+def decompress_all(
+    sources: Sequence,
+    load: Callable[[object], tuple[object, DACFile]],
+    *,
+    batch_seconds: float = 0.0,
+    threads: int = 0,
+) -> Iterator[tuple[int, tuple[DACFile, Iterator[np.ndarray]] | Exception]]:
+    """Files to recordings: chunks of all of them in common batches, while threads load what comes next.
+
+    Args:
+        sources: anything that `load` knows; fast where neighbours are about as long as each other.
+        load: gives the codec and the file of a source. Called by the threads.
+        batch_seconds: audio that is decoded at once, all channels added; 0: chunk by chunk.
+        threads: that load ahead of time; 0: none.
+    Yields:
+        the number of each source, in order, and its file with the blocks of its audio, float32 [C, n], to be taken
+        before the next source (and raising what went wrong with them); or the ValueError or OSError that it caused.
+    """
+    readers = [functools.partial(_load, load, source) for source in sources]
+    results = in_batches(read_ahead(readers, threads), chunks.decode_batch, batch_seconds)
+    for number, group in itertools.groupby(results, key=lambda result: result[0]):
+        parts = (part for _, part in group)
+        first = next(parts)
+        if isinstance(first, Exception):
+            yield number, first
+        else:
+            codec, file = first
+            yield number, (file, _restored(codec, file, _arrays(parts)))
+
+
+def _load(load: Callable, source) -> Iterator:
+    """The codec and the file, then all of its windows."""
+    codec, file = load(source)
     _check_fits(codec, file)
-    codes = file.codes.to(next(codec.parameters()).device)
+    yield codec, file
     if file.padding:
         chunk_frames = max(round(DEFAULT_CHUNK_SECONDS * codec.sample_rate / codec.hop_length), 1)
-        parts = chunks.decode(codec, codes, chunk_frames)
+        yield from chunks.code_windows(codec, file.codes, chunk_frames)
     else:
-        parts = chunks.decode_unpadded(codec, codes, file.chunk_length)
-    blocks = (part.float().cpu().numpy() for part in parts)
+        yield from chunks.unpadded_code_windows(codec, file.codes, file.chunk_length)
+
+
+def _arrays(parts: Iterable[torch.Tensor | Exception]) -> Iterator[np.ndarray]:
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+        yield part.float().numpy()
+
+
+def _restored(codec, file: DACFile, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks that the codec gave, at the recording's level, rate and length."""
     if file.gains is None:
         blocks = _at_loudness(blocks, codec.sample_rate, file.input_db)
     else:
