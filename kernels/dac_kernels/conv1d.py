@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import DTYPES, device_unsupported, jit, launch, tl, tuned
+from dac_kernels.launch import DTYPES, INTERPRETED, device_unsupported, jit, launch, tl, tuned
 from dac_kernels.snake import _reduced, _sine
 
 # Tiles of M rows and N columns, K elements at a time, warps and stages; accumulation is in the same order in all. All
@@ -149,10 +149,17 @@ def dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def outputs(x: Tensor, channels: int, time: int, keep: bool, snaked: bool) -> tuple[Tensor | None, Tensor | None]:
+def factors(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as the kernel multiplies them. Triton's interpreter would take bfloat16's bits for integers."""
+    return [t.float() if INTERPRETED and t.dtype == torch.bfloat16 else t for t in tensors]
+
+
+def outputs(
+    x: Tensor, dtype: torch.dtype, channels: int, time: int, keep: bool, snaked: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Memory for c and snake(c), with channels innermost, where they are wanted."""
     shape = (x.shape[0], time, channels)
-    return tuple(x.new_empty(shape).transpose(1, 2) if wanted else None for wanted in (keep, snaked))
+    return tuple(x.new_empty(shape, dtype=dtype).transpose(1, 2) if wanted else None for wanted in (keep, snaked))
 
 
 def precision_of(x: Tensor, tf32: bool) -> str:
@@ -221,11 +228,12 @@ def _conv1d(
     tf32: bool,
 ) -> list[Tensor]:
     """c, if wanted, and snake(c), if there is an alpha."""
+    dtype = x.dtype
+    x, weight = factors(channels_innermost(x), weight)
     product = _product(x, weight, stride, padding, dilation, transposed)
-    y, snaked = outputs(x, product["CHANNELS"], product["T"], keep, alpha is not None)
+    y, snaked = outputs(x, dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
     items, channels, size = x.shape
     rows = items * product["M"]
-    x = channels_innermost(x)
     residual = None if residual is None else channels_innermost(residual)
     weight = weight[..., stride:] if transposed else weight
     tensors = (x, weight, dense(bias), dense(alpha), residual, dense(lengths), y, snaked)
@@ -249,7 +257,7 @@ def _conv1d(
 @_conv1d.register_fake
 def _(x, weight, bias, alpha, residual, lengths, stride, padding, dilation, transposed, tanh, keep, tf32):
     product = _product(x, weight, stride, padding, dilation, transposed)
-    made = outputs(x, product["CHANNELS"], product["T"], keep, alpha is not None)
+    made = outputs(x, x.dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
     return [tensor for tensor in made if tensor is not None]
 
 
@@ -266,7 +274,7 @@ def tensors_unsupported(x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]
         return reason
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; accepted: float32, float16, bfloat16"
-    for name, (tensor, shape) in shapes.items():
+    for name, (tensor, shape) in {"x": (x, x.shape), **shapes}.items():
         if tensor is None:
             continue
         if tensor.shape != shape:

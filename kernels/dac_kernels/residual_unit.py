@@ -22,6 +22,7 @@ from dac_kernels.conv1d import (
     alignment,
     channels_innermost,
     dense,
+    factors,
     finish,
     output_length,
     outputs,
@@ -119,10 +120,11 @@ def _residual_unit(
     """c, if wanted, and snake(c), if there is an alpha."""
     items, channels, size = x.shape
     time = output_length(size, KERNEL, 1, padding, dilation, False)
-    y, y_snaked = outputs(x, channels, time, keep, alpha is not None)
+    y, y_snaked = outputs(x, x.dtype, channels, time, keep, alpha is not None)
     crop = (size - time) // 2
     x, snaked = channels_innermost(x)[..., crop : crop + time], channels_innermost(snaked)
     bias1, alpha1, bias2, alpha, lengths = map(dense, (bias1, alpha1, bias2, alpha, lengths))
+    snaked, weight1, weight2 = factors(snaked, weight1, weight2)
     tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked)
     integers = {
         "rows": items * time, "M": time, "size": size * channels, "s_b": snaked.stride(0), "first": padding * channels,
@@ -149,7 +151,7 @@ def _residual_unit(
 @_residual_unit.register_fake
 def _(x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, dilation, padding, keep, tf32):
     time = output_length(x.shape[2], KERNEL, 1, padding, dilation, False)
-    made = outputs(x, x.shape[1], time, keep, alpha is not None)
+    made = outputs(x, x.dtype, x.shape[1], time, keep, alpha is not None)
     return [tensor for tensor in made if tensor is not None]
 
 
