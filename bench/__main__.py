@@ -1,4 +1,4 @@
-"""The command line: python -m bench list | run | gpu | report."""
+"""The command line: python -m bench list | run | gpu | train | report."""
 
 import argparse
 import fnmatch
@@ -55,11 +55,32 @@ def main(arguments=None):
         help="leave a step out: build, tests or sanitizers; may be repeated",
     )  # fmt: skip
 
+    train = commands.add_parser(
+        "train", help="time the training step: the published composition, torch.compile of it, ours; part by part"
+    )
+    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    train.add_argument("--recipe", help="default: 44khz on cuda, tiny on the CPU")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    train.add_argument("--batch", type=int, nargs="+", metavar="N", help="default: 12 72 on cuda, 1 on the CPU")
+    train.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="default: both; on the CPU fp32")
+    train.add_argument("--implementation", action="append", metavar="NAME", help="only this one; may be repeated")
+    train.add_argument("--seconds", type=float, default=5.0, help="of timing per row (default: 5)")
+    train.add_argument("--budget", type=float, metavar="SECONDS", help="start no row after that long")
+    train.add_argument("--data", type=Path, metavar="FOLDER", help="of audio: time reading it too")
+    train.add_argument(
+        "--compare", type=int, metavar="STEPS",
+        help="instead: train a small codec for that many steps in each way, and compare the losses",
+    )  # fmt: skip
+    train.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    train.add_argument("--quick", action="store_true", help="a tiny model: tests the harness, says nothing of speed")
+    train.add_argument("--out", type=Path, help="default: bench/results/<device>_train[_compare].json")
+    train.add_argument("--commit", help="to be recorded where this is no git checkout")
+
     report = commands.add_parser("report", help="turn result files into a Markdown table and PNG plots beside each")
     report.add_argument("results", type=Path, nargs="+", metavar="JSON")
 
     options = parser.parse_args(arguments)
-    {"list": _list, "run": _run, "gpu": _gpu, "report": _report}[options.command](options, parser)
+    {"list": _list, "run": _run, "gpu": _gpu, "train": _train, "report": _report}[options.command](options, parser)
 
 
 def _selected(options, parser):
@@ -117,6 +138,44 @@ def _gpu(options, parser):
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; `python -m bench run --device cpu` runs the CPU cases")
     run_everything(options.out_dir, options.budget, options.commit, options.case, options.skip)
+
+
+def _train(options, parser):
+    import torch
+
+    from bench.train import IMPLEMENTATIONS, QUICK, TrainSettings, run_train
+    from bench.train_compare import main_line, run_compare
+    from bench.train_report import write_train_report
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = options.out or RESULTS / f"{device}_train{'_compare' if options.compare else ''}.json"
+    quick = QUICK if options.quick else ()
+    if options.compare:
+        print(main_line(run_compare(device, options.compare, out, quick, options.commit)))
+        return
+    available = IMPLEMENTATIONS if on_gpu else IMPLEMENTATIONS[:3]
+    for name in options.implementation or ():
+        if name not in available:
+            parser.error(f"--implementation is {name!r}; accepted on {device}: {', '.join(available)}")
+    settings = TrainSettings(
+        device,
+        options.recipe or ("44khz" if on_gpu else "tiny"),
+        (*quick, *options.set),
+        options.batch or ([12, 72] if on_gpu else [1]),
+        options.precision or (["fp32", "bf16"] if on_gpu else ["fp32"]),
+        options.implementation or available,
+        0.2 if options.quick else options.seconds,
+        options.data,
+        options.quick,
+    )
+    run_train(settings, out, options.budget, options.commit)
+    for written in [out, *write_train_report(out)]:
+        print(f"wrote {os.path.relpath(written)}")
 
 
 def _report(options, parser):

@@ -1,0 +1,152 @@
+"""`python -m bench train --compare STEPS`: whether ours learns what the published composition learns.
+
+Four runs on made-up audio: the published composition in float32, the same from another seed (what differs then is
+noise), ours in float32 and in bfloat16 from the first one's weights and batches. All networks are small.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.environment import environment
+from bench.harness import SCHEMA, write
+from bench.report import _row, title
+from bench.train import made_up_audio, make_step
+from dac_fast.training.config import Recipe, load_recipe
+
+# Half of `tiny`, at a lower rate, with one discriminator of each kind on shorter excerpts.
+SMALL = (
+    "model.encoder_dim=8", "model.decoder_dim=96", "model.n_codebooks=6", "model.codebook_size=256",
+    "model.sample_rate=16000", "discriminator.periods=[3]", "discriminator.fft_sizes=[512,256]",
+    "data.seconds=0.256", "optimizer.learning_rate=3e-4",
+)  # fmt: skip
+# Items of a step, and of the held-out batch; steps between its evaluations; steps that must agree closely.
+BATCH, HELD_OUT, EVERY, EARLY = 2, 16, 20, 20
+RUNS = {
+    "published, fp32": ("published", "fp32", 0),
+    "published, fp32, other seed": ("published", "fp32", 1),
+    "ours, fp32": ("ours", "fp32", 0),
+    "ours, bf16": ("ours", "bf16", 0),
+}
+
+
+def run_compare(device: str, steps: int, path: Path, quick: tuple[str, ...] = (), commit: str | None = None) -> dict:
+    """Make the runs, write the document to `path` and its table and plot beside it; returns the document.
+
+    Args:
+        quick: overrides of a still smaller model, for the test of this.
+    """
+    document = {"schema": SCHEMA, "environment": environment(device, commit), "steps": steps, "runs": {}}
+    for name, (implementation, precision, seed) in RUNS.items():
+        recipe = load_recipe("tiny", [*SMALL, *quick, f"trainer.seed={seed}"])
+        document["runs"][name] = one_run(recipe, implementation, precision, steps, torch.device(device))
+        write(document, path)
+        print(f"{name}: mel {document['runs'][name]['held_out'][-1]:.4f} on held-out audio", flush=True)
+    document["verdict"] = verdict(document)
+    write(document, path)
+    path.with_suffix(".md").write_text(markdown(document))
+    try:
+        plot(document, path.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    return document
+
+
+def one_run(recipe: Recipe, implementation: str, precision: str, steps: int, device: torch.device) -> dict:
+    """Every step's losses, and the mel loss on held-out audio every few steps."""
+    step, seed = make_step(implementation, recipe, device, precision), recipe.trainer.seed
+    judge = make_step("ours", recipe, device, "fp32")
+    held_out = made_up_audio(recipe, HELD_OUT, seed=10_000).to(device)
+    losses, judged = [], []
+    for number in range(steps):
+        torch.manual_seed(1_000_000 * seed + number)
+        values = step(made_up_audio(recipe, BATCH, seed=1_000_000 * seed + number).to(device), number)
+        losses.append({name: float(value) for name, value in values.items()})
+        if (number + 1) % EVERY == 0 or number + 1 == steps:
+            judge.codec.load_state_dict(step.codec.state_dict())
+            with torch.no_grad():
+                restored = judge.codec.eval()(held_out)["audio"]
+                judged.append(judge.mel_loss(restored, held_out).item())
+    return {"losses": losses, "held_out": judged}
+
+
+def verdict(document: dict) -> dict:
+    """How far the runs are apart.
+
+    early: per loss, the largest relative difference between ours and the published composition in the first steps.
+    noise: difference of the held-out mel loss at the end between two seeds; ours_fp32, ours_bf16: to the first seed.
+    """
+    runs = document["runs"]
+    published, ours = runs["published, fp32"], runs["ours, fp32"]
+    early = {
+        name: max(
+            abs(a[name] - b[name]) / abs(b[name])
+            for a, b in zip(ours["losses"][:EARLY], published["losses"][:EARLY], strict=True)
+        )
+        for name in ("mel", "discriminator", "adversarial", "feature", "commitment", "codebook", "loss")
+    }
+    final = {name: run["held_out"][-1] for name, run in runs.items()}
+    base = final["published, fp32"]
+    return {
+        "early": early,
+        "noise": abs(final["published, fp32, other seed"] - base),
+        "ours_fp32": abs(final["ours, fp32"] - base),
+        "ours_bf16": final["ours, bf16"] - base,
+    }
+
+
+def markdown(document: dict) -> str:
+    """The tables."""
+    found, steps = document["verdict"], document["steps"]
+    lines = [
+        f"# {steps} training steps, ours and the published composition: {title(document['environment'])}",
+        "",
+        *(f"- {key}: {value}" for key, value in document["environment"].items() if value is not None),
+        f"- a small codec and small discriminators (`bench/train_compare.py`), {BATCH} items a step, made-up audio",
+        "",
+        f"## The first {EARLY} steps in float32",
+        "",
+        _row(("loss", "largest relative difference")),
+        _row(("---", "---")),
+        *(_row((name, f"{value:.1e}")) for name, value in found["early"].items()),
+        "",
+        f"## Mel loss on {HELD_OUT} held-out items after {steps} steps",
+        "",
+        _row(("run", "mel loss", "minus the published one's")),
+        _row(("---", "---", "---")),
+    ]
+    base = document["runs"]["published, fp32"]["held_out"][-1]
+    for name, run in document["runs"].items():
+        lines.append(_row((name, f"{run['held_out'][-1]:.4f}", f"{run['held_out'][-1] - base:+.4f}")))
+    return "\n".join([*lines, "", "The difference between the seeds is the noise.", ""])
+
+
+def plot(document: dict, path: Path):
+    """Training and held-out mel loss over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    training, held_out = figure.subplots(1, 2)
+    for name, run in document["runs"].items():
+        mel = np.array([losses["mel"] for losses in run["losses"]])
+        smooth = np.convolve(mel, np.ones(10) / 10, "valid")
+        training.plot(np.arange(len(smooth)) + 10, smooth, label=name, linewidth=1)
+        numbers = [*range(EVERY, document["steps"] + 1, EVERY)]
+        numbers += [document["steps"]] * (len(run["held_out"]) - len(numbers))
+        held_out.plot(numbers, run["held_out"], label=name, linewidth=1)
+    training.set(title="mel loss, mean of 10 steps", xlabel="step")
+    held_out.set(title="mel loss on held-out audio", xlabel="step")
+    training.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main_line(document: dict) -> str:
+    """The verdict in a line."""
+    found = document["verdict"]
+    return (
+        f"first {EARLY} steps: at most {max(found['early'].values()):.1e} apart; held-out mel: noise "
+        f"{found['noise']:.4f}, ours in fp32 {found['ours_fp32']:.4f} off, in bf16 {found['ours_bf16']:+.4f}"
+    )
