@@ -7,6 +7,7 @@ one that fits into none: nothing is ever captured for a request.
 """
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Graphs:
         self.left_eager: list[tuple[str, int, int, int]] = []
         self.buckets: dict[str, list[Bucket]] = {}
         self._outputs = 0
-        self._pool = self._last = None
+        self._stream = self._pool = self._last = None
         self._lock = threading.Lock()
 
     def add(self, stage: str, batch: int, frames: int, run: Callable, inputs: tuple[Tensor, ...]):
@@ -98,22 +99,25 @@ class Graphs:
             self._last = self._event()
 
     def _needed(self, run: Callable, inputs: tuple[Tensor, ...]) -> int:
-        """Bytes that `run(*inputs)` holds at its peak."""
+        """Bytes that `run(*inputs)` holds at its peak. On the capture's stream, where libraries then have workspaces."""
+        self._stream = self._stream or torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        run(*inputs)
+        with torch.cuda.stream(self._stream):
+            run(*inputs)
+        torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def _capture(self, run: Callable, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
-        # what the cache holds for nobody would hide how much the pool grows
+        # what is held for nobody would hide how much the pool grows
+        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         # of this thread's work only: others may go on allocating
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = run(*inputs)
         self.used += max(torch.cuda.memory_reserved(self.device) - before, 0)
         return graph.replay, outputs

@@ -1,0 +1,383 @@
+"""The engine: the same codec, fused, in every precision; and its CUDA graphs, with a stand-in for CUDA on the CPU."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import dac_fast
+from dac_fast import DAC, PRESETS, use_backend
+from dac_fast.inference import plan as plans
+from dac_fast.inference.engine import PRECISIONS, PrecisionError
+from dac_fast.inference.graphs import Graphs
+from dac_fast.model.layers import zero_past
+
+
+def small(**changes) -> DAC:
+    """A random codec with few channels, away from the initial alphas and biases, under which some errors vanish."""
+    torch.manual_seed(0)
+    codec = DAC(**{"encoder_dim": 4, "decoder_dim": 32, "n_codebooks": 3, "codebook_size": 32, **changes})
+    for name, parameter in codec.named_parameters():
+        if name.endswith(("alpha", "bias")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5) if "alpha" in name else torch.nn.init.normal_(parameter, 0, 0.1)
+    return codec.eval()
+
+
+def scaled_down(preset: str) -> DAC:
+    config = PRESETS[preset]
+    latent = 12 if preset == "44khz_16kbps" else None
+    return small(encoder_rates=config.encoder_rates, decoder_rates=config.decoder_rates, latent_dim=latent)
+
+
+def noise(*shape) -> torch.Tensor:
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def decibels(actual, exact) -> float:
+    """Signal to noise ratio of `actual`."""
+    exact = exact.double().cpu()
+    return float(10 * torch.log10(exact.square().sum() / (actual.double().cpu() - exact).square().sum()))
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    """Two `Encoded`, or two tensors, up to rounding."""
+    if isinstance(actual, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("preset", ["44khz", "44khz_16kbps", "24khz", "16khz"])
+@torch.no_grad()
+def test_a_plan_is_the_module(preset):
+    """In float64, where no order of additions matters: whole, ragged, and without padding."""
+    codec, hop = scaled_down(preset).double(), PRESETS[preset].hop_length
+    encoder, decoder = (plans.Plan(f"{s}r", getattr(codec, f"{s}r"), torch.float64) for s in ("encode", "decode"))
+    frames = torch.tensor([5, 1, 3])
+    for lengths in (None, frames):
+        audio = noise(3, 1, 5 * hop).double()
+        samples = None if lengths is None else lengths * hop
+        audio = audio if lengths is None else zero_past(audio, samples)
+        z = codec.encoder(audio, samples)
+        assert_same(encoder(audio, samples), z, 1e-10)
+        assert_same(decoder(z, lengths), codec.decoder(z, lengths), 1e-10)
+        assert encoder(audio, samples).stride(1) == 1
+    audio = noise(1, 1, 60 * hop).double()
+    z = codec.encoder(audio, padded=False)
+    assert_same(encoder(audio, padded=False), z, 1e-10)
+    assert_same(decoder(z, padded=False), codec.decoder(z, padded=False), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["even", "odd"])
+@torch.no_grad()
+def test_fp32_gives_the_published_codes(golden, name):
+    expected = {k: torch.from_numpy(v) for k, v in np.load(golden / f"model_{name}.npz").items()}
+    codec = dac_fast.load(golden / f"weights_{name}.pth", engine=True)
+    assert codec.engine.precision == {"encode": "fp32", "decode": "fp32"}
+    encoded = codec.encode(expected["audio_in"])
+    assert torch.equal(encoded.codes, expected["codes"])
+    assert torch.equal(codec.encode(expected["audio_in"], n_quantizers=2).codes, expected["codes_nq2"])
+    assert_same(encoded.commitment_loss, expected["commitment_loss"], 1e-4)
+    assert_same(codec(expected["audio_in"])["audio"], expected["audio_out"], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp32", 90), ("fp16", 40), ("bf16", 25), pytest.param("tf32", 50, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("name", ["even", "odd", "tiny"])
+@torch.no_grad()
+def test_signal_to_noise_ratio(golden, name, precision, least):
+    """Audio of the same codes, against float64. On a GPU where there is one: TF32 exists only there."""
+    codec = dac_fast.load(name if name == "tiny" else golden / f"weights_{name}.pth")
+    exact = copy.deepcopy(codec).double()
+    codes = exact.encode(noise(2, 1, codec.hop_length * 20).double()).codes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = codec.to(device).optimize(precision)
+    audio = codec.decode_codes(codes.to(device))
+    assert audio.dtype == torch.float32
+    assert decibels(audio, exact.decode_codes(codes)) >= least
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@torch.no_grad()
+def test_the_fused_kernels_are_the_same_codec(precision):
+    """A small codec whole, with ragged items and odd strides, by Triton (on the CPU: in its interpreter)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = small(encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16)
+    audio, lengths = noise(2, 1, 30), torch.tensor([29, 11])
+    expected = codec.encode(audio, lengths)
+    restored = codec.decode_codes(expected.codes, expected.lengths)
+    unpadded = codec.encoder(noise(1, 1, 300), padded=False)
+    codec = codec.to(device).optimize(precision)
+    with use_backend("triton"):
+        found = codec.encode(audio.to(device), lengths)
+        again = codec.decode_codes(expected.codes.to(device), expected.lengths)
+        assert codec.run_encoder(noise(1, 1, 300).to(device), padded=False).shape == unpadded.shape
+    if precision == "fp32":
+        assert torch.equal(found.codes.cpu(), expected.codes)
+    assert decibels(again, restored) > {"fp32": 90, "fp16": 40}[precision]
+    assert not again[1, :, 20:].any()
+
+
+def test_the_fastest_way_is_taken_and_named(monkeypatch):
+    choices = plans.Choices()
+    ways = {"library": lambda: "l", "triton": lambda: "t"}
+    small_input, large_input = torch.zeros(1, 4, 10), torch.zeros(1, 4, 1000)
+    # nothing is timed: the first one
+    assert choices.run("conv", small_input, ways) == "l"
+    triton = pytest.importorskip("triton")
+    milliseconds = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: next(milliseconds))
+    choices.timing = True
+    assert choices.run("conv", small_input, ways) == "t"
+    assert choices.run("conv", large_input, ways) == "l"
+    choices.timing = False
+    assert choices.run("conv", torch.zeros(2, 4, 7), ways) == "t"
+    assert choices.run("conv", torch.zeros(1, 4, 5000), ways) == "l"
+    first, second = choices.table("fp16")
+    assert "1 × 4 × 10" in first
+    assert first.endswith("triton 1.0000 ms, library 2.0000 ms")
+    assert second.endswith("library 3.0000 ms, triton 4.0000 ms")
+
+
+class PretendGraphs(Graphs):
+    """Without CUDA: a replay runs the captured function again and writes to the same outputs."""
+
+    def _needed(self, run, inputs):
+        return sum(t.numel() for t in inputs)
+
+    def _capture(self, run, inputs):
+        outputs = run(*inputs)
+        self.used += self._needed(run, inputs)
+
+        def replay():
+            for output, value in zip(outputs, run(*inputs), strict=True):
+                output.copy_(value)
+
+        return replay, outputs
+
+    def _event(self):
+        return None
+
+
+def with_graphs(codec: DAC, shapes, memory=1 << 30) -> DAC:
+    engine = codec.optimize().engine
+    engine.graphs = PretendGraphs(engine.device, memory)
+    for batch, frames in shapes:
+        for stage in ("encode", "decode"):
+            engine.graphs.add(stage, batch, frames, *engine._example(stage, batch, frames))
+    return codec
+
+
+@pytest.mark.parametrize("name", ["even", "odd"])
+@torch.no_grad()
+def test_requests_of_any_size_are_exact_in_a_bucket(golden, name):
+    eager = dac_fast.load(golden / f"weights_{name}.pth").fold_weight_norm()
+    codec = with_graphs(dac_fast.load(golden / f"weights_{name}.pth"), [(4, 12), (2, 6), (1, 6)])
+    hop, engine = codec.hop_length, codec.engine
+    requests = [(1, 6 * hop, None), (2, 6 * hop - 1, None), (3, 11 * hop + 1, [11 * hop, 7, hop]), (4, 12 * hop, None)]
+    for hits, (batch, samples, lengths) in enumerate(requests):
+        audio = noise(batch, 1, samples)
+        expected = eager.encode(audio, lengths)
+        restored = eager.decode_codes(expected.codes, expected.lengths if lengths else None)
+        if hits == 0:
+            # the first request of each stage is eager: it is looked at layer by layer
+            codec.decode_codes(codec.encode(audio).codes)
+            assert (engine.hits, engine.misses) == (0, 2)
+        found = codec.encode(audio, lengths)
+        assert torch.equal(found.codes, expected.codes)
+        assert_same(found, expected, 1e-4)
+        assert_same(codec.decode_codes(found.codes, found.lengths if lengths else None), restored, 1e-4)
+        assert engine.hits == 2 * (hits + 1)
+    # what one request leaves in a bucket is not seen by the next one
+    assert_same(codec.encode(noise(1, 1, 6 * hop)), eager.encode(noise(1, 1, 6 * hop)), 1e-4)
+    assert engine.misses == 2
+    assert "graphs of decode (items × frames): 1 × 6, 2 × 6, 4 × 12" in str(engine)
+
+
+@torch.no_grad()
+def test_which_requests_no_bucket_serves():
+    codec = with_graphs(small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8)])
+    engine, codes = codec.engine, torch.zeros(2, 3, 8, dtype=torch.int64)
+    codec.decode_codes(codes)
+    misses = engine.misses
+    # too long, too many, fewer codebooks, mostly padding
+    for request in (torch.zeros(1, 3, 9).long(), torch.zeros(3, 3, 4).long(), codes[:, :2], codes[:1, :, :7]):
+        codec.decode_codes(request)
+        misses += 1
+        assert (engine.hits, engine.misses) == (0, misses)
+    codec.decode_codes(codes[:1])
+    assert engine.hits == 1
+    with pytest.raises(ValueError, match="code 32; accepted: 0 to 31"):
+        codec.decode_codes(codes + 32)
+
+
+def test_graphs_beyond_the_memory_are_left_out_and_said():
+    codec = with_graphs(small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8), (4, 1000)], memory=1000)
+    assert [(b.batch, b.frames) for b in codec.engine.graphs.buckets["encode"]] == [(2, 8)]
+    assert "not captured: encode of 4 × 1000, which needs" in str(codec.engine)
+
+
+@torch.no_grad()
+def test_recordings_go_through_the_engine(golden):
+    plain = dac_fast.load(golden / "weights_even.pth").fold_weight_norm()
+    codec = dac_fast.load(golden / "weights_even.pth", engine={"precision": {"decode": "fp16"}})
+    recording = (noise(2, 30000).numpy(), codec.sample_rate)
+    for padding in (True, False):
+        file = codec.compress(recording, chunk_seconds=0.2, padding=padding)
+        assert torch.equal(file.codes, plain.compress(recording, chunk_seconds=0.2, padding=padding).codes)
+        expected = torch.from_numpy(plain.decompress(file)[0])
+        assert 40 <= decibels(torch.from_numpy(codec.decompress(file)[0]), expected) <= 90
+
+
+def test_a_codec_with_an_engine_stays_a_codec():
+    codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    audio = noise(1, 1, 16)
+    state = {k: v.clone() for k, v in copy.deepcopy(codec).fold_weight_norm().state_dict().items()}
+    assert codec.optimize("fp16") is codec
+    assert codec.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in codec.state_dict().items())
+    assert all(parameter.dtype == torch.float32 for parameter in codec.parameters())
+    assert copy.deepcopy(codec).engine is None
+    assert not codec.encode(audio).z.requires_grad
+    # gradients are the modules' business
+    needs_gradient = audio.clone().requires_grad_()
+    codec(needs_gradient)["audio"].sum().backward()
+    assert needs_gradient.grad.any()
+    for change, what in (
+        (lambda: codec.double(), "moved or converted"),
+        (lambda: codec.load_state_dict(state), "given other weights"),
+        (lambda: codec.train().eval(), "in training"),
+    ):
+        codec.float().optimize()
+        change()
+        with pytest.raises(RuntimeError, match=f"the codec was {what} after optimize"):
+            codec.encode(audio)
+    codec.engine = None
+    codec.float().encode(audio)
+
+
+def test_what_optimize_refuses():
+    codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    for arguments, message in (
+        ({"precision": "fp8"}, "precision is 'fp8' for 'encode'; accepted: fp32, tf32, fp16, bf16"),
+        ({"precision": {"train": "fp16"}}, "precision is 'fp16' for 'train'"),
+        ({"shapes": [(1, 0)]}, r"shapes has \(1, 0\); accepted: pairs of positive integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codec.optimize(**arguments)
+    with pytest.raises(ValueError, match=r"parameters are torch.float16; accepted: torch.float32"):
+        copy.deepcopy(codec).half().optimize()
+    with pytest.raises(ValueError, match="activation is 'leaky_relu'; accepted by the engine: 'snake'"):
+        DAC(**{**dataclasses.asdict(codec.config), "activation": "leaky_relu"}).optimize()
+
+
+@torch.no_grad()
+def test_a_precision_without_the_range_is_found_at_the_first_call():
+    codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    codec.decoder.model[1].block[1].bias[0] = 1e5
+    codes = torch.zeros(1, 3, 4, dtype=torch.int64)
+    codec.optimize({"decode": "bf16"}).decode_codes(codes)
+    codec.optimize({"decode": "fp16"})
+    layer = "decoder.model.1.block.1"
+    with pytest.raises(PrecisionError, match=f"decode in fp16: {layer} gives infinity or NaN; try precision bf16 or"):
+        codec.decode_codes(codes)
+    # an input that is not finite is no fault of the precision
+    codec.optimize({"encode": "fp16"}).encode(torch.full((1, 1, 16), torch.nan))
+    assert codec.encode(noise(1, 1, 16)).z.isfinite().all()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_replays_are_what_eager_gives():
+    plain = dac_fast.load("tiny")
+    frames = 20
+    codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(4, frames), (1, frames)]})
+    eager = dac_fast.load("tiny", device="cuda", engine=True)
+    hop = codec.hop_length
+    requests = [
+        (1, frames * hop, None), (4, frames * hop, None), (3, 19 * hop, [19 * hop, 7, hop]), (1, 15 * hop - 3, None),
+    ]  # fmt: skip
+    for _ in range(2):
+        for batch, samples, lengths in requests:
+            audio = noise(batch, 1, samples)
+            found, expected = codec.encode(audio.cuda(), lengths), eager.encode(audio.cuda(), lengths)
+            reference = plain.encode(audio, lengths)
+            assert (found.codes.cpu() == reference.codes).float().mean() > 0.998
+            assert_same(found.commitment_loss, expected.commitment_loss, 1e-3)
+            assert torch.equal(found.lengths, expected.lengths)
+            valid = None if lengths is None else found.lengths
+            codes = reference.codes.cuda()
+            restored = codec.decode_codes(codes, valid)
+            assert decibels(restored, eager.decode_codes(codes, valid)) > 45
+            assert decibels(restored, plain.decode_codes(reference.codes, reference.lengths if lengths else None)) > 40
+    # the first encode and the first decode are eager
+    assert (codec.engine.hits, codec.engine.misses) == (4 * len(requests) - 2, 2)
+    assert codec.engine.graphs.used > 0
+    assert "decoder.model" in str(codec.engine)
+    # results outlive the next request
+    first = codec.decode_codes(codes)
+    kept = first.clone()
+    codec.decode_codes((codes + 1) % 1024)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graph_memory_is_bounded():
+    with use_backend("reference"):
+        # nothing to compile and to time
+        codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(1, 10), (16, 800)], "memory": 256 << 20})
+    graphs = codec.engine.graphs
+    assert [bucket.frames for bucket in graphs.buckets["decode"]] == [10]
+    assert 0 < graphs.used <= 256 << 20
+    assert "not captured: decode of 16 × 800" in str(codec.engine)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_serve_threads_and_streams():
+    with use_backend("reference"):
+        codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(1, 20)]})
+    codes = torch.arange(4 * 9 * 20, device="cuda").view(4, 1, 9, 20) % 1024
+    codec.decode_codes(codes[0])
+    expected = [codec.decode_codes(c) for c in codes]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in codes]
+    found = []
+    for stream, c in zip(streams * 5, [*codes] * 5):
+        with torch.cuda.stream(stream):
+            found.append(codec.decode_codes(c))
+    torch.cuda.synchronize()
+    for i, audio in enumerate(found):
+        assert torch.equal(audio, expected[i % 4])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_fp32_is_strict_whatever_the_switches_say():
+    """And it leaves them as they were."""
+    exact = dac_fast.load("tiny").double()
+    codes = torch.arange(9 * 40).view(1, 9, 40) % 1024
+    expected = exact.decode_codes(codes)
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        found = {
+            precision: decibels(
+                dac_fast.load("tiny", device="cuda", engine={"precision": precision}).decode_codes(codes.cuda()),
+                expected,
+            )
+            for precision in PRECISIONS
+        }
+        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+    finally:
+        for switch, value in zip(switches, before):
+            switch.fp32_precision = value
+    assert found["fp32"] > 90 > found["tf32"] > 50
+    assert found["fp16"] > 40
