@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.published_step import PublishedStep
@@ -173,6 +174,29 @@ def test_checkpointing_keeps_less():
 def test_a_graph_needs_a_gpu():
     with pytest.raises(RecipeError, match="trainer.cuda_graph is true on cpu; accepted: on one CUDA device"):
         fast_step("trainer.cuda_graph=true")
+
+
+def one_of_four(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
+    step = fast_step("model.quantizer_dropout=0", "discriminator.fft_sizes=[128]")
+    for number in range(2):
+        step(some_audio(number)[rank : rank + 1], number)
+    torch.save(step.state_dict()["networks"], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_four_processes_equal_one_with_the_same_batch(tmp_path):
+    # Forked: four imports of PyTorch would take longer than all the rest.
+    torch.multiprocessing.start_processes(one_of_four, (str(tmp_path),), nprocs=4, start_method="fork")
+    alone = fast_step("model.quantizer_dropout=0", "discriminator.fft_sizes=[128]")
+    for number in range(2):
+        alone(some_audio(number), number)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    for name, weights in alone.state_dict()["networks"].items():
+        for key, weight in weights.items():
+            assert all(torch.equal(rank[name][key], ranks[0][name][key]) for rank in ranks)
+            # Sums over the batch are rounded in another order; a step changes a weight by up to 1e-4.
+            assert (ranks[0][name][key] - weight).abs().max() <= 1e-5, key
 
 
 @pytest.mark.gpu
