@@ -64,12 +64,16 @@ def _ops():
 
 def _examples(device: str) -> dict[str, tuple]:
     """Small arguments of every op."""
-    x = torch.zeros(1, 8, 64, device=device)
+    x, vector, alpha = (torch.zeros(shape, device=device) for shape in ((1, 8, 64), (8,), (1, 8, 1)))
+    seven, four, one = (torch.zeros(8, 8, kernel, device=device) for kernel in (7, 4, 1))
     project = [torch.zeros(4, 8, device=device)], [torch.zeros(4, device=device)]
     codebooks = [torch.zeros(16, 4, device=device)]
     restore = [torch.zeros(8, 4, device=device)], [torch.zeros(8, device=device)]
     return {
-        "snake": (x, torch.ones(1, 8, 1, device=device)),
+        "snake": (x, alpha),
+        "conv1d": (x, seven, vector, 1, 3),
+        "conv_transpose1d": (x, four, vector, 2, 1),
+        "residual_unit": (x, x, seven, vector, alpha, one, vector, 1, 3),
         "rvq_encode": (x, *project, codebooks, *restore),
         "rvq_decode": (torch.zeros(1, 1, 64, dtype=torch.int64, device=device), codebooks, *restore),
         "stft_bands": (torch.zeros(1, 4096, device=device), [1024]),

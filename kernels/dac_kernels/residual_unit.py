@@ -40,7 +40,8 @@ KERNEL = 7
 # Beyond, the sums of a useful number of rows do not fit in an SM's registers.
 MAX_CHANNELS = 192
 
-# As in `conv1d.py`; the columns are those of a part.
+# As in `conv1d.py`; the columns are those of a part. In TF32 they need 160 KiB of shared memory, else 99 KiB.
+SHARED_TF32 = 160 << 10
 TILES = {
     "half": ((128, 64, 32, 8, 3), (128, 32, 32, 8, 3), (64, 64, 64, 8, 2), (64, 32, 32, 4, 3)),
     "tf32": ((64, 64, 32, 8, 2), (64, 32, 32, 8, 2)),
@@ -169,6 +170,10 @@ def residual_unit_unsupported(
         return f"dilation {dilation} and padding {padding}; accepted: a padding of 3 dilation, or of 0"
     if alpha is None and not keep:
         return "neither keep nor alpha, so there would be no output"
+    if tf32 and x.is_cuda and x.dtype == torch.float32:
+        available = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        if available < SHARED_TF32:
+            return f"the device has {available >> 10} KiB of shared memory; accepted for TF32: {SHARED_TF32 >> 10} KiB"
     time = output_length(size, KERNEL, 1, padding, dilation, False)
     if time < 1 or items * time >= 1 << 31:
         return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^31"
