@@ -59,6 +59,24 @@ def test_folders_keep_their_tree_and_bad_files_do_not_stop_the_others(dac_fast_c
         assert (audio.shape, found) == (shape, rate)
 
 
+def test_batches_and_precisions_of_folders(dac_fast_cli, folder, tmp_path):
+    """Chunks of all files in common batches: the same files as without."""
+    assert dac_fast_cli("encode", folder, "-o", tmp_path / "alone", "--batch-seconds", 0)[0] == 1
+    code, out, err = dac_fast_cli(
+        "encode", folder, "-o", tmp_path / "codes", "--batch-seconds", 5, "--precision", "fp32"
+    )
+    assert (code, "encoded 2 of 4, 2 failed" in out, err.count("error:")) == (1, True, 2)
+    for name in ("a.dac", "deep/b.dac"):
+        assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    (tmp_path / "codes" / "bad.dac").write_bytes(b"no codes")
+    for precision in ("fp32", "bf16"):
+        options = ("--batch-seconds", 5, "--precision", precision, "--subtype", "FLOAT")
+        code, out, err = dac_fast_cli("decode", tmp_path / "codes", "-o", tmp_path / precision, *options)
+        assert (code, "decoded 2 of 3, 1 failed" in out, err.count("error:")) == (1, True, 1)
+    exact, rounded = (read(tmp_path / precision / "a.wav")[0] for precision in ("fp32", "bf16"))
+    assert 0 < np.square(exact - rounded).mean() < 1e-2 * np.square(exact).mean()
+
+
 def test_single_files_options_and_info(dac_fast_cli, folder, tmp_path):
     assert dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "x.dac", "--codebooks", 3)[0] == 0
     assert DACFile.load(tmp_path / "x.dac").codes.shape == (1, 3, 40)
@@ -153,6 +171,7 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
         (["encode", "a.wav", "--device", "tpu"], "--device is 'tpu'; accepted: auto, cpu, cuda"),
         (["encode", "a.wav", "--device", "cuda:9"], "--device is 'cuda:9'; there are"),
         (["encode", "a.wav", "--chunk-seconds", "0"], "chunk_seconds is 0.0; accepted: above 0"),
+        (["encode", "a.wav", "--batch-seconds", "-1"], "--batch-seconds is -1.0; accepted: 0 or above"),
         (["encode", "a.wav", "--no-padding"], "accepted: with --format dac1"),
         (["encode", "a.wav", "-o", "a.wav/x/y.dac"], "a.wav"),
         (["encode", "a.wav", "deep", "-o", "one.dac"], "accepted for several inputs: a folder"),

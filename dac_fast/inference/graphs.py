@@ -99,7 +99,8 @@ class Graphs:
             self._last = self._event()
 
     def _needed(self, run: Callable, inputs: tuple[Tensor, ...]) -> int:
-        """Bytes that `run(*inputs)` holds at its peak. On the capture's stream, where libraries then have workspaces."""
+        """Bytes that `run(*inputs)` holds at its peak."""
+        # the capture's stream too: libraries then have their workspaces for it
         self._stream = self._stream or torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,0 +1,115 @@
+"""Many recordings at once: chunks of all of them in common batches, read ahead by threads, with the results of each."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import dac_fast
+from dac_fast.audio import AudioError
+from dac_fast.model import chunks
+from dac_fast.model.batches import in_batches, read_ahead
+from dac_fast.model.recordings import compress_all, decompress_all
+
+
+@pytest.fixture(scope="module", params=["even", "odd"])
+def codec(request, golden):
+    return dac_fast.load(golden / f"weights_{request.param}.pth").fold_weight_norm()
+
+
+def recordings(codec):
+    """Of several lengths, rates and numbers of channels; the fourth one is no recording."""
+    rng = np.random.default_rng(0)
+    sizes = (1, 3000), (2, 20000), (1, 3), (1, 0), (3, 9000), (1, 25000)
+    rates = (codec.sample_rate, codec.sample_rate, 8000, 8000, 48000, 22050)
+    return [(rng.uniform(-0.5, 0.5, size).astype(np.float32), rate) for size, rate in zip(sizes, rates)]
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 0), (3, 0.7), (0, 100)])
+def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch):
+    sources, alone = recordings(codec), {}
+    for i in (0, 1, 2, 4, 5):
+        alone[i] = codec.compress(sources[i], chunk_seconds=0.3)
+    items = []
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda x, *rest: items.append(x.shape) or encode(x, *rest))
+    progress = []
+    options = {"batch_seconds": seconds, "threads": threads, "progress": progress.append}
+    results = list(compress_all(sources, codec, 0.3, **options))
+    assert [number for number, _ in results] == list(range(6))
+    assert isinstance(results[3][1], AudioError)
+    assert sum(progress) == pytest.approx(sum(array.shape[1] / rate for array, rate in sources), abs=0.01)
+    for batch, _, size in items:
+        assert batch == 1 or batch * size <= max(seconds * codec.sample_rate, 3 * size)
+    for i, expected in alone.items():
+        file = results[i][1]
+        assert torch.equal(file.codes, expected.codes)
+        assert {**vars(file), "codes": 0, "gains": 0} == {**vars(expected), "codes": 0, "gains": 0}
+    if seconds == 100:
+        assert len(items) == 1
+
+    files = [alone[i] for i in (5, 0, 2, 4)]
+    files.insert(2, dataclasses.replace(alone[0], model_sample_rate=codec.sample_rate + 1))
+    few = codec.compress(sources[1], n_quantizers=2)
+    short = codec.compress(sources[1], chunk_seconds=0.3, padding=False)
+    files += [few, few, dataclasses.replace(short, gains=None)]
+    found = decompress_all(range(len(files)), lambda i: (codec, files[i]), batch_seconds=seconds, threads=threads)
+    for number, result in found:
+        if number == 2:
+            assert "the file is of a codec at" in str(result)
+            continue
+        restored = np.concatenate(list(result[1]), axis=1)
+        expected = codec.decompress(files[number])[0]
+        np.testing.assert_allclose(restored, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+def test_what_is_not_taken_is_passed_over(codec):
+    """A file whose writing fails halfway does not spoil the next one's."""
+    file = codec.compress(recordings(codec)[5], chunk_seconds=0.3)
+    files = decompress_all([file] * 3, lambda f: (codec, f), batch_seconds=2, threads=1)
+    next(next(files)[1][1])
+    for _ in range(2):
+        restored = np.concatenate(list(next(files)[1][1]), axis=1)
+        np.testing.assert_allclose(restored, codec.decompress(file)[0], rtol=0, atol=1e-3)
+
+
+def test_threads_keep_the_order_and_end():
+    sources = [lambda n=n: iter(range(n)) for n in (5, 0, 40, 3)]
+    expected = [(k, i) for k, n in enumerate((5, 0, 40, 3)) for i in range(n)]
+    before = threading.active_count()
+    for threads in (0, 1, 2, 9):
+        assert list(read_ahead(sources, threads)) == expected
+    left = read_ahead([lambda: iter(range(1000))] * 2, 2)
+    next(left)
+    left.close()
+
+    def faulty(error):
+        yield 1
+        raise error
+
+    bad = OSError("gone")
+    assert list(read_ahead([lambda: faulty(bad), *sources[:1]], 2))[:3] == [(0, 1), (0, bad), (1, 0)]
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead([lambda: faulty(ZeroDivisionError())], 1))
+    for thread in threading.enumerate():
+        if thread.daemon:
+            thread.join(timeout=2)
+    assert threading.active_count() == before
+
+
+def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
+    windows = [chunks.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
+    stream = [(0, "head"), *enumerate(windows), (2, "tail")]
+
+    def run(batch):
+        if len(batch) == 2:
+            raise ValueError("no")
+        return lambda: [window.signal for window in batch]
+
+    results = list(in_batches(stream, run, 100 / codec.sample_rate))
+    assert results[0] == (0, "head")
+    assert [str(result) for _, result in results[1:3]] == ["no", "no"]
+    assert results[3][1] is windows[2].signal
+    assert results[4] == (2, "tail")
