@@ -21,9 +21,11 @@ import torch
 
 from bench import timing
 from bench.environment import environment
-from bench.providers import Provider
+from bench.providers import Provider, Unavailable
 
 SCHEMA = 1
+# Requests are timed that many times as long as ops: their 99th percentile is of interest.
+REQUEST_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,20 @@ class Prepared:
     """A case ready to run.
 
     Attributes:
-        providers: by name, the baseline first.
-        check: of a provider's outputs: returns their error, raises AssertionError where they are wrong.
+        providers: by name, the baseline first. What one starts may have `precision`, where that is not the case's
+            dtype ("tf32", "float16", ...); `sample` and `close`, see `bench.peers.Peer`; `facts`, more for its row.
+        check: of a provider's outputs, and its precision: returns their error, or several facts for the row; raises
+            AssertionError where they are wrong.
         bytes_moved: that the op cannot do without: each input and output tensor once; None: not of interest.
         flops: of its matrix products and convolutions; 0: it has none.
+        audio_seconds: of audio that one call goes through; None: not of interest.
     """
 
     providers: dict[str, Provider]
-    check: Callable[[Sequence], float]
+    check: Callable[[Sequence, str], float | dict]
     bytes_moved: int | None
     flops: int = 0
+    audio_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Case:
         shape: of the input, and where it occurs.
         prepare: makes the inputs, of `Settings`.
         priority: 0 is run first.
+        requests: time calls as a user waits for them, one after the other, and longer; also measure each provider's
+            start and memory. Else the device's time is measured.
     """
 
     op: str
@@ -84,6 +92,7 @@ class Case:
     shape: str
     prepare: Callable[[Settings], Prepared] = field(repr=False)
     priority: int = 1
+    requests: bool = False
 
     @property
     def name(self) -> str:
@@ -116,10 +125,19 @@ def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
             row |= {"status": "skipped", "reason": provider}
             continue
         try:
-            run = provider()
-            closers.append(getattr(run, "close", None))
-            row |= {"error": prepared.check(run())}
-            samplers[name] = getattr(run, "sample", None) or timing.sampler(run, case.device)
+            with timing.Start(case.device) as start:
+                run = provider()
+                closers.append(getattr(run, "close", None))
+                outputs = run()
+            precision = getattr(run, "precision", case.dtype)
+            if case.requests:
+                row |= {"precision": precision} | start.facts | getattr(run, "facts", {})
+            checked = prepared.check(outputs, precision)
+            row |= checked if isinstance(checked, dict) else {"error": checked}
+            sampler = timing.request_sampler if case.requests else timing.sampler
+            samplers[name] = getattr(run, "sample", None) or sampler(run, case.device)
+        except Unavailable as error:
+            row |= {"status": "skipped", "reason": str(error)}
         except AssertionError as error:
             row |= {"status": "failed", "reason": f"parity: {_one_line(error)}"}
         except Exception as error:  # likewise
@@ -127,14 +145,15 @@ def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
 
     timed = [row for row in rows if row["provider"] in samplers]
     try:
-        samples = timing.measure(samplers, settings.seconds, settings.rounds)
+        seconds = settings.seconds * (REQUEST_SECONDS if case.requests else 1)
+        samples = timing.measure(samplers, seconds, settings.rounds)
     except Exception as error:  # likewise
         for row in timed:
             row |= {"status": "failed", "reason": f"while timing: {_one_line(error)}"}
     else:
         for row in timed:
             row |= {"status": "timed"} | timing.summary(samples[row["provider"]])
-            row |= _throughput(row["p50_ms"], prepared, limits, case.dtype)
+            row |= _throughput(row["p50_ms"], prepared, limits, row.get("precision", case.dtype))
     finally:
         for close in filter(None, closers):
             close()
@@ -154,7 +173,11 @@ def _throughput(milliseconds: float, prepared: Prepared, limits: dict, dtype: st
         floors.append(prepared.bytes_moved / limits["copy_gb_s"] / 1e6)
     if prepared.flops:
         values |= {"flops": prepared.flops, "tflop_s": prepared.flops / milliseconds / 1e9}
-        floors.append(prepared.flops / limits["matmul_tflop_s"][dtype] / 1e9)
+        # a CPU's products in half precision are not measured
+        if dtype in limits["matmul_tflop_s"]:
+            floors.append(prepared.flops / limits["matmul_tflop_s"][dtype] / 1e9)
+    if prepared.audio_seconds:
+        values |= {"audio_seconds": prepared.audio_seconds, "real_time": prepared.audio_seconds * 1e3 / milliseconds}
     return values | ({"share_of_roof": max(floors) / milliseconds} if floors else {})
 
 

@@ -30,12 +30,12 @@ def as_good_as(same_dtype: Sequence[Tensor], exact: Sequence[Tensor]) -> Callabl
         same_dtype: what the reference gives for the inputs.
         exact: what it gives for them in float64.
     Returns:
-        a function of a provider's outputs that returns the largest relative error, and raises AssertionError where an
-        output is further off than the rule allows.
+        a function of a provider's outputs (and its precision, which does not matter) that returns the largest relative
+        error, and raises AssertionError where an output is further off than the rule allows.
     """
     rule = _tolerances().assert_as_good_as
 
-    def check(outputs):
+    def check(outputs, _precision=None):
         assert len(outputs) == len(exact), f"{len(outputs)} outputs, {len(exact)} expected"
         for actual, same, truth in zip(outputs, same_dtype, exact, strict=True):
             rule(actual, same, truth)

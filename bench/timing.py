@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dac_fast.inference.plan import float32_products
+
 # Larger than any GPU's L2 cache (60 MB on an H200): writing it evicts the inputs that the last iteration left there.
 FLUSH_BYTES = 256 * 2**20
 
@@ -39,10 +41,50 @@ def sampler(run: Callable, device: str) -> Callable[[int], list[float]]:
     return sample
 
 
-def _wall_clock(run: Callable) -> float:
+def request_sampler(run: Callable, device: str) -> Callable[[int], list[float]]:
+    """As `sampler`, but each one's milliseconds are those that a caller waits for its result, wall clock."""
+    return lambda n: [_wall_clock(run, device) for _ in range(n)]
+
+
+def _wall_clock(run: Callable, device: str = "cpu") -> float:
+    synchronize(device)
     start = time.perf_counter()
     run()
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3
+
+
+def synchronize(device: str):
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+class Start:
+    """Measures, as a context manager, a provider's start and first call.
+
+    Attributes:
+        facts: `start_s`, seconds; on CUDA also `peak_bytes`, the most memory that tensors held beyond what was held
+            before. What a CUDA graph holds counts while it is captured.
+    """
+
+    def __init__(self, device: str):
+        self._device, self.facts = device, {}
+
+    def __enter__(self):
+        synchronize(self._device)
+        if self._device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        synchronize(self._device)
+        self.facts["start_s"] = time.perf_counter() - self._start
+        if self._device != "cpu":
+            self.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - self._before
 
 
 def measure(samplers: dict[str, Callable], seconds: float, rounds: int) -> dict[str, list[list[float]]]:
@@ -68,12 +110,13 @@ def measure(samplers: dict[str, Callable], seconds: float, rounds: int) -> dict[
 
 
 def summary(rounds: list[list[float]]) -> dict:
-    """The 20th, 50th and 80th percentile over all iterations, and the median of each round, in milliseconds."""
-    p20, p50, p80 = np.percentile(np.concatenate(rounds), (20, 50, 80))
+    """Percentiles over all iterations (20, 50, 80, 99), and the median of each round, in milliseconds."""
+    p20, p50, p80, p99 = np.percentile(np.concatenate(rounds), (20, 50, 80, 99))
     return {
         "p20_ms": float(p20),
         "p50_ms": float(p50),
         "p80_ms": float(p80),
+        "p99_ms": float(p99),
         "iterations": sum(map(len, rounds)),
         "round_ms": [float(np.median(r)) for r in rounds],
     }
@@ -83,13 +126,17 @@ def limits(device: str, quick: bool = False) -> dict:
     """What the device does at best here and now: a large copy, and a large matrix product per dtype.
 
     Returns:
-        copy_gb_s: bytes read plus bytes written, per second. matmul_tflop_s: per dtype.
+        copy_gb_s: bytes read plus bytes written, per second. matmul_tflop_s: per dtype, and on CUDA of "tf32".
     """
     on_gpu = device != "cpu"
     copied = 2**22 if quick else 2**30 if on_gpu else 2**28
     n = 256 if quick else 8192 if on_gpu else 2048
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
-    products = {str(dtype).removeprefix("torch."): _matmul(n, dtype, device) for dtype in dtypes}
+    with float32_products(tf32=False):
+        products = {str(dtype).removeprefix("torch."): _matmul(n, dtype, device) for dtype in dtypes}
+    if on_gpu:
+        with float32_products(tf32=True):
+            products["tf32"] = _matmul(n, torch.float32, device)
     return {"copy_gb_s": _copy(copied, device), "matmul_tflop_s": products}
 
 

@@ -1,9 +1,10 @@
 """Every case, by op; each module's `cases(device, quick)` lists its own."""
 
-from bench.cases import codec, convolutions, rvq, snake, stft_bands
+from bench.cases import convolutions, end_to_end, rvq, snake, stft_bands, streams
 from bench.harness import Case
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
     """The cases for "cpu" or "cuda"; `quick`: the same ones at sizes that run in a moment."""
-    return [case for module in (stft_bands, rvq, snake, convolutions, codec) for case in module.cases(device, quick)]
+    modules = (stft_bands, rvq, snake, convolutions, streams, end_to_end)
+    return [case for module in modules for case in module.cases(device, quick)]

@@ -18,11 +18,15 @@ class Peer:
     Args:
         python: the interpreter to run the worker with.
         job: what the worker is to do; written with torch.save, since weights and inputs travel with it.
+        precision: that it computes in.
+    Attributes:
+        facts: what the worker said of its first call.
     Raises:
         RuntimeError: the worker failed; its last line says why.
     """
 
-    def __init__(self, python: str, job: dict):
+    def __init__(self, python: str, job: dict, precision: str):
+        self.precision, self.facts, self._device = precision, {}, job["device"]
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._outputs = folder / "outputs.pt"
@@ -52,8 +56,8 @@ class Peer:
         return self._answer()
 
     def __call__(self) -> list[torch.Tensor]:
-        self._ask(do="outputs")
-        return torch.load(self._outputs)
+        self.facts = self._ask(do="outputs")
+        return torch.load(self._outputs, map_location=self._device)
 
     def sample(self, n: int) -> list[float]:
         """Milliseconds of each of n iterations."""

@@ -1,7 +1,7 @@
 """Runs the published package, descript-audio-codec, for `bench.peers.Peer`: python published.py JOB.
 
 Needs nothing of this repository. JOB, written with torch.save: `kwargs` and `state` of the model, `direction`
-(encode, decode or both), its `input`, `threads`, and the path for `outputs`.
+(encode, decode or both), its `input`, the `device`, `threads`, and the path for `outputs`.
 """
 
 import json
@@ -23,18 +23,22 @@ def main(path):
     torch.set_num_threads(job["threads"])
     model = dac.DAC(**job["kwargs"])
     model.load_state_dict(job["state"])
-    model.eval()
+    model.eval().to(job["device"])
+    source, on_gpu = job["input"].to(job["device"]), job["device"] == "cuda"
 
     def encode(audio):
-        z, codes, *_ = model.encode(model.preprocess(audio, model.sample_rate))
-        return z, codes
+        return (model.encode(model.preprocess(audio, model.sample_rate))[1],)
 
     def decode(codes):
         return (model.decode(model.quantizer.from_codes(codes)[0]),)
 
     def both(audio):
-        codes = encode(audio)[1]
+        (codes,) = encode(audio)
         return codes, *decode(codes)
+
+    def synchronize():
+        if on_gpu:
+            torch.cuda.synchronize()
 
     run = {"encode": encode, "decode": decode, "both": both}[job["direction"]]
 
@@ -46,13 +50,15 @@ def main(path):
         for line in sys.stdin:
             question = json.loads(line)
             if question["do"] == "outputs":
-                torch.save(list(run(job["input"])), job["outputs"])
-                answer("saved")
+                torch.save([output.cpu() for output in run(source)], job["outputs"])
+                answer({"peak_bytes": torch.cuda.max_memory_allocated()} if on_gpu else {})
             else:
                 milliseconds = []
                 for _ in range(question["n"]):
+                    synchronize()
                     start = time.perf_counter()
-                    run(job["input"])
+                    run(source)
+                    synchronize()
                     milliseconds.append((time.perf_counter() - start) * 1e3)
                 answer(milliseconds)
 

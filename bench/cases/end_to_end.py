@@ -1,0 +1,123 @@
+"""The whole codec, 44.1 kHz preset: encode, decode, and both in turn, as a user calls it and waits for the result.
+
+Audio goes in as float32 and comes out of `decode` from codes. Providers, all with the same weights:
+
+    published             descript-audio-codec in a process of its own (given `--published-python`)
+    published-equivalent  on CUDA: the same computation by our reference ops: weight norm at every call, TorchScript's
+                          Snake, PyTorch's default switches
+    transformers          Hugging Face's DacModel; `-compiled`: torch.compile of it
+    reference-…           on the CPU: our modules with the reference ops, weight norm folded or not
+    auto-folded           on the CPU: our modules, folded, with the ops that the backend `auto` chooses
+    recipe                bench/recipe.py
+    engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as a CUDA graph
+    engine                its default: float32 for encode, so that codes are the reference's, float16 for decode
+
+What runs convolutions in TF32, as PyTorch does by default, counts as precision "tf32".
+"""
+
+import copy
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import implementations
+from bench.fidelity import Truth
+from bench.harness import Case, Prepared, Settings
+from bench.models import convolution_flops, random_codec
+from bench.peers import Peer
+from dac_fast.config import PRESETS
+from dac_fast.model import DAC
+
+SIZES = ((16, 10.0), (1, 1.0), (1, 100.0), (1, 10.0), (16, 1.0), (1, 0.1))
+# The issue's targets are about these.
+FIRST = {("both", 16, 10.0), ("decode", 1, 1.0)}
+# Seconds of audio from which on only one provider keeps its graph, for the memory; others gain nothing from theirs.
+LARGE = 50
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """On CUDA all sizes, on the CPU two seconds; `both` first, since it is the number that counts."""
+    preset = "tiny" if quick else "44khz"
+    sizes = [(1, 0.2)] if quick else SIZES if device == "cuda" else [(1, 2.0)]
+    found = []
+    for direction in ("both", "decode", "encode"):
+        for batch, seconds in sizes:
+            first = (direction, batch, seconds) in FIRST
+            priority = -3 if first else -1 if direction == "both" else 1
+            run = partial(prepare, preset, batch, seconds, direction)
+            shape = f"{preset}-{batch}x{seconds:g}s"
+            found.append(Case("codec", direction, device, "float32", shape, run, priority, requests=True))
+    return found
+
+
+def prepare(preset: str, batch: int, seconds: float, direction: str, settings: Settings) -> Prepared:
+    """Model, input, providers and check."""
+    config = PRESETS[preset]
+    codec = random_codec(config).to(settings.device)
+    frames = math.ceil(seconds * config.sample_rate / config.hop_length)
+    generator = torch.Generator().manual_seed(1)
+    audio = 0.1 * torch.randn(batch, 1, frames * config.hop_length, generator=generator).to(settings.device)
+    codes = torch.randint(config.codebook_size, (batch, config.n_codebooks, frames), generator=generator)
+    source = codes.to(settings.device) if direction == "decode" else audio
+    truth = Truth(codec, audio)
+
+    def check(outputs: tuple[Tensor, ...], precision: str) -> dict:
+        encode, _, decode = precision.partition("/")
+        facts = {} if direction == "decode" else truth.check_codes(outputs[0], encode)
+        if direction != "encode":
+            of = source if direction == "decode" else outputs[0]
+            facts |= truth.check_audio(of, outputs[-1], decode or encode)
+        return facts
+
+    make = {"cpu": _cpu_providers, "cuda": _cuda_providers}[settings.device]
+    providers = {"published": _published(codec, direction, source, settings)}
+    providers |= make(codec, direction, source, (batch, seconds, frames))
+    flops = batch * convolution_flops(config, direction, frames)
+    audio_seconds = audio.shape[0] * audio.shape[2] / config.sample_rate
+    return Prepared(providers, check, bytes_moved=None, flops=flops, audio_seconds=audio_seconds)
+
+
+def _published(codec: DAC, direction: str, source: Tensor, settings: Settings):
+    if not settings.published_python:
+        return "no --published-python was given"
+    # Its constructor knows no choice of activation or quantizer.
+    kwargs = {key: value for key, value in codec.config.to_dict().items() if key not in ("activation", "quantizer")}
+    kwargs["quantizer_dropout"] = bool(kwargs["quantizer_dropout"])
+    state = {key: tensor.cpu() for key, tensor in codec.state_dict().items()}
+    job = {"kwargs": kwargs, "state": state, "direction": direction, "input": source.cpu(), "device": settings.device}
+    precision = "tf32" if settings.device == "cuda" else "float32"
+    return partial(Peer, settings.published_python, job, precision)
+
+
+def _cpu_providers(codec: DAC, direction: str, source: Tensor, _size) -> dict:
+    folded = copy.deepcopy(codec).fold_weight_norm()
+    return {
+        "reference-unfolded": partial(implementations.modules, codec, direction, source, "reference"),
+        "reference-folded": partial(implementations.modules, folded, direction, source, "reference"),
+        "auto-folded": partial(implementations.modules, folded, direction, source, "auto"),
+        "transformers": partial(implementations.transformers, codec, direction, source),
+        "engine": partial(implementations.engine, codec, direction, source, None, (), 0),
+    }
+
+
+def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int, float, int]) -> dict:
+    batch, seconds, frames = size
+    found = {
+        "published-equivalent": partial(implementations.published_equivalent, codec, direction, source),
+        "transformers": partial(implementations.transformers, codec, direction, source),
+    }
+    # Compilation takes a minute or so.
+    if direction == "both" and (batch, seconds) in ((16, 10.0), (1, 1.0)):
+        found["transformers-compiled"] = partial(implementations.transformers, codec, direction, source, compiled=True)
+    if direction == "both" or (direction, batch, seconds) in FIRST:
+        found["recipe"] = partial(implementations.recipe, codec, direction, source)
+    large, shapes = batch * seconds >= LARGE, ((batch, frames),)
+    for precision in ("fp16", "fp32", "tf32", "bf16"):
+        start = partial(implementations.engine, codec, direction, source, precision, shapes)
+        found[f"engine-{precision}"] = partial(start, 0)
+        if precision == "fp16" or not large:
+            found[f"engine-{precision}-graph"] = partial(start, 40 << 30)
+    found["engine"] = partial(implementations.engine, codec, direction, source, None, shapes, 0)
+    return found
