@@ -151,6 +151,14 @@ def test_short_items_share_a_tile():
     compare("conv_transpose1d", x, weight, bias, 5, 3, alpha=alpha, lengths=5 * lengths)
 
 
+def test_tiles_past_the_length():
+    x, weight, bias, alpha = layer(16, 24, 4, 300, items=1)
+    lengths = torch.tensor([20], device=DEVICE)
+    compare("conv1d", x, weight, bias, alpha=alpha, lengths=lengths)
+    x, weight, bias, alpha = layer(16, 24, 4, 300, True, items=1)
+    compare("conv_transpose1d", x, weight, bias, 2, 1, alpha=alpha, lengths=lengths)
+
+
 def test_more_than_one_group_of_tiles():
     x, weight, bias, _ = layer(8, 70, 1, 1200, items=1)
     compare("conv1d", x, weight, bias)

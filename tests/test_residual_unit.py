@@ -101,6 +101,11 @@ def test_short_items_share_a_tile():
     compare(arguments, 9, 27, alpha=alpha, lengths=torch.arange(20, device=DEVICE) % 3)
 
 
+def test_tiles_past_the_length():
+    arguments, alpha = unit(16, 300, items=1)
+    compare(arguments, 3, 9, alpha=alpha, lengths=torch.tensor([20], device=DEVICE))
+
+
 @pytest.mark.parametrize("kind", module.TILES)
 def test_every_tile(kind, monkeypatch):
     arguments, alpha = unit(50 if kind == "unaligned" else 96, 70, torch.float16 if kind == "half" else torch.float32)

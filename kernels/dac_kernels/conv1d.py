@@ -31,7 +31,7 @@ from dac_kernels.snake import _reduced, _sine
 # Tiles of M rows and N columns, K elements at a time, warps, stages. All sum in the same order; on sm_90 none spills
 # (tests/test_aot.py has the table). They fit in 99 KiB of shared memory, which GPUs from sm_80 on have.
 TILES = {
-    "half": ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 32, 64, 4, 4), (128, 64, 32, 4, 4)),
+    "half": ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 32, 64, 4, 4), (64, 32, 64, 4, 4)),
     "tf32": ((128, 64, 32, 4, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4)),
     "ieee": ((64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (32, 64, 32, 4, 3)),
     # Each thread holds an address per element.
@@ -61,6 +61,13 @@ def windows(x, item, m, known, size, x_b, step, first, ALIGN: tl.constexpr):
     high = tl.where(known[:, None], tl.minimum(size - start, 1 << 30), 0).to(tl.int32)
     at = x + item.to(tl.int64)[:, None] * x_b + start
     return at, tl.multiple_of(low, (ALIGN, ALIGN)), tl.multiple_of(high, (ALIGN, ALIGN))
+
+
+@jit
+def any_valid(lengths, item, known, position):
+    """1 if any of these positions lies before its item's length, else 0: nothing needs to be summed."""
+    length = tl.load(lengths + item, mask=known, other=0)
+    return tl.max((position < length).to(tl.int32), axis=0)
 
 
 @jit
@@ -120,8 +127,11 @@ def _conv1d_kernel(
         w_at = weight + (n.to(tl.int64) * w_n)[None, :]
 
     run_blocks = tl.cdiv(run, BLOCK_K)
+    blocks = runs * run_blocks
+    if lengths is not None:
+        blocks *= any_valid(lengths, item, known, m * (N // CHANNELS) - skip)
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(runs * run_blocks):
+    for block in range(blocks):
         r = block // run_blocks
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (r * run_step + k)[None, :]
@@ -168,16 +178,11 @@ def precision_of(x: Tensor, tf32: bool) -> str:
 
 
 def alignment(channels: int, x: Tensor, *weights: Tensor) -> tuple[int, bool]:
-    """What is known to divide an offset in x, 16 or 1, and whether rows and weights are loaded in vectors."""
-    strides = [x.stride(0)]
-    for weight in weights:
-        used = [stride for stride, extent in zip(weight.stride(), weight.shape, strict=True) if extent > 1]
-        # One axis lies innermost.
-        strides += sorted(used, key=lambda stride: stride != 1)[1:]
-        if 1 not in used:
-            strides.append(1)
-    align = math.gcd(16, channels)
-    return (16, math.gcd(16, *strides) == 16) if align == 16 else (1, False)
+    """What is known to divide every offset in x, 16 or 1, and whether x and the weights are loaded in vectors."""
+    align = 16 if channels % 16 == 0 else 1
+    strides = [x.stride(0), *(stride for weight in weights for stride in weight.stride() if stride != 1)]
+    innermost = all(1 in weight.stride()[:2] for weight in weights)
+    return align, align == 16 and innermost and math.gcd(16, *strides) == 16
 
 
 def _product(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, transposed: bool) -> dict[str, int]:
@@ -301,8 +306,8 @@ def _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, le
         return "neither keep nor alpha, so there would be no output"
     items, channels, size = x.shape
     time = output_length(size, kernel, stride, padding, dilation, transposed)
-    if time < 1 or items * (time + 1) >= 1 << 31:
-        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^31"
+    if time < 1 or items * (time + 1) >= 1 << 30:
+        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^30"
     out = weight.shape[1 if transposed else 0]
     shapes = {
         "weight": (weight, (channels, out, kernel) if transposed else (out, channels, kernel)),

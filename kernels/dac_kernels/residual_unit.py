@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dac_kernels.conv1d import (
     alignment,
+    any_valid,
     channels_innermost,
     dense,
     factors,
@@ -66,7 +67,10 @@ def _residual_unit_kernel(
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # noqa: RUF005
     run_blocks = tl.cdiv(C, BLOCK_K)
-    for block in range(TAPS * run_blocks):
+    blocks = TAPS * run_blocks
+    if lengths is not None:
+        blocks *= any_valid(lengths, item, known, m)
+    for block in range(blocks):
         tap = block // run_blocks
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (tap * run_step + k)[None, :]
@@ -175,8 +179,8 @@ def residual_unit_unsupported(
         if available < SHARED_TF32:
             return f"the device has {available >> 10} KiB of shared memory; accepted for TF32: {SHARED_TF32 >> 10} KiB"
     time = output_length(size, KERNEL, 1, padding, dilation, False)
-    if time < 1 or items * time >= 1 << 31:
-        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^31"
+    if time < 1 or items * time >= 1 << 30:
+        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^30"
     shapes = {
         "snaked": (snaked, tuple(x.shape)),
         "weight1": (weight1, (channels, channels, KERNEL)),
