@@ -107,7 +107,7 @@ def use_engine(codec, stage: str, precision: Precision | None, tuned_seconds: fl
     frames = round(DEFAULT_CHUNK_SECONDS / frame) + 2 * reach(codec.decoder)
     shapes = [(max(int(tuned_seconds / frame / frames), 1), frames)] if tuned_seconds else []
     # batches are too long for graphs to be of use
-    codec.optimize({stage: precision and precision.value}, shapes, memory=0)
+    codec.optimize({stage: precision and precision.value}, {stage: shapes}, memory=0)
 
 
 def batching(device: str, batch_seconds: float | None) -> dict:

@@ -265,7 +265,8 @@ def test_what_optimize_refuses():
     for arguments, message in (
         ({"precision": "fp8"}, "precision is 'fp8' for 'encode'; accepted: fp32, tf32, fp16, bf16"),
         ({"precision": {"train": "fp16"}}, "precision is 'fp16' for 'train'"),
-        ({"shapes": [(1, 0)]}, r"shapes has \(1, 0\); accepted: pairs of positive integers"),
+        ({"shapes": [(1, 0)]}, r"shapes has \(1, 0\) for 'encode'; accepted: pairs of positive integers"),
+        ({"shapes": {"train": [(1, 2)]}}, r"shapes has \(1, 2\) for 'train'"),
     ):
         with pytest.raises(ValueError, match=message):
             codec.optimize(**arguments)

@@ -5,7 +5,7 @@ small differences decide a search.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Engine:
         stale: what happened to the codec since, so that the engine is no longer of it; "": nothing.
     """
 
-    def __init__(self, codec, precision=None, shapes: Iterable[tuple[int, int]] = (), memory: int = 4 << 30):
+    def __init__(self, codec, precision=None, shapes=(), memory: int = 4 << 30):
         parameter = next(codec.parameters())
         if parameter.dtype != torch.float32:
             raise ValueError(f"the codec's parameters are {parameter.dtype}; accepted: torch.float32")
@@ -85,13 +85,10 @@ class Engine:
     def decode_codes(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `DAC.decode_codes`, of checked arguments; but a code out of range counts as the nearest one inside."""
         batch, stages, frames = codes.shape
-        codes = codes.clamp(0, self._codec.config.codebook_size - 1)
         if bucket := self._bucket("decode", batch, frames, stages):
             with self._replayed(bucket, codes, lengths) as (audio,):
                 return audio[:batch, :, : frames * self._codec.hop_length].clone()
-        with float32_products(tf32=False):
-            z = self._codec.quantizer.decode(codes)
-        return self.decode(z, lengths)
+        return self.decode(self._latent(codes), lengths)
 
     def encoder(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
         """As `DAC.encoder`."""
@@ -149,9 +146,13 @@ class Engine:
 
     def _decode_bucket(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor]:
         """What a graph of decode does. lengths: frames, 0 for an item that is not there."""
+        return (self._codec.decode_by(self.plans["decode"], self._latent(codes), lengths),)
+
+    def _latent(self, codes: Tensor) -> Tensor:
+        # a code out of range is found meanwhile; looking it up could end the process's work on the GPU
+        codes = codes.clamp(0, self._codec.config.codebook_size - 1)
         with float32_products(tf32=False):
-            z = self._codec.quantizer.decode(codes)
-        return (self._codec.decode_by(self.plans["decode"], z, lengths),)
+            return self._codec.quantizer.decode(codes)
 
     @contextlib.contextmanager
     def _replayed(self, bucket: Bucket, x: Tensor, lengths: Tensor | None):
@@ -177,18 +178,18 @@ class Engine:
             return Encoded(*cropped, *losses, torch.full((batch,), frames, device=audio.device))
         return Encoded(*cropped, *losses, -(-lengths // hop))
 
-    def _warm_up(self, shapes: list[tuple[int, int]]):
+    def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]):
         """Let the layers choose at these sizes, then capture them, the largest first."""
         cudnn_chose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
             with torch.no_grad(), torch.cuda.device(self.device):
-                for batch, frames in sorted(shapes, key=lambda shape: -shape[0] * shape[1]):
-                    for stage in STAGES:
-                        run, inputs = self._example(stage, batch, frames)
-                        self.plans[stage].choices.timing = True
-                        run(*inputs)
-                        self.plans[stage].choices.timing = False
-                        self.graphs.add(stage, batch, frames, run, inputs)
+                sizes = [(stage, *shape) for stage in STAGES for shape in shapes[stage]]
+                for stage, batch, frames in sorted(sizes, key=lambda size: -size[1] * size[2]):
+                    run, inputs = self._example(stage, batch, frames)
+                    self.plans[stage].choices.timing = True
+                    run(*inputs)
+                    self.plans[stage].choices.timing = False
+                    self.graphs.add(stage, batch, frames, run, inputs)
         finally:
             torch.backends.cudnn.benchmark = cudnn_chose
 
@@ -230,9 +231,16 @@ def _checked_precision(precision, device: torch.device) -> dict[str, str]:
     return {stage: precision.get(stage) or default[stage] for stage in STAGES}
 
 
-def _checked_shapes(shapes) -> list[tuple[int, int]]:
-    shapes = [tuple(shape) for shape in shapes]
-    for shape in shapes:
-        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"shapes has {shape}; accepted: pairs of positive integers, (batch, frames)")
-    return shapes
+def _checked_shapes(shapes) -> dict[str, list[tuple[int, int]]]:
+    """The shapes of each stage."""
+    if not isinstance(shapes, dict):
+        shapes = dict.fromkeys(STAGES, tuple(shapes))
+    for stage, pairs in shapes.items():
+        for pair in pairs:
+            fits = len(pair) == 2 and all(isinstance(size, int) and size > 0 for size in pair)
+            if stage not in STAGES or not fits:
+                raise ValueError(
+                    f"shapes has {pair} for {stage!r}; accepted: pairs of positive integers, (batch, frames), for "
+                    f"{' and '.join(STAGES)}"
+                )
+    return {stage: list(shapes.get(stage, ())) for stage in STAGES}

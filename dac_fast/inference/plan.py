@@ -62,7 +62,8 @@ class Choices:
             times[tuple(x.shape)] = {way: triton.testing.do_bench(call, warmup=2, rep=8) for way, call in ways.items()}
         if not times:
             return next(iter(ways.values()))()
-        nearest = min(times, key=lambda shape: abs(math.log(math.prod(shape) / max(x.numel(), 1))))
+        # of shapes of one size, this one itself
+        nearest = min(times, key=lambda s: (abs(math.log(math.prod(s) / max(x.numel(), 1))), s != tuple(x.shape)))
         return ways[min(ways, key=lambda way: times[nearest].get(way, math.inf))]()
 
     def table(self, precision: str) -> list[str]:

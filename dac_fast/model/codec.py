@@ -1,6 +1,6 @@
 """The codec: encoder, quantizer and decoder in one module, with the published state-dict keys."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ class DAC(nn.Module):
                 module.fold()
         return self
 
-    def optimize(self, precision=None, shapes: Iterable[tuple[int, int]] = (), memory: int = 4 << 30) -> "DAC":
+    def optimize(self, precision=None, shapes=(), memory: int = 4 << 30) -> "DAC":
         """Have `encode` and `decode` (and what uses them) run by an engine: fused layers, CUDA graphs. Returns self.
 
         The codec is folded and in eval mode from then on, and its parameters stay float32. The engine runs what needs
@@ -172,9 +172,10 @@ class DAC(nn.Module):
             precision: of the convolutions, "fp32" (no TF32), "tf32", "fp16" or "bf16", or {"encode": one of these,
                 "decode": one of these}. None: fp32 for encode, so that codes are the reference's; for decode fp16 on
                 CUDA, fp32 on the CPU. The quantizer computes in fp32 in any case.
-            shapes: (batch, frames) pairs, for CUDA: the ways to run each layer are timed at these, and each becomes a
-                CUDA graph of encode and one of decode_codes, with all codebooks. A graph serves requests of its
-                size and smaller ones, down to half of it, ragged batches too.
+            shapes: (batch, frames) pairs, or {"encode": pairs, "decode": pairs}, for CUDA: the ways to run each layer
+                are timed at these (which compiles kernels at the first time: minutes), and each becomes a graph of
+                encode and one of decode_codes, with all codebooks. A graph serves requests of its size and smaller
+                ones, down to half of it, ragged batches too. Without shapes, layers run on cuDNN and cuBLAS.
             memory: bytes that the graphs may hold; shapes beyond are timed but not captured.
         Raises:
             ValueError: an argument is out of range, the codec is not in float32, or its activation is not Snake.
