@@ -1,4 +1,4 @@
-"""The command line: python -m bench list | run | gpu | train | report."""
+"""The command line: python -m bench list | run | gpu | parity | train | report."""
 
 import argparse
 import fnmatch
@@ -36,24 +36,45 @@ def main(arguments=None):
     run.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after that long")
     run.add_argument(
-        "--published-python", metavar="PATH",
-        help="a Python that can import the published package: times it in the same run, with the same weights",
+        "--provider-seconds", type=float, default=float("inf"), metavar="SECONDS",
+        help="start no more providers of a case after that long",
     )  # fmt: skip
+    published = {
+        "metavar": "PATH",
+        "help": "a Python that can import the published package: times it in the same run, with the same weights",
+    }
+    run.add_argument("--published-python", **published)
     run.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
     run.add_argument("--resume", action="store_true", help="go on with the file, running the cases it lacks")
     run.add_argument("--commit", help="to be recorded where this is no git checkout")
 
     gpu = commands.add_parser(
-        "gpu", help="everything for a machine with a GPU: build, gpu tests, sanitizers, every CUDA case, report"
+        "gpu", help="everything for a machine with a GPU, see bench/gpu.py: build, tests, every CUDA case, report"
     )
     gpu.add_argument("--out-dir", type=Path, default=RESULTS, help="default: bench/results")
     gpu.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="for all of it (default: 500)")
     gpu.add_argument("--commit", help="to be recorded where this is no git checkout")
     gpu.add_argument("--case", action="append", metavar="GLOB", help="as for run")
     gpu.add_argument(
-        "--skip", action="append", default=[], metavar="STEP", choices=("build", "tests", "sanitizers"),
-        help="leave a step out: build, tests or sanitizers; may be repeated",
+        "--skip", action="append", default=[], metavar="STEP",
+        choices=("build", "tests", "sanitizers", "cases", "precisions", "train"),
+        help="leave a step out: build, tests, sanitizers, cases, precisions or train; may be repeated",
     )  # fmt: skip
+    gpu.add_argument("--resume", type=Path, metavar="JSON", help="go on with the result file of an earlier call")
+    gpu.add_argument("--published-python", **published)
+    gpu.add_argument("--recording", type=Path, help="as for parity")
+
+    parity = commands.add_parser(
+        "parity", help="what each precision costs on a real recording: codes that agree, audio in dB, against float64"
+    )
+    parity.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    parity.add_argument(
+        "--precision", nargs="+", choices=("fp32", "tf32", "fp16", "bf16"), help="default: all; tf32 on cuda only"
+    )
+    parity.add_argument("--recording", type=Path, help="a .wav of 16 bit, or what soundfile reads; default: a clip")
+    parity.add_argument("--seconds", type=float, default=1.0, help="of the recording (default: 1)")
+    parity.add_argument("--out", type=Path, help="default: bench/results/<device>_precisions.json")
+    parity.add_argument("--commit", help="to be recorded where this is no git checkout")
 
     train = commands.add_parser(
         "train", help="time the training step: the published composition, torch.compile of it, ours; part by part"
@@ -71,6 +92,7 @@ def main(arguments=None):
         "--compare", type=int, metavar="STEPS",
         help="instead: train a small codec for that many steps in each way, and compare the losses",
     )  # fmt: skip
+    train.add_argument("--count-only", action="store_true", help="count flops and memory in a step, and time nothing")
     train.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
     train.add_argument("--quick", action="store_true", help="a tiny model: tests the harness, says nothing of speed")
     train.add_argument("--out", type=Path, help="default: bench/results/<device>_train[_compare].json")
@@ -80,7 +102,8 @@ def main(arguments=None):
     report.add_argument("results", type=Path, nargs="+", metavar="JSON")
 
     options = parser.parse_args(arguments)
-    {"list": _list, "run": _run, "gpu": _gpu, "train": _train, "report": _report}[options.command](options, parser)
+    run = {"list": _list, "run": _run, "gpu": _gpu, "parity": _parity, "train": _train, "report": _report}
+    run[options.command](options, parser)
 
 
 def _selected(options, parser):
@@ -122,6 +145,7 @@ def _run(options, parser):
         options.provider,
         options.published_python,
         options.quick,
+        options.provider_seconds,
     )
     out = options.out or RESULTS / f"{options.device}.json"
     if not options.resume:
@@ -133,11 +157,42 @@ def _run(options, parser):
 def _gpu(options, parser):
     import torch
 
-    from bench.gpu import run_everything
+    from bench.gpu import GpuSettings, run_everything
 
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; `python -m bench run --device cpu` runs the CPU cases")
-    run_everything(options.out_dir, options.budget, options.commit, options.case, options.skip)
+    for path in filter(None, (options.resume, options.recording)):
+        if not path.is_file():
+            parser.error(f"{path} is no file")
+    run_everything(
+        GpuSettings(
+            options.out_dir,
+            options.budget,
+            options.commit,
+            options.case or (),
+            options.skip,
+            options.resume,
+            options.published_python,
+            options.recording,
+        )
+    )
+
+
+def _parity(options, parser):
+    import torch
+
+    from bench.precision_table import CLIP, markdown, run_table
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precisions = options.precision or ["fp32", *(["tf32"] if device == "cuda" else []), "fp16", "bf16"]
+    if device == "cpu" and "tf32" in precisions:
+        parser.error("--precision tf32 on the CPU; accepted there: fp32, fp16, bf16")
+    # As in _run.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    out = options.out or RESULTS / f"{device}_precisions.json"
+    document = run_table(device, precisions, options.recording or CLIP, options.seconds, out, options.commit)
+    out.with_suffix(".md").write_text(markdown(document))
+    print(f"wrote {os.path.relpath(out)} and {os.path.relpath(out.with_suffix('.md'))}")
 
 
 def _train(options, parser):
@@ -158,7 +213,9 @@ def _train(options, parser):
     if options.compare:
         print(main_line(run_compare(device, options.compare, out, quick, options.commit)))
         return
+    # Elsewhere there are no graphs, and compiled code does not show what it keeps.
     available = IMPLEMENTATIONS if on_gpu else IMPLEMENTATIONS[:3]
+    available = ("published", "ours") if options.count_only else available
     for name in options.implementation or ():
         if name not in available:
             parser.error(f"--implementation is {name!r}; accepted on {device}: {', '.join(available)}")
@@ -170,6 +227,7 @@ def _train(options, parser):
         options.precision or (["fp32", "bf16"] if on_gpu else ["fp32"]),
         options.implementation or available,
         0.2 if options.quick else options.seconds,
+        options.count_only,
         options.data,
         options.quick,
     )

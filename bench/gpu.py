@@ -1,8 +1,19 @@
 """`python -m bench gpu`: everything that wants a GPU, in one command and within one time budget.
 
 The steps, each in a process of its own so that none takes down the next: build the extension with its CUDA half, run
-the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA case, write the report. The output
-folder gets one JSON document (see harness.py), its report, and the log of every step.
+the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA case (the whole codec first, then
+single layers and ops), the table of precisions, the training step, and write the report. The output folder gets one
+JSON document (see harness.py), its report, the tables of the last two steps, and the log of every step.
+
+One call of 500 s builds, tests, and times what matters most. Where a call may take ten minutes at most, three of them
+do all of it:
+
+    python -m bench gpu --budget 570 --skip precisions --skip train
+    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip train --resume FIRST.json
+    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases --skip precisions --resume FIRST.json
+
+FIRST.json is the document that the first call wrote (copied to --out-dir if it lies elsewhere); cases it has are not
+run again. The build is repeated where the machine is a fresh one and takes a moment where it is not.
 """
 
 import datetime
@@ -14,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,79 +34,136 @@ from bench.environment import ROOT
 from bench.harness import SCHEMA, write
 from bench.report import write_report
 
-# Seconds that each step may take at most; the cases get what is left.
-LIMITS = {"build": 150, "tests": 150, "memcheck": 60, "racecheck": 60}
+STEPS = ("build", "tests", "sanitizers", "cases", "precisions", "train")
+# Seconds that each step may take at most; the cases get what is left of the budget when the later ones have theirs.
+LIMITS = {"build": 150, "tests": 120, "memcheck": 45, "racecheck": 45, "precisions": 40, "train": 100}
+# A case starts no more providers after that long: one of the whole codec would compile for minutes.
+PROVIDER_SECONDS = 150
 # Kept back for the report.
 RESERVE = 15
 # What runs under compute-sanitizer, which slows kernels down a hundredfold: the tests of our own CUDA code.
 SANITIZED = "stft_bands or disc_preprocess"
 
 
-def run_everything(
-    folder: Path, budget: float, commit: str | None, patterns: Sequence[str] | None, skip: Sequence[str]
-):
-    """Run all steps; whatever fails is recorded and the next one runs.
+@dataclass(frozen=True)
+class GpuSettings:
+    """What to do.
 
-    Args:
+    Attributes:
         folder: for the results.
         budget: seconds for everything.
         commit: to be recorded where this is no git checkout.
-        patterns: of case names; None: all.
-        skip: of "build", "tests" and "sanitizers", what to leave out.
+        patterns: of case names; empty: all.
+        skip: of `STEPS`, what to leave out.
+        resume: a document to go on with; None: a new one.
+        published_python: see `bench.harness.Settings`.
+        recording: for the precisions; None: the bundled clip.
     """
-    deadline = time.monotonic() + budget
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"gpu-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}"
-    path, log = stem.with_suffix(".json"), stem.with_suffix(".log")
-    steps = []
 
-    def step(name, command, limit, **variables):
-        result = run_step(name, command, min(limit, deadline - RESERVE - time.monotonic()), log, **variables)
-        steps.append(result)
-        document = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
-        write(document | {"steps": steps}, path)
-        return result
+    folder: Path
+    budget: float
+    commit: str | None = None
+    patterns: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    resume: Path | None = None
+    published_python: str | None = None
+    recording: Path | None = None
 
-    python = sys.executable
-    if "build" not in skip:
-        build = [python, "setup.py", "build_ext", "--inplace"]
+
+class _Session:
+    """The document, the log and the clock of one call."""
+
+    def __init__(self, settings: GpuSettings):
+        self.deadline = time.monotonic() + settings.budget - RESERVE
+        folder = settings.folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.resume:
+            self.path = folder / settings.resume.name
+            if settings.resume.resolve() != self.path:
+                shutil.copy(settings.resume, self.path)
+        else:
+            self.path = folder / f"gpu-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
+        self.log = self.path.with_suffix(".log")
+        self.steps = self.document().get("steps", [])
+
+    def document(self) -> dict:
+        return json.loads(self.path.read_text()) if self.path.exists() else {"schema": SCHEMA}
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def step(self, name: str, command: list, limit: float, **variables: str) -> int | None:
+        """Run and record it; returns its status, None where it was out of time."""
+        result = run_step(name, command, min(limit, self.left()), self.log, **variables)
+        self.steps.append(result)
+        document = self.document() | {"steps": self.steps}
+        if result["returncode"] is None:
+            # The case that was under way did nothing wrong: it is still to be run.
+            document.pop("running", None)
+        write(document, self.path)
+        return result["returncode"]
+
+
+def run_everything(settings: GpuSettings) -> Path:
+    """Run all steps; whatever fails is recorded and the next one runs. Returns the document's path."""
+    session, python = _Session(settings), sys.executable
+    bench, commit = [python, "-m", "bench"], ["--commit", settings.commit] if settings.commit else []
+    later = sum(LIMITS[name] for name in ("precisions", "train") if name not in settings.skip)
+
+    def wanted(name, seconds):
+        return name not in settings.skip and session.left() > seconds
+
+    if wanted("build", 30):
         # For this GPU alone, which is several times quicker than for all that are supported.
         architecture = "".join(map(str, torch.cuda.get_device_capability()))
-        step("build", build, LIMITS["build"], DAC_KERNELS_BUILD="cuda", DAC_KERNELS_CUDA_ARCH=architecture)
+        variables = {"DAC_KERNELS_BUILD": "cuda", "DAC_KERNELS_CUDA_ARCH": architecture}
+        session.step("build", [python, "setup.py", "build_ext", "--inplace"], LIMITS["build"], **variables)
     pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    if "tests" not in skip:
-        step("tests", pytest, LIMITS["tests"])
-    if "sanitizers" not in skip and shutil.which("compute-sanitizer"):
+    if wanted("tests", 30):
+        session.step("tests", pytest, LIMITS["tests"])
+    if wanted("sanitizers", 30) and shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "-x", "-k", SANITIZED]
             # PyTorch's caching allocator hides accesses past the end of a tensor.
-            step(tool, command, LIMITS[tool], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            session.step(tool, command, LIMITS[tool], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     # A case that kills its process is recorded as failed by the next one, which goes on behind it.
-    while True:
-        left = deadline - RESERVE - time.monotonic()
-        before = _progress(path)
-        command = [python, "-m", "bench", "run", "--device", "cuda", "--seconds", "0.2", "--budget", str(left - 20)]
-        command += ["--resume", "--out", str(path), *(["--commit", commit] if commit else [])]
-        command += [word for pattern in patterns or () for word in ("--case", pattern)]
-        if left < 30 or step("cases", command, left)["returncode"] == 0 or _progress(path) == before:
+    while wanted("cases", later + 30):
+        limit, before = session.left() - later, _progress(session.document())
+        command = [*bench, "run", "--device", "cuda", "--seconds", "0.2", "--budget", f"{limit - 20:.0f}"]
+        command += ["--provider-seconds", PROVIDER_SECONDS, "--resume", "--out", session.path, *commit]
+        command += ["--published-python", settings.published_python] if settings.published_python else []
+        command += [word for pattern in settings.patterns for word in ("--case", pattern)]
+        if session.step("cases", command, limit) in (0, None) or _progress(session.document()) == before:
             break
-    document = json.loads(path.read_text())
+
+    def beside(name):
+        return session.path.with_name(f"{session.path.stem}_{name}.json")
+
+    if wanted("precisions", 20):
+        recording = ["--recording", settings.recording] if settings.recording else []
+        command = [*bench, "parity", "--device", "cuda", "--out", beside("precisions"), *recording, *commit]
+        session.step("precisions", command, LIMITS["precisions"])
+    if wanted("train", 40):
+        limit = session.left()
+        command = [*bench, "train", "--device", "cuda", "--budget", f"{limit - 30:.0f}", "--out", beside("train")]
+        session.step("train", [*command, *commit], limit)
+
+    document = session.document()
     if "environment" in document:
-        write_report(path)
-    for result in steps:
+        write_report(session.path)
+    for result in session.steps:
         print(f"{result['name']}: {result['result']} ({result['seconds']:.0f} s)")
-    failed = [row for row in document.get("rows", []) if row["status"] == "failed"]
-    print(
-        f"{len(document.get('rows', []))} rows, {len(failed)} failed, {len(document.get('not_run', []))} cases not run"
-    )
-    print(f"results: {os.path.relpath(path)}")
+    rows = document.get("rows", [])
+    failed = sum(row["status"] == "failed" for row in rows)
+    print(f"{len(rows)} rows, {failed} failed, {len(document.get('not_run', []))} cases not run")
+    print(f"results: {os.path.relpath(session.path)}")
+    return session.path
 
 
-def _progress(path: Path) -> tuple:
+def _progress(document: dict) -> tuple:
     """Changes whenever a run got any further."""
-    document = json.loads(path.read_text()) if path.exists() else {}
     return len(document.get("rows", [])), document.get("running")
 
 
@@ -116,7 +185,7 @@ def run_step(name: str, command: list, limit: float, log: Path, **variables: str
         output.flush()
         beginning = output.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": packages} | variables,
+            [*map(str, command)], cwd=ROOT, env=os.environ | {"PYTHONPATH": packages} | variables,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

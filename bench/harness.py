@@ -39,6 +39,7 @@ class Settings:
         providers: names to run; empty: all.
         published_python: a Python that can `import dac`, the published package; None: leave it out.
         quick: shapes that run in a moment, for the harness's own test.
+        provider_seconds: a case starts no more providers after that long.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Settings:
     providers: Sequence[str] = ()
     published_python: str | None = None
     quick: bool = False
+    provider_seconds: float = float("inf")
 
 
 @dataclass
@@ -115,12 +117,14 @@ def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
     except Exception as error:  # reported in its row; the other cases go on
         return [head | {"provider": "all", "status": "failed", "reason": _one_line(error)}]
 
-    rows, samplers, closers = [], {}, []
+    rows, samplers, closers, began = [], {}, [], time.monotonic()
     for name, provider in prepared.providers.items():
         if settings.providers and name not in settings.providers:
             continue
         row = head | {"provider": name}
         rows.append(row)
+        if not isinstance(provider, str) and time.monotonic() - began > settings.provider_seconds:
+            provider = f"not started: the ones before took {settings.provider_seconds:g} s"
         if isinstance(provider, str):
             row |= {"status": "skipped", "reason": provider}
             continue

@@ -4,13 +4,14 @@ Weights as they are initialised would do for timing, but hide errors: the signal
 codebooks are far larger than what they quantise, and codes and audio hardly depend on the input.
 """
 
+import functools
 import math
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dac_fast import ops
-from dac_fast.config import Config
+from dac_fast.config import PRESETS, Config
 from dac_fast.model import DAC
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, Snake, WeightNorm
 
@@ -18,15 +19,17 @@ from dac_fast.model.layers import Conv1d, ConvTranspose1d, Snake, WeightNorm
 GAIN = 0.75
 
 
+@functools.lru_cache(maxsize=1)
 @torch.no_grad()
-def random_codec(config: Config, seed: int = 0) -> DAC:
-    """The codec, in eval mode on the CPU, its weights not folded."""
-    generator = torch.Generator().manual_seed(seed)
+def random_codec(preset: str, device: str = "cpu") -> DAC:
+    """The codec, in eval mode, its weights not folded. Copy it before changing it: the next caller gets the same."""
+    config, generator = PRESETS[preset], torch.Generator().manual_seed(0)
 
     def normal(shape):
-        return torch.randn(shape, generator=generator)
+        # drawn on the CPU: the same everywhere
+        return torch.randn(shape, generator=generator).to(device)
 
-    codec = DAC(**config.to_dict()).eval()
+    codec = DAC(**config.to_dict()).eval().to(device)
     for network in (codec.encoder, codec.decoder):
         for module in network.modules():
             if isinstance(module, (Conv1d, ConvTranspose1d)):
@@ -54,8 +57,8 @@ def _fit_quantizer(codec: DAC, residual: torch.Tensor, generator: torch.Generato
         projection = stage.in_proj.normed_weight()[:, :, 0]
         latent = residual @ projection.t()
         chosen = torch.randint(len(latent), (len(stage.codebook.weight),), generator=generator)
-        jitter = 0.3 * latent.std(0) * torch.randn(stage.codebook.weight.shape, generator=generator)
-        stage.codebook.weight.copy_(latent[chosen] + jitter)
+        jitter = torch.randn(stage.codebook.weight.shape, generator=generator).to(residual.device)
+        stage.codebook.weight.copy_(latent[chosen.to(latent.device)] + 0.3 * latent.std(0) * jitter)
         back = torch.linalg.lstsq(latent, residual).solution
         _set_weight(stage.out_proj, back.t()[:, :, None])
         for conv in (stage.in_proj, stage.out_proj):

@@ -9,6 +9,18 @@ from matplotlib.figure import Figure
 from bench.report import speedups, title
 
 
+def requests(timed: list[dict], document: dict, path: Path) -> bool:
+    """Bars per case: how many times faster than real time each provider is."""
+    bars = [(row["case"], row["provider"], row["real_time"]) for row in timed]
+    if not bars:
+        return False
+    axes = _bars(bars, f"Codec, and one step of a stream\n{title(document['environment'])}", path)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster than real time")
+    return _save(axes, path)
+
+
 def providers(timed: list[dict], document: dict, path: Path) -> bool:
     """Bars per case: how many times as fast as its first provider each one is. Returns whether there was any."""
     bars = [

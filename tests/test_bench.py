@@ -4,13 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import wave
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, harness, parity, timing
+from bench import gpu, harness, parity, precision_table, timing
+from bench.cases import end_to_end
+from bench.fidelity import PIECE, Truth
 from bench.harness import Case, Prepared, Settings
+from bench.models import random_codec
+from bench.providers import Unavailable
 from bench.report import markdown, speedups, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +48,9 @@ def test_command_line_from_list_to_report(tmp_path):
     assert len(listed) == len(set(listed)) > 10
 
     out = tmp_path / "cpu.json"
-    eager = ["--provider", "eager", "--provider", "reference-unfolded", "--provider", "reference-folded"]
-    done = bench("run", "--device", "cpu", "--quick", "--threads", 1, *eager, "--out", out)
+    names = ("eager", "reference-folded", "engine", "modules")
+    chosen = [word for name in names for word in ("--provider", name)]
+    done = bench("run", "--device", "cpu", "--quick", "--threads", 1, *chosen, "--out", out)
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
     assert document["environment"]["threads"] == 1
@@ -54,7 +61,9 @@ def test_command_line_from_list_to_report(tmp_path):
     rows = document["rows"]
     assert {row["case"] for row in rows} == set(listed)
     assert {row["status"] for row in rows} == {"timed"}, [row for row in rows if row["status"] != "timed"]
-    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows)
+    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] <= row["p99_ms"] for row in rows)
+    assert {row["provider"] for row in rows if row["op"] == "codec"} == {"reference-folded", "engine"}
+    assert all(row["real_time"] > 0 for row in rows if row["op"] in ("codec", "stream"))
 
     # Nothing is left to do.
     assert bench("run", "--device", "cpu", "--quick", "--out", out, "--resume").returncode == 0
@@ -62,7 +71,7 @@ def test_command_line_from_list_to_report(tmp_path):
     reported = bench("report", out)
     assert reported.returncode == 0, reported.stderr
     text = out.with_suffix(".md").read_text()
-    assert "reference-folded" in text
+    assert "\n| tiny-1x0.2s | engine | float32 |" in text
     assert text.count("\n| 2x2000 float32 | eager |") == 2
 
 
@@ -90,6 +99,19 @@ def test_one_provider_takes_down_no_other():
 
     rows = harness.run_case(Case("snake", "forward", "cpu", "float32", "0", unprepared), SETTINGS, LIMITS)
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "ValueError: bad shape")]
+
+
+def test_a_case_that_takes_too_long_starts_no_more_providers():
+    rows = harness.run_case(
+        case_of(eager=torch.sin, absent="not built", late=torch.sin), replace(SETTINGS, provider_seconds=-1.0), LIMITS
+    )
+    assert [row["status"] for row in rows] == ["skipped"] * 3
+    assert [row["reason"] for row in rows[1:]] == ["not built", "not started: the ones before took -1 s"]
+
+    def without_library(x):
+        raise Unavailable("no such library")
+
+    assert run_rows(case_of(peer=without_library))["peer"]["reason"] == "no such library"
 
 
 def test_an_interrupted_run_is_continued_behind_the_case_that_ended_it(tmp_path, monkeypatch):
@@ -134,6 +156,94 @@ def test_options_that_match_nothing_are_named(tmp_path):
     refused = bench("report", tmp_path / "absent.json")
     assert refused.returncode == 2
     assert "absent.json is no file" in refused.stderr
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_every_way_to_run_the_codec_is_right(monkeypatch):
+    """Those for CUDA too, as far as they run on a CPU: without graphs, and uncompiled, since that takes a minute."""
+    monkeypatch.setattr(end_to_end, "_cpu_providers", end_to_end._cuda_providers)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    prepared = end_to_end.prepare("tiny", 2, 0.2, "both", SETTINGS)
+    found = {}
+    for name in ("published-equivalent", "recipe", "engine-fp16-graph", "transformers", "engine-fp32"):
+        run = prepared.providers[name]()
+        found[name] = prepared.check(run(), run.precision)
+    assert found["engine-fp32"]["snr_db"] > 90 > found["recipe"]["snr_db"] > 40
+    codes, audio = run()
+    with pytest.raises(AssertionError, match="40.0 dB, at least 90 expected"):
+        prepared.check((codes, 0.99 * audio), "float32")
+    with pytest.raises(AssertionError, match="of the codes are float64's"):
+        prepared.check((codes.roll(1, dims=2), audio), "float16")
+
+
+def test_the_ends_of_a_long_input_are_checked():
+    codec = random_codec("tiny")
+    hop, frames = codec.hop_length, 2 * PIECE + 30
+    audio = 0.1 * torch.randn(1, 1, frames * hop, generator=torch.Generator().manual_seed(0))
+    truth = Truth(codec, audio)
+    with torch.no_grad():
+        codes = codec.encode(audio).codes
+        restored = codec.decode_codes(codes)
+    assert truth.check_codes(codes, "float32")["agreement"] > 0.99
+    assert truth.check_audio(codes, restored, "float32")["snr_db"] > 100
+    for frame in (0, frames - 1):
+        wrong = restored.clone()
+        wrong[..., frame * hop] += 0.1
+        with pytest.raises(AssertionError, match="at least 90 expected"):
+            truth.check_audio(codes, wrong, "float32")
+
+
+def test_table_of_precisions(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision_table, "MODELS", dict(list(precision_table.MODELS.items())[:1]))
+    clip = tmp_path / "clip.wav"
+    with wave.open(str(clip), "wb") as file:
+        file.setparams((2, 2, 44100, 0, "NONE", ""))
+        file.writeframes(torch.randint(-9000, 9000, (8000,), dtype=torch.int16).numpy().tobytes())
+    document = precision_table.run_table("cpu", ("fp32", "fp16"), clip, 0.1, tmp_path / "table.json")
+    assert json.loads((tmp_path / "table.json").read_text()) == document
+    reference, fp32, fp16 = document["rows"]
+    assert reference["agreement"] == fp32["agreement"] == 1
+    assert min(reference["snr_db"], fp32["snr_db"]) > 90 > fp16["snr_db"] > 40
+    assert "| golden, even strides | fp16 |" in precision_table.markdown(document)
+
+
+def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
+    """In calls of limited time: what was cut off is run again, what killed its process is not."""
+    done = []
+
+    def run_step(name, command, limit, log, **variables):
+        done.append((name, [str(word) for word in command], limit))
+        returncode = 0
+        if name == "cases":
+            path = Path(command[command.index("--out") + 1])
+            document = json.loads(path.read_text())
+            rows = document.setdefault("rows", [])
+            # the first one crashes, the second is cut off, the third ends
+            returncode = [-11, None, 0][len(rows)]
+            rows.append({"case": str(len(rows)), "provider": "all", "status": "failed", "reason": "test"})
+            path.write_text(json.dumps(document | {"running": "case"}))
+        return {"name": name, "command": "", "returncode": returncode, "seconds": 1.0, "result": "done"}
+
+    monkeypatch.setattr(gpu, "run_step", run_step)
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    first = gpu.run_everything(gpu.GpuSettings(tmp_path / "first", 570, patterns=["codec/*"], skip=["train"]))
+    assert [name for name, *_ in done] == ["build", "tests", "memcheck", "racecheck", "cases", "cases", "precisions"]
+    command, limit = done[4][1:]
+    assert command[command.index("--case") + 1] == "codec/*"
+    assert 500 < limit <= 570 - gpu.RESERVE - gpu.LIMITS["precisions"]
+    assert "running" not in json.loads(first.read_text())
+
+    done.clear()
+    settings = gpu.GpuSettings(tmp_path / "second", 570, skip=["build", "tests", "sanitizers"], resume=first)
+    second = gpu.run_everything(settings)
+    assert [name for name, *_ in done] == ["cases", "precisions", "train"]
+    document = json.loads(second.read_text())
+    assert (second.name, len(document["rows"]), len(document["steps"])) == (first.name, 3, 10)
+
+    done.clear()
+    gpu.run_everything(gpu.GpuSettings(tmp_path, 30))
+    assert done == []
 
 
 def test_gpu_steps_that_fail_or_overrun_are_recorded(tmp_path):

@@ -35,6 +35,7 @@ SIZES = ((16, 10.0), (1, 1.0), (1, 100.0), (1, 10.0), (16, 1.0), (1, 0.1))
 FIRST = {("both", 16, 10.0), ("decode", 1, 1.0)}
 # Seconds of audio from which on only one provider keeps its graph, for the memory; others gain nothing from theirs.
 LARGE = 50
+GRAPH_BYTES = 40 << 30
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -55,7 +56,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def prepare(preset: str, batch: int, seconds: float, direction: str, settings: Settings) -> Prepared:
     """Model, input, providers and check."""
     config = PRESETS[preset]
-    codec = random_codec(config).to(settings.device)
+    codec = random_codec(preset, settings.device)
     frames = math.ceil(seconds * config.sample_rate / config.hop_length)
     generator = torch.Generator().manual_seed(1)
     audio = 0.1 * torch.randn(batch, 1, frames * config.hop_length, generator=generator).to(settings.device)
@@ -103,21 +104,24 @@ def _cpu_providers(codec: DAC, direction: str, source: Tensor, _size) -> dict:
 
 
 def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int, float, int]) -> dict:
+    """The baseline first, then what matters most: a case may run out of time."""
     batch, seconds, frames = size
-    found = {
-        "published-equivalent": partial(implementations.published_equivalent, codec, direction, source),
-        "transformers": partial(implementations.transformers, codec, direction, source),
+    start = {
+        name: partial(getattr(implementations, name), codec, direction, source)
+        for name in ("published_equivalent", "transformers", "recipe", "engine")
     }
+    shapes, large = ((batch, frames),), batch * seconds >= LARGE
+    found = {"published-equivalent": start["published_equivalent"]}
     # Compilation takes a minute or so.
-    if direction == "both" and (batch, seconds) in ((16, 10.0), (1, 1.0)):
-        found["transformers-compiled"] = partial(implementations.transformers, codec, direction, source, compiled=True)
     if direction == "both" or (direction, batch, seconds) in FIRST:
-        found["recipe"] = partial(implementations.recipe, codec, direction, source)
-    large, shapes = batch * seconds >= LARGE, ((batch, frames),)
+        found["recipe"] = start["recipe"]
+    found["engine-fp16-graph"] = partial(start["engine"], "fp16", shapes, GRAPH_BYTES)
+    found["engine"] = partial(start["engine"], None, shapes, 0)
+    found["transformers"] = start["transformers"]
     for precision in ("fp16", "fp32", "tf32", "bf16"):
-        start = partial(implementations.engine, codec, direction, source, precision, shapes)
-        found[f"engine-{precision}"] = partial(start, 0)
-        if precision == "fp16" or not large:
-            found[f"engine-{precision}-graph"] = partial(start, 40 << 30)
-    found["engine"] = partial(implementations.engine, codec, direction, source, None, shapes, 0)
+        found[f"engine-{precision}"] = partial(start["engine"], precision, shapes, 0)
+        if not large and precision != "fp16":
+            found[f"engine-{precision}-graph"] = partial(start["engine"], precision, shapes, GRAPH_BYTES)
+    if direction == "both" and (batch, seconds) in ((16, 10.0), (1, 1.0)):
+        found["transformers-compiled"] = partial(start["transformers"], compiled=True)
     return found

@@ -39,7 +39,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def prepare(preset: str, batch: int, direction: str, settings: Settings) -> Prepared:
     """Model, the repeated frame, providers and check."""
     config = PRESETS[preset]
-    codec = random_codec(config).to(settings.device).fold_weight_norm()
+    codec = copy.deepcopy(random_codec(preset, settings.device)).fold_weight_norm()
     generator = torch.Generator().manual_seed(1)
     if direction == "decode":
         # from where they are checked without waiting for the GPU
