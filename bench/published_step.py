@@ -351,13 +351,13 @@ class PublishedStep:
         del fakes, reals, scores
 
         fakes, reals = self.run_both(fake, audio)
-        self.mark("losses")
         values["adversarial"] = sum((1 - full_precision(maps[-1])).pow(2).mean() for maps in fakes)
         values["feature"] = sum(
             F.l1_loss(f, r.detach())
             for fake_maps, real_maps in zip(fakes, reals, strict=True)
             for f, r in zip(fake_maps[:-1], real_maps[:-1], strict=True)
         )
+        self.mark("losses")
         values["mel"] = self.run_mel_loss(fake, audio)
         values |= {"commitment": commitment, "codebook": codebook}
         weights = vars(self.recipe.losses)

@@ -51,6 +51,7 @@ class TrainSettings:
         batches: items per step. precisions: "fp32", "bf16".
         implementations: of `IMPLEMENTATIONS`.
         seconds: of timing per row, about.
+        count_only: count what a step computes and keeps, and time nothing.
         data: folder of audio, whose reading is timed too; None: it is not.
         quick: measure the device's limits in a moment, too, for the bench's own test.
     """
@@ -62,6 +63,7 @@ class TrainSettings:
     precisions: Sequence[str]
     implementations: Sequence[str]
     seconds: float = 5.0
+    count_only: bool = False
     data: Path | None = None
     quick: bool = False
 
@@ -103,7 +105,7 @@ def run_train(settings: TrainSettings, path: Path, budget: float | None = None, 
                     row |= {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
                 document["rows"].append(row)
                 write(document, path)
-                result = f"{row['step_ms']:.1f} ms" if row["status"] == "timed" else row["reason"]
+                result = f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
                 print(f"batch {batch}, {precision}, {name}: {result}", flush=True)
                 torch._dynamo.reset()
                 gc.collect()
@@ -151,6 +153,9 @@ def time_implementation(
     on_gpu = device.type == "cuda"
     audio = made_up_audio(recipe, batch).to(device)
     step = make_step(name, recipe, device, precision)
+    if settings.count_only:
+        work, peak = count_work(step, audio, limits, precision)
+        return {"status": "counted", "work": work, "saved_peak_bytes": peak}
     for number in range(5 if on_gpu else 2):
         step(audio, number)
     if on_gpu:

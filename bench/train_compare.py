@@ -19,7 +19,7 @@ from dac_fast.training.config import Recipe, load_recipe
 SMALL = (
     "model.encoder_dim=8", "model.decoder_dim=96", "model.n_codebooks=6", "model.codebook_size=256",
     "model.sample_rate=16000", "discriminator.periods=[]", "discriminator.fft_sizes=[256]",
-    "data.seconds=0.128", "optimizer.learning_rate=1e-3",
+    "data.seconds=0.128",
 )  # fmt: skip
 # Items of a step, and of the held-out batch; steps between its evaluations; steps that must agree closely.
 BATCH, HELD_OUT, EVERY, EARLY = 2, 16, 20, 20

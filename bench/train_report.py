@@ -11,6 +11,8 @@ def write_train_report(path: Path) -> list[Path]:
     document = json.loads(path.read_text())
     written = [path.with_suffix(".md")]
     written[0].write_text(markdown(document))
+    if not any(row["status"] == "timed" for row in document["rows"]):
+        return written
     try:
         plot(document, path.with_suffix(".png"))
     except ImportError:
@@ -35,17 +37,17 @@ def markdown(document: dict) -> str:
             f"- data: {data['excerpts_s_per_worker']:.0f} excerpts a second and worker, from {data['files']} files"
         )
     lines += ["", _row(HEADER), _row(["---"] * len(HEADER))]
-    timed = [row for row in document["rows"] if row["status"] == "timed"]
-    for row in timed:
-        baseline = next((r for r in timed if _key(r) == _key(row)), row)
+    done = [row for row in document["rows"] if row["status"] in ("timed", "counted")]
+    for row in done:
+        baseline = next(r for r in done if _key(r) == _key(row))
         lines.append(_row(_cells(row, baseline)))
     lines += [
         "",
         "Kept for backward: the most memory that autograd held at once, each storage counted once, parameters not. "
         "Times are medians; ratios are to the first implementation of the same batch and precision.",
     ]
-    for row in timed:
-        if "parts" in row:
+    for row in done:
+        if "work" in row:
             lines += _parts(row)
     failed = [row for row in document["rows"] if row["status"] == "failed"]
     if failed:
@@ -75,32 +77,34 @@ def _cells(row: dict, baseline: dict) -> list[str]:
     memory = "peak_bytes" if "peak_bytes" in row else "saved_peak_bytes"
     share = f"{row[memory] / baseline[memory]:.2f}" if memory in row and memory in baseline else ""
     return [
-        str(row["batch"]), row["precision"], row["implementation"], f"{row['steps_s']:.3g}", f"{row['step_ms']:.4g}",
-        f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", f"{baseline['step_ms'] / row['step_ms']:.2f}",
+        str(row["batch"]), row["precision"], row["implementation"],
+        *(_times(row, baseline) if row["status"] == "timed" else [""] * 4),
         gigabytes("peak_bytes"), gigabytes("saved_peak_bytes"), share,
     ]  # fmt: skip
 
 
+def _times(row: dict, baseline: dict) -> list[str]:
+    ratio = f"{baseline['step_ms'] / row['step_ms']:.2f}" if "step_ms" in baseline else ""
+    return [f"{row['steps_s']:.3g}", f"{row['step_ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", ratio]
+
+
 def _parts(row: dict) -> list[str]:
-    header = ("part", "ms", "floor ms", "of floor", "GFLOP", "GB")
+    header = ("part", "GFLOP", "GB", "floor ms", "ms", "of floor")
     lines = ["", f"## {label(row)}", "", _row(header), _row(["---"] * len(header))]
-    for part, milliseconds in row["parts"].items():
-        work = row["work"][part]
-        lines.append(
-            _row(
-                [part, f"{milliseconds:.4g}", f"{work['floor_ms']:.3g}", f"{work['floor_ms'] / milliseconds:.0%}",
-                 f"{work['flops'] / 1e9:.3g}", f"{work['bytes'] / 1e9:.3g}"]
-            )
-        )  # fmt: skip
+    for part, work in row["work"].items():
+        cells = [part, f"{work['flops'] / 1e9:.3g}", f"{work['bytes'] / 1e9:.3g}", f"{work['floor_ms']:.3g}", "", ""]
+        if "parts" in row:
+            milliseconds = row["parts"][part]
+            cells[4:] = f"{milliseconds:.4g}", f"{work['floor_ms'] / milliseconds:.0%}"
+        lines.append(_row(cells))
     lines += [
         "",
         "Floor: the larger of flops (matrix products and convolutions; FFTs are not counted) and bytes (kept for the "
         "backward pass, or taken back in it; optimizers: parameters, gradients, moments) at the measured limits.",
-        "",
-        "An update's passes through each discriminator alone, forward and backward: "
-        + ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["discriminators"].items())
-        + ".",
     ]
+    if "discriminators" in row:
+        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["discriminators"].items())
+        lines += ["", f"An update's passes through each discriminator alone, forward and backward: {times}."]
     return lines
 
 
