@@ -110,11 +110,12 @@ def compile_launch(kernel, args, options):
     values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
     for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
         name = parameter.name
-        if parameter.is_constexpr or value is None or (not torch.is_tensor(value) and value == 1):
+        special = not torch.is_tensor(value) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = pointers[value.dtype] if torch.is_tensor(value) else "i32"
-        if torch.is_tensor(value) or value % 16 == 0:
+        if torch.is_tensor(value) or (special and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiler_options)

@@ -25,6 +25,7 @@ from dac_kernels.conv1d import (
     dense,
     factors,
     finish,
+    jit_for_any,
     output_length,
     outputs,
     pair,
@@ -34,7 +35,7 @@ from dac_kernels.conv1d import (
     tiles,
     windows,
 )
-from dac_kernels.launch import jit, launch, tl, tuned
+from dac_kernels.launch import launch, tl, tuned
 
 KERNEL = 7
 
@@ -51,7 +52,7 @@ TILES = {
 }
 
 
-@jit
+@jit_for_any("rows", "M")
 def _residual_unit_kernel(
     x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked, rows, M, size, s_b, first, C,
     run_step, w1_run, w1_k, w1_n, w2_k, w2_n, y_b, x_b,
@@ -90,7 +91,8 @@ def _residual_unit_kernel(
         h = sums[part] + tl.load(bias1 + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
         hidden = hidden + (snake_of(h, alpha1, n, n < C).to(snaked.dtype.element_ty),)  # noqa: RUF005
 
-    for column in range(PARTS):
+    # In the three stages of the loop above Triton 3.6 runs out of registers.
+    for column in tl.range(0, PARTS, num_stages=2):
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
