@@ -84,7 +84,7 @@ def encode(
     check_options(codec, chunk_seconds, n_quantizers, normalize)
     reading = batching(device, batch_seconds)
     use_engine(codec, "encode", precision, reading["batch_seconds"] if tune else 0)
-    options = codec, chunk_seconds, n_quantizers, normalize, not no_padding
+    options = chunk_seconds, n_quantizers, normalize, not no_padding
 
     def save(job: Job, file):
         file.save(job.target, format=format.value)
@@ -92,7 +92,7 @@ def encode(
 
     def work(jobs: list[Job], advance):
         jobs = by_size(jobs)
-        for number, file in compress_all([job.source for job in jobs], *options, **reading, progress=advance):
+        for number, file in compress_all(codec, [job.source for job in jobs], *options, **reading, progress=advance):
             job = jobs[number]
             yield job, file if isinstance(file, Exception) else attempt(save, job, file)
 
@@ -150,7 +150,7 @@ def decode(
 
     def work(jobs: list[Job], advance):
         jobs = by_size(jobs)
-        for number, result in decompress_all([job.source for job in jobs], load, **reading):
+        for number, result in decompress_all(load, [job.source for job in jobs], **reading):
             job = jobs[number]
             yield job, result if isinstance(result, Exception) else attempt(save, job, *result, advance)
 

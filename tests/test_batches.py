@@ -37,7 +37,7 @@ def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch)
     monkeypatch.setattr(codec, "encode", lambda x, *rest: items.append(x.shape) or encode(x, *rest))
     progress = []
     options = {"batch_seconds": seconds, "threads": threads, "progress": progress.append}
-    results = list(compress_all(sources, codec, 0.3, **options))
+    results = list(compress_all(codec, sources, 0.3, **options))
     assert [number for number, _ in results] == list(range(6))
     assert isinstance(results[3][1], AudioError)
     assert sum(progress) == pytest.approx(sum(array.shape[1] / rate for array, rate in sources), abs=0.01)
@@ -55,7 +55,7 @@ def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch)
     few = codec.compress(sources[1], n_quantizers=2)
     short = codec.compress(sources[1], chunk_seconds=0.3, padding=False)
     files += [few, few, dataclasses.replace(short, gains=None)]
-    found = decompress_all(range(len(files)), lambda i: (codec, files[i]), batch_seconds=seconds, threads=threads)
+    found = decompress_all(lambda i: (codec, files[i]), range(len(files)), batch_seconds=seconds, threads=threads)
     for number, result in found:
         if number == 2:
             assert "the file is of a codec at" in str(result)
@@ -68,7 +68,7 @@ def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch)
 def test_what_is_not_taken_is_passed_over(codec):
     """A file whose writing fails halfway does not spoil the next one's."""
     file = codec.compress(recordings(codec)[5], chunk_seconds=0.3)
-    files = decompress_all([file] * 3, lambda f: (codec, f), batch_seconds=2, threads=1)
+    files = decompress_all(lambda f: (codec, f), [file] * 3, batch_seconds=2, threads=1)
     next(next(files)[1][1])
     for _ in range(2):
         restored = np.concatenate(list(next(files)[1][1]), axis=1)
@@ -113,3 +113,20 @@ def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
     assert [str(result) for _, result in results[1:3]] == ["no", "no"]
     assert results[3][1] is windows[2].signal
     assert results[4] == (2, "tail")
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu(golden):
+    """With an engine, pinned memory and a stream for the copies."""
+    pytest.importorskip("pyloudnorm")
+    plain = dac_fast.load(golden / "weights_even.pth").fold_weight_norm()
+    codec = dac_fast.load(golden / "weights_even.pth", device="cuda", engine=True)
+    sources = [source for source in recordings(plain) if source[0].size] * 3
+    alone = [plain.compress(source, chunk_seconds=0.1) for source in sources]
+    files = [file for _, file in compress_all(codec, sources, 0.1, batch_seconds=1, threads=2)]
+    for file, expected in zip(files, alone):
+        assert (file.codes == expected.codes).float().mean() > 0.99
+    for number, (file, blocks) in decompress_all(lambda f: (codec, f), alone, batch_seconds=1, threads=2):
+        expected = torch.from_numpy(plain.decompress(file)[0])
+        error = torch.from_numpy(np.concatenate(list(blocks), axis=1)) - expected
+        assert error.square().sum() < 1e-4 * expected.square().sum(), number

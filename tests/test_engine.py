@@ -252,7 +252,7 @@ def test_a_codec_with_an_engine_stays_a_codec():
         (lambda: codec.load_state_dict(state), "given other weights"),
         (lambda: codec.train().eval(), "in training"),
     ):
-        codec.float().optimize()
+        codec.float().optimize().float().encode(audio)
         change()
         with pytest.raises(RuntimeError, match=f"the codec was {what} after optimize"):
             codec.encode(audio)

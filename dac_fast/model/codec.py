@@ -196,9 +196,11 @@ class DAC(nn.Module):
         return self.engine
 
     def _apply(self, *args, **kwargs):
-        if self.engine is not None:
+        before = self.engine and next(self.parameters()).data_ptr()
+        super()._apply(*args, **kwargs)
+        if self.engine and next(self.parameters()).data_ptr() != before:
             self.engine.stale = "moved or converted"
-        return super()._apply(*args, **kwargs)
+        return self
 
     def load_state_dict(self, *args, **kwargs):  # noqa: D102
         if self.engine is not None:
@@ -251,7 +253,7 @@ def _checked_lengths(lengths, items: int, longest: int, device) -> Tensor:
     low, high = torch.stack(lengths.aminmax()).tolist() if fits else (0, 0)
     if low < 1 or high > longest:
         raise ValueError(f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}")
-    return lengths.to(device)
+    return lengths.to(device, non_blocking=True)
 
 
 def _range_check(codes: Tensor, size: int) -> Callable[[], None]:

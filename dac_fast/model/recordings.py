@@ -52,16 +52,16 @@ def compress(
         AudioError: the recording cannot be read, is empty, or holds NaN or infinity.
         ValueError: chunk_seconds or n_quantizers is out of range.
     """
-    options = codec, chunk_seconds, n_quantizers, normalize_db, padding
-    for _, result in compress_all([source], *options, progress=progress):
+    options = chunk_seconds, n_quantizers, normalize_db, padding
+    for _, result in compress_all(codec, [source], *options, progress=progress):
         if isinstance(result, Exception):
             raise result
     return result
 
 
 def compress_all(
-    sources: Sequence,
     codec,
+    sources: Sequence,
     chunk_seconds: float | None = None,
     n_quantizers: int | None = None,
     normalize_db: float | None = -16.0,
@@ -75,7 +75,7 @@ def compress_all(
 
     Args:
         sources: see `compress`; fast where neighbours are about as long as each other.
-        codec, chunk_seconds, n_quantizers, normalize_db, padding, progress: as for `compress`.
+        codec, chunk_seconds, n_quantizers, normalize_db, padding, progress: those of `compress`.
         batch_seconds: audio that is encoded at once, all channels added; 0: chunk by chunk.
         threads: that read and resample ahead of time; 0: none.
     Yields:
@@ -196,15 +196,15 @@ def decompress(codec, file) -> tuple[np.ndarray, int]:
 
 def decompressed_blocks(codec, file: DACFile) -> Iterator[np.ndarray]:
     """The blocks, float32 [C, n], of what `decompress` returns whole."""
-    for _, result in decompress_all([file], lambda file: (codec, file)):
+    for _, result in decompress_all(lambda file: (codec, file), [file]):
         if isinstance(result, Exception):
             raise result
         yield from result[1]
 
 
 def decompress_all(
-    sources: Sequence,
     load: Callable[[object], tuple[object, DACFile]],
+    sources: Sequence,
     *,
     batch_seconds: float = 0.0,
     threads: int = 0,
@@ -212,8 +212,8 @@ def decompress_all(
     """Files to recordings: chunks of all of them in common batches, while threads load what comes next.
 
     Args:
-        sources: anything that `load` knows; fast where neighbours are about as long as each other.
         load: gives the codec and the file of a source. Called by the threads.
+        sources: anything that `load` knows; fast where neighbours are about as long as each other.
         batch_seconds: audio that is decoded at once, all channels added; 0: chunk by chunk.
         threads: that load ahead of time; 0: none.
     Yields:
