@@ -64,8 +64,8 @@ class Start:
     """Measures, as a context manager, a provider's start and first call.
 
     Attributes:
-        facts: `start_s`, seconds; on CUDA also `peak_bytes`, the most memory that tensors held beyond what was held
-            before. What a CUDA graph holds counts while it is captured.
+        facts: `start_s`, seconds; on CUDA also `peak_bytes`, beyond what was held before: the most that tensors held,
+            or what is held at the end, the memory of CUDA graphs included, where that is more.
     """
 
     def __init__(self, device: str):
@@ -76,7 +76,7 @@ class Start:
         if self._device != "cpu":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
+            self._before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         self._start = time.perf_counter()
         return self
 
@@ -84,7 +84,10 @@ class Start:
         synchronize(self._device)
         self.facts["start_s"] = time.perf_counter() - self._start
         if self._device != "cpu":
-            self.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - self._before
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()
+            allocated, reserved = self._before
+            self.facts["peak_bytes"] = max(peak - allocated, torch.cuda.memory_reserved() - reserved)
 
 
 def measure(samplers: dict[str, Callable], seconds: float, rounds: int) -> dict[str, list[list[float]]]:

@@ -74,12 +74,16 @@ class _Streams:
         """Record the steady step for blocks of that shape; the streams stay as they are."""
         states, choices = [kept.clone() for kept in self._chain.tails], self._chain.choices
         block = block.to(self._empty.device)
-        if choices and block.is_cuda:
-            # of the ways to run a layer, the fastest for this shape
-            choices.timing = True
-            self._compute(block, None)
-            choices.timing = False
-        self._recorded[block.shape] = RecordedStep(self._compute, block)
+        cudnn_chose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            if choices and block.is_cuda:
+                # of the ways to run a layer, the fastest for this shape
+                choices.timing = True
+                self._compute(block, None)
+                choices.timing = False
+            self._recorded[block.shape] = RecordedStep(self._compute, block)
+        finally:
+            torch.backends.cudnn.benchmark = cudnn_chose
         for kept, state in zip(self._chain.tails, states, strict=True):
             kept.copy_(state)
 
