@@ -143,6 +143,18 @@ def test_the_fastest_way_is_taken_and_named(monkeypatch):
     assert second.endswith("library 3.0000 ms, triton 4.0000 ms")
 
 
+def test_torchs_switches_are_set_and_put_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    with plans.float32_products(tf32=True):
+        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+        with plans.float32_products(tf32=False):
+            assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+        assert [switch.fp32_precision for switch in switches] == ["tf32", "tf32"]
+    assert [switch.fp32_precision for switch in switches] == before
+
+
 class PretendGraphs(Graphs):
     """Without CUDA: a replay runs the captured function again and writes to the same outputs."""
 

@@ -13,6 +13,7 @@ the shape of the nearest size.
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,19 +24,28 @@ from dac_fast import ops
 from dac_fast.model import folded
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
 
+_switching = threading.RLock()
+
 
 @contextlib.contextmanager
 def float32_products(tf32: bool):
-    """Products of float32 on CUDA in TF32, or in IEEE single precision, whatever torch's switches say."""
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "tf32" if tf32 else "ieee"
+    """Products of float32 on CUDA in TF32, or in IEEE single precision, whatever torch's switches say.
+
+    These are the process's: one thread at a time.
+    """
+    if not torch.cuda.is_initialized():
         yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        return
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    with _switching:
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "tf32" if tf32 else "ieee"
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
 
 
 @dataclass
