@@ -3,20 +3,22 @@
 from itertools import groupby
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.report import speedups, title
 
+COLORS = matplotlib.colormaps["tab20"].colors
+
 
 def requests(timed: list[dict], document: dict, path: Path) -> bool:
-    """Bars per case: how many times faster than real time each provider is."""
-    bars = [(row["case"], row["provider"], row["real_time"]) for row in timed]
+    """Bars per input: how many times faster than real time each provider encodes and decodes it."""
+    bars = [(row["shape"], row["provider"], row["real_time"]) for row in timed if row["direction"] == "both"]
     if not bars:
         return False
-    axes = _bars(bars, f"Codec, and one step of a stream\n{title(document['environment'])}", path)
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes = _bars(bars, f"Encode and decode, items x seconds\n{title(document['environment'])}", path)
+    _log(axes)
     axes.set_xlabel("times faster than real time")
     return _save(axes, path)
 
@@ -31,11 +33,7 @@ def providers(timed: list[dict], document: dict, path: Path) -> bool:
     if not bars:
         return False
     axes = _bars(bars, f"Speed against the first provider of each case\n{title(document['environment'])}", path)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    _log(axes)
     axes.set_xlabel("times as fast")
     return _save(axes, path)
 
@@ -64,15 +62,24 @@ def _bars(bars: list[tuple[str, str, float]], heading: str, path: Path):
         group = list(group)
         ticks.append((position + (len(group) - 1) / 2, case))
         for _, name, value in group:
-            axes.barh(position, value, height=0.9, color=f"C{names.index(name)}")
+            axes.barh(position, value, height=0.9, color=COLORS[names.index(name) % len(COLORS)])
             axes.text(value, position, f" {value:.3g}", va="center", fontsize=7)
             position += 1
         position += 1
     axes.set_yticks([y for y, _ in ticks], [case for _, case in ticks], fontsize=7)
     axes.set_ylim(position - 1, -1)
-    axes.legend([axes.barh(0, 0, color=f"C{i}") for i in range(len(names))], names, fontsize=8)
+    handles = [axes.barh(0, 0, color=color) for _, color in zip(names, COLORS, strict=False)]
+    axes.legend(handles, names, fontsize=8)
     axes.set_title(heading, fontsize=10)
     return axes
+
+
+def _log(axes):
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
 
 
 def _save(axes, path: Path) -> bool:
