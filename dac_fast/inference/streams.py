@@ -75,15 +75,15 @@ class _Streams:
         states, choices = [kept.clone() for kept in self._chain.tails], self._chain.choices
         block = block.to(self._empty.device)
         cudnn_chose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        if choices:
+            # of the ways to run a layer, the fastest for this shape is taken
+            choices.timing = block.is_cuda
         try:
-            if choices and block.is_cuda:
-                # of the ways to run a layer, the fastest for this shape
-                choices.timing = True
-                self._compute(block, None)
-                choices.timing = False
             self._recorded[block.shape] = RecordedStep(self._compute, block)
         finally:
             torch.backends.cudnn.benchmark = cudnn_chose
+            if choices:
+                choices.timing = False
         for kept, state in zip(self._chain.tails, states, strict=True):
             kept.copy_(state)
 
