@@ -61,7 +61,8 @@ class Engine:
                 "decode": Plan("decoder", codec.decoder, *PRECISIONS[self.precision["decode"]]),
             }
             if self.device.type == "cuda":
-                self._warm_up(shapes)
+                with torch.cuda.device(self.device):
+                    self._warm_up(shapes)
 
     def __reduce__(self):
         # graphs cannot be copied or pickled: a copy of the codec has no engine
@@ -86,7 +87,7 @@ class Engine:
         """As `DAC.decode_codes`, of checked arguments; but a code out of range counts as the nearest one inside."""
         batch, stages, frames = codes.shape
         if bucket := self._bucket("decode", batch, frames, stages):
-            with self._replayed(bucket, codes, lengths) as (audio,):
+            with self._replayed("decode", bucket, codes, lengths) as (audio,):
                 return audio[:batch, :, : frames * self._codec.hop_length].clone()
         return self.decode(self._latent(codes), lengths)
 
@@ -127,11 +128,9 @@ class Engine:
         return y
 
     def _bucket(self, stage: str, batch: int, frames: int, codebooks: int | None) -> Bucket | None:
-        """The graph that serves such a request, or None; counts it."""
-        bucket = None
-        # graphs have all codebooks; a stage's first input is looked at layer by layer
-        if codebooks in (None, self._codec.config.n_codebooks) and stage in self._proven:
-            bucket = self.graphs.find(stage, batch, frames)
+        """The graph that serves such a request, or None; counts it. Graphs have all codebooks."""
+        whole = codebooks in (None, self._codec.config.n_codebooks)
+        bucket = self.graphs.find(stage, batch, frames) if whole else None
         self.hits += bucket is not None
         self.misses += bucket is None
         return bucket
@@ -140,13 +139,13 @@ class Engine:
         """What a graph of encode does. lengths: samples, 0 for an item that is not there, which no loss counts."""
         hop, stages = self._codec.hop_length, self._codec.config.n_codebooks
         frames = (lengths + (hop - 1)) // hop
-        z = self.plans["encode"](zero_past(audio, lengths), frames * hop)
+        z = self.encoder(zero_past(audio, lengths), frames * hop)
         with float32_products(tf32=False):
             return self._codec.quantizer(z, None, frames.clamp(min=1), stages * (lengths > 0))
 
     def _decode_bucket(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor]:
         """What a graph of decode does. lengths: frames, 0 for an item that is not there."""
-        return (self._codec.decode_by(self.plans["decode"], self._latent(codes), lengths),)
+        return (self._codec.decode_by(self.decoder, self._latent(codes), lengths),)
 
     def _latent(self, codes: Tensor) -> Tensor:
         # a code out of range is found meanwhile; looking it up could end the process's work on the GPU
@@ -155,7 +154,7 @@ class Engine:
             return self._codec.quantizer.decode(codes)
 
     @contextlib.contextmanager
-    def _replayed(self, bucket: Bucket, x: Tensor, lengths: Tensor | None):
+    def _replayed(self, stage: str, bucket: Bucket, x: Tensor, lengths: Tensor | None):
         """The bucket's outputs of a request, until the next one: to be copied."""
         batch, _, size = x.shape
         static, static_lengths = bucket.inputs
@@ -163,6 +162,8 @@ class Engine:
             static[:batch, :, :size].copy_(x)
             static_lengths[batch:] = 0
             static_lengths[:batch] = size if lengths is None else lengths
+            if stage not in self._proven:
+                bucket.run(*bucket.inputs)
             bucket.replay()
             yield bucket.outputs
 
@@ -170,7 +171,7 @@ class Engine:
         batch, _, samples = audio.shape
         hop = self._codec.hop_length
         frames = -(-samples // hop)
-        with self._replayed(bucket, audio, lengths) as (z, codes, latents, *losses):
+        with self._replayed("encode", bucket, audio, lengths) as (z, codes, latents, *losses):
             cropped = [output[:batch, :, :frames].clone() for output in (z, codes, latents)]
             # means over the bucket's items, of which those that are not there count as 0
             losses = [loss * (bucket.batch / batch) for loss in losses]
@@ -180,9 +181,11 @@ class Engine:
 
     def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]):
         """Let the layers choose at these sizes, then capture them, the largest first."""
+        # the examples prove nothing
+        self._proven.update(STAGES)
         cudnn_chose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
-            with torch.no_grad(), torch.cuda.device(self.device):
+            with torch.no_grad():
                 sizes = [(stage, *shape) for stage in STAGES for shape in shapes[stage]]
                 for stage, batch, frames in sorted(sizes, key=lambda size: -size[1] * size[2]):
                     run, inputs = self._example(stage, batch, frames)
@@ -192,6 +195,7 @@ class Engine:
                     self.graphs.add(stage, batch, frames, run, inputs)
         finally:
             torch.backends.cudnn.benchmark = cudnn_chose
+            self._proven.clear()
 
     def _example(self, stage: str, batch: int, frames: int) -> tuple[Callable, tuple[Tensor, Tensor]]:
         """What a graph runs, and inputs of a size: not zeros, on which processors are quicker."""

@@ -26,13 +26,14 @@ class Bucket:
     Attributes:
         batch, frames: what it holds.
         inputs, outputs: tensors that every replay reads and writes.
-        replay: runs it.
+        run: what was captured; replay: runs it.
     """
 
     batch: int
     frames: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    run: Callable[..., tuple[Tensor, ...]]
     replay: Callable[[], None]
 
     @property
@@ -75,7 +76,7 @@ class Graphs:
         replay, outputs = self._capture(run, inputs)
         self._outputs += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         buckets = self.buckets.setdefault(stage, [])
-        buckets.append(Bucket(batch, frames, inputs, outputs, replay))
+        buckets.append(Bucket(batch, frames, inputs, outputs, run, replay))
         buckets.sort(key=lambda bucket: bucket.positions)
 
     def find(self, stage: str, batch: int, frames: int) -> Bucket | None:
