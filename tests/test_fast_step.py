@@ -1,10 +1,13 @@
 """The fast training step against the published one, in float64: the same numbers, by whatever way they are computed."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.__main__ import main as bench
 from bench.published_step import PublishedStep
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, WeightNorm, weights_kept
@@ -197,6 +200,32 @@ def test_four_processes_equal_one_with_the_same_batch(tmp_path):
             assert all(torch.equal(rank[name][key], ranks[0][name][key]) for rank in ranks)
             # Sums over the batch are rounded in another order; a step changes a weight by up to 1e-4.
             assert (ranks[0][name][key] - weight).abs().max() <= 1e-5, key
+
+
+def test_bench_counts_and_times_a_step(tmp_path):
+    path = tmp_path / "train.json"
+    bench(["train", "--device", "cpu", "--quick", "--count-only", "--batch", "2", "--out", str(path)])
+    theirs, ours = json.loads(path.read_text())["rows"]
+    assert ours["saved_peak_bytes"] < 0.6 * theirs["saved_peak_bytes"]
+    # Its own weights get no gradients in the generator's backward pass.
+    assert ours["work"]["generator backward"]["flops"] < theirs["work"]["generator backward"]["flops"]
+
+    bench(
+        ["train", "--device", "cpu", "--quick", "--implementation", "ours", "--precision", "fp32", "--out", str(path)]
+    )
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["status"] == "timed"
+    assert row["parts"].keys() == row["work"].keys()
+    assert "| generator forward |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").exists()
+
+
+def test_bench_compares_runs(tmp_path):
+    path = tmp_path / "compare.json"
+    bench(["train", "--device", "cpu", "--quick", "--compare", "1", "--out", str(path)])
+    verdict = json.loads(path.read_text())["verdict"]
+    assert max(verdict["early"].values()) < 1e-4
+    assert verdict["ours_fp32"] < 1e-3 < verdict["noise"]
 
 
 @pytest.mark.gpu

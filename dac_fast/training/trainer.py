@@ -122,7 +122,9 @@ class Run:
         trainer = recipe.trainer
         self.folder = Path(trainer.folder or Path("runs") / recipe.name)
         workers = recipe.data.workers
-        self.workers = min(8, (os.cpu_count() or 1) // processes) if workers is None else workers
+        # torchrun says how many processes share this machine.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        self.workers = min(8, (os.cpu_count() or 1) // here) if workers is None else workers
         self.training, self.validation, self.unreadable = self.find_data()
 
         precision = trainer.precision or ("bf16" if device.type == "cuda" else "fp32")
