@@ -139,10 +139,13 @@ def recipe(codec: DAC, direction: str, source: Tensor) -> Run:
         return Run(compiled_graph(in_turn(made.encode, made.decode, direction), source), "float16")
 
 
-def engine(codec: DAC, direction: str, source: Tensor, precision: str | None, shapes, memory: int) -> Run:
+def engine(
+    codec: DAC, direction: str, source: Tensor, precision: str | None = None, shapes: tuple = (), memory: int = 0
+) -> Run:
     """`codec.optimize`; with `memory` 0 the layers' choices are made for the shapes, and nothing is captured."""
-    codec = copy.deepcopy(codec).optimize(precision, shapes, memory)
-    stages = [PRECISIONS[codec.engine.precision[stage]] for stage in ("encode", "decode")]
-    used = {"encode": stages[:1], "decode": stages[1:], "both": stages}[direction]
+    stages = {"encode": ("encode",), "decode": ("decode",), "both": ("encode", "decode")}[direction]
+    codec = copy.deepcopy(codec).optimize(precision, dict.fromkeys(stages, shapes), memory)
     run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
-    return Run(lambda: run(source), "/".join(dict.fromkeys(used)))
+    return Run(
+        lambda: run(source), "/".join(dict.fromkeys(PRECISIONS[codec.engine.precision[stage]] for stage in stages))
+    )

@@ -97,7 +97,7 @@ def markdown(document: dict) -> str:
     lines = [f"# Precisions: {title(document['environment'])}", "", *facts(document["environment"]), ""]
     lines += [
         f"Against the same codec in float64, on {document['recording']}: the share of its codes that are equal "
-        "(in brackets those of the first codebook: one code that differs changes all that follow it in its frame), "
+        "(in brackets those of the first codebook: one that differs may change those after it in its frame), "
         "and the signal-to-noise ratio of the audio that float64's codes decode to.",
         "",
         _row(("model", "precision", "codes", "equal", "audio, dB")),

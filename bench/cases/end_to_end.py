@@ -33,7 +33,9 @@ from dac_fast.model import DAC
 SIZES = ((16, 10.0), (1, 1.0), (1, 100.0), (1, 10.0), (16, 1.0), (1, 0.1))
 # The targets are about these.
 FIRST = {("both", 16, 10.0), ("decode", 1, 1.0)}
-# Seconds of audio from which on only one provider keeps its graph, for the memory; others gain nothing from theirs.
+# Sizes at which every provider runs; elsewhere those that say most.
+FULL = ((16, 10.0), (1, 1.0))
+# Seconds of audio from which on one provider at most keeps a graph, for the memory.
 LARGE = 50
 GRAPH_BYTES = 40 << 30
 
@@ -99,7 +101,7 @@ def _cpu_providers(codec: DAC, direction: str, source: Tensor, _size) -> dict:
         "reference-folded": partial(implementations.modules, folded, direction, source, "reference"),
         "auto-folded": partial(implementations.modules, folded, direction, source, "auto"),
         "transformers": partial(implementations.transformers, codec, direction, source),
-        "engine": partial(implementations.engine, codec, direction, source, None, (), 0),
+        "engine": partial(implementations.engine, codec, direction, source),
     }
 
 
@@ -110,18 +112,22 @@ def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int,
         name: partial(getattr(implementations, name), codec, direction, source)
         for name in ("published_equivalent", "transformers", "recipe", "engine")
     }
-    shapes, large = ((batch, frames),), batch * seconds >= LARGE
-    found = {"published-equivalent": start["published_equivalent"]}
+    full, shapes = direction == "both" and (batch, seconds) in FULL, ((batch, frames),)
+    captured = partial(start["engine"], shapes=shapes, memory=GRAPH_BYTES)
+    uncaptured = partial(start["engine"], shapes=shapes, memory=0)
+    found = {"published-equivalent": start["published_equivalent"], "transformers": start["transformers"]}
     # Compilation takes a minute or so.
     if direction == "both" or (direction, batch, seconds) in FIRST:
         found["recipe"] = start["recipe"]
-    found["engine-fp16-graph"] = partial(start["engine"], "fp16", shapes, GRAPH_BYTES)
-    found["engine"] = partial(start["engine"], None, shapes, 0)
-    found["transformers"] = start["transformers"]
-    for precision in ("fp16", "fp32", "tf32", "bf16"):
-        found[f"engine-{precision}"] = partial(start["engine"], precision, shapes, 0)
-        if not large and precision != "fp16":
-            found[f"engine-{precision}-graph"] = partial(start["engine"], precision, shapes, GRAPH_BYTES)
-    if direction == "both" and (batch, seconds) in ((16, 10.0), (1, 1.0)):
+    found["engine-fp16-graph"] = partial(captured, "fp16")
+    found["engine"] = partial(uncaptured, None)
+    found["engine-fp32"] = partial(uncaptured, "fp32")
+    if direction == "both":
+        for precision in ("fp16", "tf32", "bf16"):
+            found[f"engine-{precision}"] = partial(uncaptured, precision)
+    if full and batch * seconds < LARGE:
+        for precision in ("fp32", "tf32", "bf16"):
+            found[f"engine-{precision}-graph"] = partial(captured, precision)
+    if full:
         found["transformers-compiled"] = partial(start["transformers"], compiled=True)
     return found
