@@ -145,7 +145,10 @@ def engine(
     """`codec.optimize`; with `memory` 0 the layers' choices are made for the shapes, and nothing is captured."""
     stages = {"encode": ("encode",), "decode": ("decode",), "both": ("encode", "decode")}[direction]
     codec = copy.deepcopy(codec).optimize(precision, dict.fromkeys(stages, shapes), memory)
+    if memory and codec.engine.graphs.left_eager:
+        raise Unavailable(f"its graphs need more than {memory >> 30} GiB")
     run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
-    return Run(
-        lambda: run(source), "/".join(dict.fromkeys(PRECISIONS[codec.engine.precision[stage]] for stage in stages))
-    )
+    # a first request runs without a graph, to look at the range of its values
+    run(source)
+    precisions = (PRECISIONS[codec.engine.precision[stage]] for stage in stages)
+    return Run(lambda: run(source), "/".join(dict.fromkeys(precisions)))
