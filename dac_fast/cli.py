@@ -123,7 +123,6 @@ def decode(
     if suffix not in WRITABLE:
         raise ValueError(f"--suffix is {suffix!r}; accepted: {', '.join(WRITABLE)}")
     jobs = plan(inputs, output, (".dac",), suffix, AUDIO_SUFFIXES)
-
     reading = batching(device, batch_seconds)
     codecs, loading = {}, threading.Lock()
 
@@ -177,6 +176,7 @@ def reconstruct(
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
     codec = load_codec(model, device)
     check_options(codec, n_quantizers=n_quantizers)
+    use_engine(codec, "decode", None, 0)
     # what is imported and set up at the first call is not the codec's speed
     codec.decompress(codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate)))
     table = Table("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance", title=f"model {model}")

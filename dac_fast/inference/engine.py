@@ -51,11 +51,11 @@ class Engine:
         self.device, self.stale = parameter.device, ""
         self.precision, shapes = _checked_precision(precision, self.device), _checked_shapes(shapes)
         self.graphs, self.hits, self.misses = Graphs(self.device, memory), 0, 0
-        self._codec = codec.eval().fold_weight_norm()
         # the stages whose precision had the range for a first input
         self._proven = set()
-        # tensors made in inference mode could not be written to outside of it
+        # tensors made in inference mode could not be written to outside of it, nor watched for changes
         with torch.inference_mode(False):
+            self._codec = codec.eval().fold_weight_norm()
             self.plans = {
                 "encode": Plan("encoder", codec.encoder, *PRECISIONS[self.precision["encode"]]),
                 "decode": Plan("decoder", codec.decoder, *PRECISIONS[self.precision["decode"]]),
