@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dac_kernels.residual_unit import SHARED_TF32
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +186,13 @@ def test_convolutions_use_tensor_cores_and_asynchronous_copies(table):
     products = [row for row in table if row["options"].get("PRECISION") == "tf32" and row["options"]["ALIGN"] == 16]
     assert {row["dtype"] for row in products} == {"float16", "float32"}
     assert all(row["tensor_cores"] and row["async_copies"] for row in products), products
+
+
+def test_convolutions_fit_in_shared_memory(table):
+    for row in table:
+        if row["kernel"] in ("_conv1d_kernel", "_residual_unit_kernel"):
+            tf32 = row["kernel"] == "_residual_unit_kernel" and row["dtype"] == "float32"
+            assert row["shared"] <= (SHARED_TF32 if tf32 else 99 << 10), row
 
 
 if __name__ == "__main__":
