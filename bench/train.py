@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -90,27 +90,24 @@ def run_train(settings: TrainSettings, path: Path, budget: float | None = None, 
     }
     if settings.data:
         document["data"] = time_data(recipe, settings.data, settings.seconds)
-    for batch in settings.batches:
-        for precision in settings.precisions:
-            for name in settings.implementations:
-                row = {"batch": batch, "precision": precision, "implementation": name}
-                if budget is not None and time.monotonic() - start > budget:
-                    document["not_run"].append(row)
-                    continue
-                try:
-                    row |= time_implementation(name, recipe, settings, batch, precision, document["limits"])
-                # Reported in its row; the others go on.
-                except Exception as error:
-                    reason = (str(error).strip().splitlines() or [""])[0][:300]
-                    row |= {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
-                document["rows"].append(row)
-                write(document, path)
-                result = f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
-                print(f"batch {batch}, {precision}, {name}: {result}", flush=True)
-                torch._dynamo.reset()
-                gc.collect()
-                if settings.device == "cuda":
-                    torch.cuda.empty_cache()
+    # On the CPU they take turns, so that a machine that slows down slows all; on a GPU each has the memory for itself.
+    names = settings.implementations
+    groups = [names] if settings.device == "cpu" else [[name] for name in names]
+    for batch, precision, group in product(settings.batches, settings.precisions, groups):
+        rows = [{"batch": batch, "precision": precision, "implementation": name} for name in group]
+        if budget is not None and time.monotonic() - start > budget:
+            document["not_run"] += rows
+            continue
+        measure_rows(rows, recipe, settings, document["limits"])
+        document["rows"] += rows
+        write(document, path)
+        for row in rows:
+            result = f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
+            print(f"batch {batch}, {precision}, {row['implementation']}: {result}", flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
     write(document, path)
 
 
@@ -145,51 +142,71 @@ def make_step(name: str, recipe: Recipe, device: torch.device, precision: str):
     return theirs
 
 
-def time_implementation(
-    name: str, recipe: Recipe, settings: TrainSettings, batch: int, precision: str, limits: dict
-) -> dict:
-    """A row of the document."""
-    device = torch.device(settings.device)
-    on_gpu = device.type == "cuda"
+def measure_rows(rows: list[dict], recipe: Recipe, settings: TrainSettings, limits: dict):
+    """Completes rows of one batch size and precision; what fails is reported in its row, and the others go on."""
+    device, batch, precision = torch.device(settings.device), rows[0]["batch"], rows[0]["precision"]
     audio = made_up_audio(recipe, batch).to(device)
-    step = make_step(name, recipe, device, precision)
+    steps = {}
+
+    def attempt(row: dict, measure: Callable[[str], dict]):
+        try:
+            row |= measure(row["implementation"])
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            row |= {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
+            steps.pop(row["implementation"], None)
+
+    def start(name) -> dict:
+        steps[name] = make_step(name, recipe, device, precision)
+        if settings.count_only:
+            return {"status": "counted"} | count_work(steps[name], audio, limits, precision)
+        for number in range(5 if audio.is_cuda else 2):
+            steps[name](audio, number)
+        return {"status": "timed"}
+
+    def take_apart(name) -> dict:
+        step = steps[name]
+        return {
+            "parts": time_parts(step, audio, repeats=5),
+            "discriminators": time_discriminators(step, audio),
+        } | count_work(step, audio, limits, precision)
+
+    for row in rows:
+        attempt(row, start)
     if settings.count_only:
-        work, peak = count_work(step, audio, limits, precision)
-        return {"status": "counted", "work": work, "saved_peak_bytes": peak}
-    for number in range(5 if on_gpu else 2):
-        step(audio, number)
-    if on_gpu:
-        torch.cuda.synchronize()
+        return
+    if audio.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    milliseconds = wall_clock(lambda: step(audio, 10), on_gpu, settings.seconds)
-    row = {
-        "status": "timed",
-        "step_ms": float(np.median(milliseconds)),
-        "p20_ms": float(np.percentile(milliseconds, 20)),
-        "p80_ms": float(np.percentile(milliseconds, 80)),
-        "steps_s": 1e3 / float(np.median(milliseconds)),
-    }
-    if on_gpu:
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    # A graph is one part, and what torch.compile made of a step does not show its tensors.
-    if name in ("published", "ours"):
-        row["parts"] = time_parts(step, audio, repeats=max(3, int(settings.seconds * 1e3 / row["step_ms"] / 2)))
-        row["discriminators"] = time_discriminators(step, audio)
-        row["work"], row["saved_peak_bytes"] = count_work(step, audio, limits, precision)
-    return row
+    times = take_turns(steps, audio, settings.seconds)
+    for row in rows:
+        name = row["implementation"]
+        if name not in steps:
+            continue
+        row |= timing.summary(times[name])
+        row |= {"step_ms": row["p50_ms"], "steps_s": 1e3 / row["p50_ms"]}
+        if audio.is_cuda:
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        # A graph is one part, and what torch.compile made of a step does not show its tensors.
+        if name in ("published", "ours"):
+            attempt(row, take_apart)
 
 
-def wall_clock(run: Callable, on_gpu: bool, seconds: float) -> list[float]:
-    """Milliseconds per call, over groups of calls that nothing waits in, for about that long."""
-    times, end = [], time.monotonic() + seconds
-    group = 5 if on_gpu else 1
-    while time.monotonic() < end or len(times) < 3:
-        start = time.perf_counter()
-        for _ in range(group):
-            run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3 / group)
+def take_turns(steps: dict, audio: Tensor, seconds: float) -> dict[str, list[list[float]]]:
+    """Per step and round, milliseconds by the wall clock; on a GPU means of five steps that nothing waits between."""
+    times, count = {name: [] for name in steps}, 5 if audio.is_cuda else 1
+    end = time.monotonic() + seconds * len(steps)
+    rounds = 0
+    while steps and (time.monotonic() < end or rounds < 3):
+        for name, step in steps.items():
+            if audio.is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                step(audio, 10)
+            if audio.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append([(time.perf_counter() - start) * 1e3 / count])
+        rounds += 1
     return times
 
 
@@ -280,8 +297,8 @@ def _name(d: torch.nn.Module) -> str:
     return f"window {d.window_length if isinstance(d, MRD) else d.window}"
 
 
-def count_work(step, audio: Tensor, limits: dict, precision: str) -> tuple[dict[str, dict], int]:
-    """Per part of a step, its floor, and what sets it; and the most bytes ever kept for backward passes at once.
+def count_work(step, audio: Tensor, limits: dict, precision: str) -> dict:
+    """`work`: per part of a step, its floor, and what sets it; saved_peak_bytes: the most that autograd kept at once.
 
     flops: of matrix products and convolutions. bytes: forward, tensors kept for the backward pass, written once;
     backward, the same, read once; optimizers: parameters, gradients and moments. floor_ms: the larger of what both
@@ -309,4 +326,4 @@ def count_work(step, audio: Tensor, limits: dict, precision: str) -> tuple[dict[
     for part in flops:
         floor = max(flops[part] / rate / 1e9, moved[part] / limits["copy_gb_s"] / 1e6)
         work[part] = {"flops": flops[part], "bytes": moved[part], "floor_ms": floor}
-    return work, saved.peak
+    return {"work": work, "saved_peak_bytes": saved.peak}

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 from bench.report import _row, title
 
 
@@ -44,7 +46,7 @@ def markdown(document: dict) -> str:
     lines += [
         "",
         "Kept for backward: the most memory that autograd held at once, each storage counted once, parameters not. "
-        "Times are medians; ratios are to the first implementation of the same batch and precision.",
+        "Times are medians; ratios too, over rounds, to the first implementation of the same batch and precision.",
     ]
     for row in done:
         if "work" in row:
@@ -84,7 +86,9 @@ def _cells(row: dict, baseline: dict) -> list[str]:
 
 
 def _times(row: dict, baseline: dict) -> list[str]:
-    ratio = f"{baseline['step_ms'] / row['step_ms']:.2f}" if "step_ms" in baseline else ""
+    pairs = zip(baseline.get("round_ms", ()), row["round_ms"], strict=False)
+    ratios = [b / r for b, r in pairs]
+    ratio = f"{np.median(ratios):.2f}" if ratios else ""
     return [f"{row['steps_s']:.3g}", f"{row['step_ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", ratio]
 
 
