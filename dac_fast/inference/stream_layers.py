@@ -55,8 +55,8 @@ class StreamedLayer:
         layer: a module, or a layer of a `Plan`.
         batch: streams.
     Attributes:
-        tails: what is kept of each input, [B, context, C] and never another tensor. Channels lie innermost, as folded
-            and fused convolutions like it.
+        tails: [kept], kept [B, inputs, context, C] and never another tensor; empty without context. Channels lie
+            innermost, as folded and fused convolutions like it.
     """
 
     def __init__(self, layer, batch: int):
@@ -74,8 +74,8 @@ class StreamedLayer:
         # a transposed convolution has a kernel of two strides: every output sees two inputs
         self.context = 1 if self.transposed else conv.dilation * (conv.kernel_size - 1) + 1 - conv.stride
         weight = conv.weight if self.fused or conv.folded else conv.weight_v
-        size = batch, self.context, weight.shape[0 if self.transposed else 1]
-        self.tails = [weight.new_zeros(size) for _ in range(inputs if self.context else 0)]
+        size = batch, inputs, self.context, weight.shape[0 if self.transposed else 1]
+        self.tails = [weight.new_zeros(size)] if self.context else []
 
     def span(self, span: Span) -> Span:
         """What the outputs are, where the inputs are `span`."""
@@ -92,15 +92,17 @@ class StreamedLayer:
     def __call__(self, y, snaked, span: Span | None, active: Tensor | None):
         """A block y, snaked [B, C, T], which is `span`, to the outputs that it completes, and what they are."""
         inputs = [x for x in (y, snaked) if x is not None]
-        for i, kept in enumerate(self.tails):
-            x = inputs[i] if span is None else span.mask(inputs[i])
-            joined = torch.cat([kept, x.transpose(1, 2)], dim=1)
-            last = joined[:, -self.context :]
+        for kept in self.tails:
+            blocks = [(x if span is None else span.mask(x)).transpose(1, 2) for x in inputs]
+            # the inputs in one tensor: where a step is short, what counts is how few kernels it launches
+            pieces = [piece for i, block in enumerate(blocks) for piece in (kept[:, i], block)]
+            joined = torch.cat(pieces, dim=1).unflatten(1, (len(inputs), -1))
+            last = joined[:, :, -self.context :]
             if active is None:
                 kept.copy_(last)
             else:
-                torch.where(active[:, None, None], last, kept, out=kept)
-            inputs[i] = joined.transpose(1, 2)
+                torch.where(active[:, None, None, None], last, kept, out=kept)
+            inputs = [joined[:, i].transpose(1, 2) for i in range(len(inputs))]
         if self.fused:
             outputs = self.layer(*inputs, *[None] * (2 - len(inputs)), padded=False)
         else:
