@@ -104,7 +104,8 @@ def run_train(settings: TrainSettings, path: Path, budget: float | None = None, 
         for row in rows:
             result = f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
             print(f"batch {batch}, {precision}, {row['implementation']}: {result}", flush=True)
-        torch._dynamo.reset()
+        if "published, compiled" in group:
+            torch._dynamo.reset()
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()

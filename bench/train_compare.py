@@ -31,6 +31,8 @@ RUNS = {
     "published, fp32": ("published", "fp32", 0, 0.0),
     "published, fp32, other seed": ("published", "fp32", 1, 0.0),
     "published, fp32, weights off by 1e-6": ("published", "fp32", 0, 1e-6),
+    "published, fp32, weights off by 2e-6": ("published", "fp32", 0, 2e-6),
+    "published, fp32, weights off by 3e-6": ("published", "fp32", 0, 3e-6),
     "ours, fp32": ("ours", "fp32", 0, 0.0),
     "ours, bf16": ("ours", "bf16", 0, 0.0),
 }
