@@ -287,6 +287,24 @@ def test_streams_run_the_engines_layers(golden, fake_graphs, name, precision):
     assert recorded_on_the_cpu.replays > 10
 
 
+@pytest.mark.triton
+@torch.inference_mode()
+def test_streams_run_on_the_fused_kernels(golden):
+    """In a batch: the kernels see inputs that lie apart in memory."""
+    codec = load(golden, "even", dtype=torch.float32).optimize("fp32")
+    codes, audio = random_codes(codec, 2, 4), random_audio(codec, 2, 2 * codec.hop_length)
+    results = []
+    for backend in ("triton", "reference"):
+        decoder, encoder = DecoderStreams(codec, 2), EncoderStreams(codec, 2)
+        with dac_fast.use_backend(backend):
+            # as in the steady state
+            audios = [decoder._compute(block, None) for block in codes.split(2, dim=2)]
+            encoded = [encoder._chain(block, None, None)[0] for block in audio.split(codec.hop_length, dim=2)]
+        results.append((torch.cat(audios, dim=2), torch.cat(encoded, dim=2)))
+    for fused, expected in zip(*results):
+        torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
+
+
 def snr(actual, exact):
     return 10 * torch.log10(exact.square().mean() / (actual.double() - exact).square().mean()).item()
 
