@@ -82,7 +82,7 @@ def main(arguments=None):
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     train.add_argument("--recipe", help="default: 44khz on cuda, tiny on the CPU")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    train.add_argument("--batch", type=int, nargs="+", metavar="N", help="default: 12 72 on cuda, 1 on the CPU")
+    train.add_argument("--batch", type=int, nargs="+", metavar="N", help="default: 72 12 on cuda, 1 on the CPU")
     train.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="default: both; on the CPU fp32")
     train.add_argument("--implementation", action="append", metavar="NAME", help="only this one; may be repeated")
     train.add_argument("--seconds", type=float, default=5.0, help="of timing per row (default: 5)")
@@ -223,9 +223,9 @@ def _train(options, parser):
         device,
         options.recipe or ("44khz" if on_gpu else "tiny"),
         (*quick, *options.set),
-        options.batch or ([12, 72] if on_gpu else [1]),
+        options.batch or ([72, 12] if on_gpu else [1]),
         options.precision or (["fp32", "bf16"] if on_gpu else ["fp32"]),
-        options.implementation or available,
+        [name for name in available if name in (options.implementation or available)],
         0.2 if options.quick else options.seconds,
         options.count_only,
         options.data,

@@ -41,12 +41,12 @@ def markdown(document: dict) -> str:
     lines += ["", _row(HEADER), _row(["---"] * len(HEADER))]
     done = [row for row in document["rows"] if row["status"] in ("timed", "counted")]
     for row in done:
-        baseline = next(r for r in done if _key(r) == _key(row))
+        baseline = next(r for r in done if r["batch"] == row["batch"])
         lines.append(_row(_cells(row, baseline)))
     lines += [
         "",
         "Kept for backward: the most memory that autograd held at once, each storage counted once, parameters not. "
-        "Times are medians; ratios too, over rounds, to the first implementation of the same batch and precision.",
+        "Times are medians; ratios too, over rounds, to the first row of the same batch.",
     ]
     for row in done:
         if "work" in row:
@@ -66,10 +66,6 @@ HEADER = ("batch", "precision", "implementation", "steps/s", "ms a step", "p20 t
 def label(row: dict) -> str:
     """A row in words."""
     return f"batch {row['batch']}, {row['precision']}, {row['implementation']}"
-
-
-def _key(row: dict) -> tuple:
-    return row["batch"], row["precision"]
 
 
 def _cells(row: dict, baseline: dict) -> list[str]:
