@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import DTYPES, INTERPRETED, device_unsupported, jit, launch, tl, triton, tuned
+from dac_kernels.launch import DTYPES, INTERPRETED, device_unsupported, jit, launch, tl, tuned
 from dac_kernels.snake import _reduced, _sine
 
 # Tiles of M rows and N columns, K elements at a time, warps, stages. All sum in the same order; on sm_90 none spills
@@ -40,11 +40,6 @@ TILES = {
 
 # Blocks of rows that take turns on the same columns, so that weights are read from L2 rather than from memory.
 _GROUP = 8
-
-
-def jit_for_any(*sizes: str):
-    """`jit` for kernels that are compiled once for all values of these arguments: Triton would for 1 and for 16 n."""
-    return triton.jit(do_not_specialize=sizes) if triton else jit
 
 
 @jit
@@ -106,7 +101,8 @@ def finish(
         tl.store(snaked + at, snake_of(c, alpha, channel, channel_known).to(snaked.dtype.element_ty), mask=inside)
 
 
-@jit_for_any("rows", "M", "T")
+# Of the sizes that differ from call to call.
+@jit(any_value=("rows", "M", "T"))
 def _conv1d_kernel(
     x, weight, bias, alpha, residual, lengths, y, snaked, rows, M, size, x_b, step, first, runs, run, run_step,
     w_run, w_k, w_tap, w_n, N, CHANNELS, T, skip, y_b, r_b,

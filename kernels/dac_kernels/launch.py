@@ -1,5 +1,6 @@
 """What every Triton op here shares: an optional Triton, reasons not to run, launches, and the choice of tile sizes."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -15,9 +16,14 @@ except ImportError:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def jit(kernel: Callable):
-    """`triton.jit`, or the plain function where there is no Triton (nobody can launch it then)."""
-    return triton.jit(kernel) if triton else kernel
+def jit(kernel: Callable | None = None, *, any_value: Sequence[str] = ()):
+    """`triton.jit`, or the plain function where there is no Triton (nobody can launch it then).
+
+    any_value: integer arguments of which no value is compiled for apart, as Triton does for 1 and multiples of 16.
+    """
+    if kernel is None:
+        return functools.partial(jit, any_value=any_value)
+    return triton.jit(kernel, do_not_specialize=any_value) if triton else kernel
 
 
 @jit

@@ -25,7 +25,6 @@ from dac_kernels.conv1d import (
     dense,
     factors,
     finish,
-    jit_for_any,
     output_length,
     outputs,
     pair,
@@ -35,7 +34,7 @@ from dac_kernels.conv1d import (
     tiles,
     windows,
 )
-from dac_kernels.launch import launch, tl, tuned
+from dac_kernels.launch import jit, launch, tl, tuned
 
 KERNEL = 7
 
@@ -52,7 +51,8 @@ TILES = {
 }
 
 
-@jit_for_any("rows", "M")
+# Of the sizes that differ from call to call.
+@jit(any_value=("rows", "M"))
 def _residual_unit_kernel(
     x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked, rows, M, size, s_b, first, C,
     run_step, w1_run, w1_k, w1_n, w2_k, w2_n, y_b, x_b,
