@@ -59,15 +59,14 @@ def modules(codec: DAC, direction: str, source: Tensor, backend: str) -> Run:
 @contextlib.contextmanager
 def _default_switches():
     """PyTorch's own: convolutions in TF32, matrix products not."""
-    switches = {torch.backends.cudnn.conv: "tf32", torch.backends.cuda.matmul: "ieee"}
-    before = {switch: switch.fp32_precision for switch in switches}
+    # the older names: torch.compile reads them, and does not take a mixture with the newer ones
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
     try:
-        for switch, value in switches.items():
-            switch.fp32_precision = value
+        cudnn.allow_tf32, matmul.allow_tf32 = True, False
         yield
     finally:
-        for switch, value in before.items():
-            switch.fp32_precision = value
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _with_defaults(run: Callable[[], tuple], source: Tensor) -> Run:

@@ -25,7 +25,8 @@ def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
             for _ in range(2):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        # other threads may go on using the device
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = step()
 
     def replay():
