@@ -177,11 +177,10 @@ def measure_rows(rows: list[dict], recipe: Recipe, settings: TrainSettings, limi
         return {"status": "timed"}
 
     def take_apart(name) -> dict:
-        step = steps[name]
-        return {
-            "parts": time_parts(step, audio, repeats=5),
-            "discriminators": time_discriminators(step, audio),
-        } | count_work(step, audio, limits, precision)
+        discriminators = time_discriminators(steps[name], audio)
+        return {"parts": parts[name], "discriminators": discriminators} | count_work(
+            steps[name], audio, limits, precision
+        )
 
     for row in rows:
         attempt(row, start)
@@ -190,6 +189,8 @@ def measure_rows(rows: list[dict], recipe: Recipe, settings: TrainSettings, limi
     if audio.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     times = take_turns(steps, audio, settings.seconds)
+    # A graph is one part, and what torch.compile made of a step does not show its tensors.
+    parts = time_parts({name: steps[name] for name in ("published", "ours") if name in steps}, audio)
     for row in rows:
         name = row["implementation"]
         if name not in steps:
@@ -198,8 +199,7 @@ def measure_rows(rows: list[dict], recipe: Recipe, settings: TrainSettings, limi
         row |= {"step_ms": row["p50_ms"], "steps_s": 1e3 / row["p50_ms"]}
         if audio.is_cuda:
             row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        # A graph is one part, and what torch.compile made of a step does not show its tensors.
-        if name in ("published", "ours"):
+        if name in parts:
             attempt(row, take_apart)
 
 
@@ -264,16 +264,20 @@ class Clock:
         return sums
 
 
-def time_parts(step, audio: Tensor, repeats: int) -> dict[str, float]:
-    """Per part of a step, the median of its milliseconds."""
-    runs = []
-    for _ in range(repeats):
-        clock = Clock(audio.is_cuda)
-        step.mark = clock.mark
-        step(audio, 10)
-        runs.append(clock.parts())
-    step.mark = lambda part: None
-    return {part: float(np.median([run[part] for run in runs])) for part in runs[0]}
+def time_parts(steps: dict, audio: Tensor, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Per step and part, the median of its milliseconds over rounds in which the steps take turns."""
+    runs = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            clock = Clock(audio.is_cuda)
+            step.mark = clock.mark
+            step(audio, 10)
+            runs[name].append(clock.parts())
+            step.mark = lambda part: None
+    return {
+        name: {part: float(np.median([run[part] for run in of_step])) for part in of_step[0]}
+        for name, of_step in runs.items()
+    }
 
 
 def time_discriminators(step, audio: Tensor) -> dict[str, float]:
