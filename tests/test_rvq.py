@@ -1,12 +1,13 @@
 """dac_kernels.rvq against the reference, float64 and the published codec, on a GPU or in Triton's interpreter."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dac_kernels import rvq
+from dac_kernels import per_version, rvq
 from dac_kernels.rvq_kernels import decode, project, search
 from tolerances import assert_as_good_as
 
@@ -215,6 +216,25 @@ def test_tables_follow_the_weights(monkeypatch):
     del weights, parameters, optimizer
     gc.collect()
     assert len(rvq._encode_tables.entries) == before
+
+
+def test_a_captured_graph_keeps_its_tables(monkeypatch):
+    capturing, builds = [], []
+    monkeypatch.setattr(per_version, "_capturing", lambda tensor: bool(capturing))
+    tables = per_version.PerVersion(lambda group: builds.append(1) or [2 * group[0]])
+    weight = torch.ones(3)
+    capturing.append(1)
+    assert tables([weight]) is not tables([weight])  # built in the graph, each time
+    capturing.clear()
+    kept = tables([weight])
+    capturing.append(1)
+    assert tables([weight]) is tables([weight]) is kept
+    assert len(builds) == 3
+    reference = weakref.ref(kept[0])
+    del weight, kept
+    gc.collect()
+    assert not tables.entries
+    assert reference() is not None
 
 
 def test_same_bits_every_time():
