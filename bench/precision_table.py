@@ -17,7 +17,7 @@ from bench.environment import ROOT, environment
 from bench.fidelity import agreement, decibels
 from bench.harness import SCHEMA, write
 from bench.models import random_codec
-from bench.report import _row, facts, title
+from bench.report import facts, table_row, title
 from dac_fast import ops
 from dac_fast.model import DAC
 
@@ -100,10 +100,10 @@ def markdown(document: dict) -> str:
         "(in brackets those of the first codebook: one that differs may change those after it in its frame), "
         "and the signal-to-noise ratio of the audio that float64's codes decode to.",
         "",
-        _row(("model", "precision", "codes", "equal", "audio, dB")),
-        _row(["---"] * 5),
+        table_row(("model", "precision", "codes", "equal", "audio, dB")),
+        table_row(["---"] * 5),
     ]
     for row in document["rows"]:
         equal = f"{row['agreement']:.2%} ({row['first_codebook']:.2%})"
-        lines.append(_row((row["model"], row["way"], str(row["codes"]), equal, f"{row['snr_db']:.1f}")))
+        lines.append(table_row((row["model"], row["way"], str(row["codes"]), equal, f"{row['snr_db']:.1f}")))
     return "\n".join(lines) + "\n"

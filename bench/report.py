@@ -81,11 +81,11 @@ def markdown(document: dict) -> str:
     for (op, direction), group in groupby(sorted(timed, key=_group), key=_group):
         group = list(group)
         header, cells = (REQUEST_HEADER, _request_cells) if "real_time" in group[0] else (HEADER, _cells)
-        lines += ["", f"## {op}, {direction}", "", _row(header), _row(["---"] * len(header))]
+        lines += ["", f"## {op}, {direction}", "", table_row(header), table_row(["---"] * len(header))]
         for _, rows in groupby(group, key=lambda row: row["case"]):
             rows = list(rows)
             ratios = speedups(rows)
-            lines += [_row(cells(row, ratios[row["provider"]])) for row in rows]
+            lines += [table_row(cells(row, ratios[row["provider"]])) for row in rows]
     for status, heading in (("failed", "Failed"), ("skipped", "Skipped")):
         rows = [row for row in document["rows"] if row["status"] == status]
         if rows:
@@ -105,7 +105,7 @@ def _group(row: dict) -> tuple[str, str]:
     return row["op"], row["direction"]
 
 
-def _row(cells) -> str:
+def table_row(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

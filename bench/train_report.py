@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.report import _row, title
+from bench.report import table_row, title
 
 
 def write_train_report(path: Path) -> list[Path]:
@@ -38,11 +38,11 @@ def markdown(document: dict) -> str:
         lines.append(
             f"- data: {data['excerpts_s_per_worker']:.0f} excerpts a second and worker, from {data['files']} files"
         )
-    lines += ["", _row(HEADER), _row(["---"] * len(HEADER))]
+    lines += ["", table_row(HEADER), table_row(["---"] * len(HEADER))]
     done = [row for row in document["rows"] if row["status"] in ("timed", "counted")]
     for row in done:
         baseline = next(r for r in done if r["batch"] == row["batch"])
-        lines.append(_row(_cells(row, baseline)))
+        lines.append(table_row(_cells(row, baseline)))
     lines += [
         "",
         "Kept for backward: the most memory that autograd held at once, each storage counted once, parameters not. "
@@ -90,13 +90,13 @@ def _times(row: dict, baseline: dict) -> list[str]:
 
 def _parts(row: dict) -> list[str]:
     header = ("part", "GFLOP", "GB", "floor ms", "ms", "of floor")
-    lines = ["", f"## {label(row)}", "", _row(header), _row(["---"] * len(header))]
+    lines = ["", f"## {label(row)}", "", table_row(header), table_row(["---"] * len(header))]
     for part, work in row["work"].items():
         cells = [part, f"{work['flops'] / 1e9:.3g}", f"{work['bytes'] / 1e9:.3g}", f"{work['floor_ms']:.3g}", "", ""]
         if "parts" in row:
             milliseconds = row["parts"][part]
             cells[4:] = f"{milliseconds:.4g}", f"{work['floor_ms'] / milliseconds:.0%}"
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     lines += [
         "",
         "Floor: the larger of flops (matrix products and convolutions; FFTs are not counted) and bytes (kept for the "
