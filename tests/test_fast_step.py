@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from small_codec import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.__main__ import main as bench
@@ -16,19 +17,6 @@ from dac_fast.training import RecipeError, load_recipe
 from dac_fast.training.data import moved
 from dac_fast.training.step import TrainingStep
 
-SMALL = (
-    "model.encoder_dim=4",
-    "model.encoder_rates=[2,4]",
-    "model.decoder_dim=16",
-    "model.decoder_rates=[4,2]",
-    "model.n_codebooks=3",
-    "model.codebook_size=16",
-    "model.sample_rate=8000",
-    "discriminator.periods=[]",
-    "discriminator.fft_sizes=[256,128]",
-    "losses.mel_windows=[64,128]",
-    "losses.mel_bins=[5,10]",
-)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

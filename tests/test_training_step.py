@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_codec import SMALL
 from torch import nn
 
 from dac_fast.config import QUANTIZERS
@@ -15,19 +16,6 @@ from dac_fast.spectral import mel_filters
 from dac_fast.training import load_recipe
 from dac_fast.training.step import TrainingStep
 
-SMALL = (
-    "model.encoder_dim=4",
-    "model.encoder_rates=[2,4]",
-    "model.decoder_dim=16",
-    "model.decoder_rates=[4,2]",
-    "model.n_codebooks=3",
-    "model.codebook_size=16",
-    "model.sample_rate=8000",
-    "discriminator.periods=[]",
-    "discriminator.fft_sizes=[256,128]",
-    "losses.mel_windows=[64,128]",
-    "losses.mel_bins=[5,10]",
-)
 CPU = torch.device("cpu")
 
 
