@@ -266,6 +266,7 @@ def test_a_codec_with_an_engine_stays_a_codec():
 
 def test_what_optimize_refuses():
     codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    engine = codec.optimize().engine
     for arguments, message in (
         ({"precision": "fp8"}, "precision is 'fp8' for 'encode'; accepted: fp32, tf32, fp16, bf16"),
         ({"precision": {"train": "fp16"}}, "precision is 'fp16' for 'train'"),
@@ -274,6 +275,7 @@ def test_what_optimize_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             codec.optimize(**arguments)
+    assert codec.engine is engine
     with pytest.raises(ValueError, match=r"parameters are torch.float16; accepted: torch.float32"):
         copy.deepcopy(codec).half().optimize()
     with pytest.raises(ValueError, match="activation is 'leaky_relu'; accepted by the engine: 'snake'"):

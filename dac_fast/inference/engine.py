@@ -50,6 +50,8 @@ class Engine:
             raise ValueError(f"the codec's activation is {codec.config.activation!r}; accepted by the engine: 'snake'")
         self.device, self.stale = parameter.device, ""
         self.precision, shapes = _checked_precision(precision, self.device), _checked_shapes(shapes)
+        # frees what an earlier engine holds, now that the arguments are in order
+        codec.engine = None
         self.graphs, self.hits, self.misses = Graphs(self.device, memory), 0, 0
         # the stages whose precision had the range for a first input
         self._proven = set()

@@ -182,8 +182,6 @@ class DAC(nn.Module):
         """
         from dac_fast.inference.engine import Engine
 
-        # frees what an earlier one holds
-        self.engine = None
         self.engine = Engine(self, precision, shapes, memory)
         return self
 
