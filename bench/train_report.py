@@ -129,6 +129,7 @@ def plot(document: dict, path: Path):
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("ms a step")
-    axes.legend([axes.barh(0, 0, color=f"C{i}") for i in range(len(names))], names, fontsize=8)
+    handles = [axes.barh(0, 0, color=f"C{i}") for i in range(len(names))]
+    axes.legend(handles, names, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(f"Training step of {document['recipe']['name']}, {title(document['environment'])}", fontsize=10)
     figure.savefig(path, dpi=120)
