@@ -17,6 +17,7 @@ run again. The build is repeated where the machine is a fresh one and takes a mo
 """
 
 import datetime
+import importlib.util
 import json
 import os
 import shutil
@@ -121,7 +122,9 @@ def run_everything(settings: GpuSettings) -> Path:
         session.step("build", [python, "setup.py", "build_ext", "--inplace"], LIMITS["build"], **variables)
     pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     if wanted("tests", 30):
-        session.step("tests", pytest, LIMITS["tests"])
+        # Most of the time goes into compiling kernels, which processes can do side by side.
+        parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+        session.step("tests", [*pytest, *parallel], LIMITS["tests"])
     if wanted("sanitizers", 30) and shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "-x", "-k", SANITIZED]

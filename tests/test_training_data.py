@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from dac_fast.audio import LoudnessMeter
@@ -14,6 +13,7 @@ from dac_fast.training.config import DataConfig
 from dac_fast.training.data import Batches, Excerpts, loader, shift_phase
 from dac_fast.training.sources import find_files, hold_out
 
+soundfile = pytest.importorskip("soundfile")
 RATE = 8000
 
 

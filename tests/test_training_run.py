@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from rich.console import Console
 
 import dac_fast
 from dac_fast.training import RecipeError, StateError, TrainingError, state, train
 
+soundfile = pytest.importorskip("soundfile")
 ROOT = Path(__file__).parent.parent
 RATE = 8000
 SMALL = (
