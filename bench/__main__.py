@@ -129,7 +129,7 @@ def _list(options, parser):
 def _run(options, parser):
     import torch
 
-    from bench.harness import Settings, run_all
+    from bench.run import Settings, run_all
 
     cases = _selected(options, parser)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -181,7 +181,7 @@ def _gpu(options, parser):
 def _parity(options, parser):
     import torch
 
-    from bench.precision_table import CLIP, markdown, run_table
+    from bench.precisions import CLIP, markdown, run_table
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precisions = options.precision or ["fp32", *(["tf32"] if device == "cuda" else []), "fp16", "bf16"]
@@ -198,9 +198,9 @@ def _parity(options, parser):
 def _train(options, parser):
     import torch
 
-    from bench.train import IMPLEMENTATIONS, QUICK, TrainSettings, run_train
-    from bench.train_compare import main_line, run_compare
-    from bench.train_report import write_train_report
+    from bench.training.compare import main_line, run_compare
+    from bench.training.report import write_train_report
+    from bench.training.step import IMPLEMENTATIONS, QUICK, TrainSettings, run_train
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"

@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import ROOT
-from bench.harness import SCHEMA, write
+from bench.document import ROOT
 from bench.report import write_report
+from bench.run import SCHEMA, write
 
 STEPS = ("build", "tests", "sanitizers", "cases", "precisions", "train")
 # Seconds that each step may take at most; the cases get what is left of the budget when the later ones have theirs.

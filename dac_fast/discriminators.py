@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.audio.resample import filter_bank
 from dac_fast.model.channels_last import innermost
 from dac_fast.model.layers import WeightNorm, default_init
 from dac_fast.ops.reference import band_edges
-from dac_fast.resample import filter_bank
 from dac_fast.spectral import full_precision
 
 BANDS = ops.BANDS

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dac_fast.evaluation import OVERALL
+from dac_fast.evaluation.outcome import OVERALL
 from dac_fast.files import atomic_path
 from dac_fast.spectral import analysis_window, hz_to_mel, mel_filters
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dac_fast
-from dac_fast.audio import AudioError
-from dac_fast.model import chunks
-from dac_fast.model.batches import in_batches, read_ahead
-from dac_fast.model.recordings import compress_all, decompress_all
+from dac_fast.audio.reading import AudioError
+from dac_fast.recordings import windows
+from dac_fast.recordings.compress import compress_all, decompress_all
+from dac_fast.recordings.pipeline import in_batches, read_ahead
 
 
 @pytest.fixture(scope="module", params=["even", "odd"])
@@ -100,7 +100,7 @@ def test_threads_keep_the_order_and_end():
 
 
 def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
-    windows = [chunks.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
+    windows = [windows.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
     stream = [(0, "head"), *enumerate(windows), (2, "tail")]
 
     def run(batch):

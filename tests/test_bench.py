@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, harness, parity, precision_table, timing
+from bench import gpu, precisions, run, timing
 from bench.cases import end_to_end
-from bench.fidelity import PIECE, Truth
-from bench.harness import Case, Prepared, Settings
-from bench.models import random_codec
-from bench.providers import Unavailable
+from bench.checks import ops as checks
+from bench.checks.codec import PIECE, Truth
+from bench.checks.random_codec import random_codec
+from bench.peers.ops import Unavailable
 from bench.report import markdown, speedups, write_report
+from bench.run import Case, Prepared, Settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Settings("cpu", seconds=0.0, rounds=2)
@@ -34,13 +35,13 @@ def bench(*arguments):
 
 def case_of(op="snake", **providers):
     x = torch.linspace(-1, 1, 50)
-    check = parity.as_good_as([x.sin()], [x.double().sin()])
+    check = checks.as_good_as([x.sin()], [x.double().sin()])
     starts = {name: f if isinstance(f, str) else lambda f=f: lambda: [f(x)] for name, f in providers.items()}
     return Case(op, "forward", "cpu", "float32", "50", lambda _: Prepared(starts, check, bytes_moved=400))
 
 
 def run_rows(case):
-    return {row["provider"]: row for row in harness.run_case(case, SETTINGS, LIMITS)}
+    return {row["provider"]: row for row in run.run_case(case, SETTINGS, LIMITS)}
 
 
 def test_command_line_from_list_to_report(tmp_path):
@@ -97,12 +98,12 @@ def test_one_provider_takes_down_no_other():
     def unprepared(_):
         raise ValueError("bad shape")
 
-    rows = harness.run_case(Case("snake", "forward", "cpu", "float32", "0", unprepared), SETTINGS, LIMITS)
+    rows = run.run_case(Case("snake", "forward", "cpu", "float32", "0", unprepared), SETTINGS, LIMITS)
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "ValueError: bad shape")]
 
 
 def test_a_case_that_takes_too_long_starts_no_more_providers():
-    rows = harness.run_case(
+    rows = run.run_case(
         case_of(eager=torch.sin, absent="not built", late=torch.sin), replace(SETTINGS, provider_seconds=-1.0), LIMITS
     )
     assert [row["status"] for row in rows] == ["skipped"] * 3
@@ -118,11 +119,11 @@ def test_an_interrupted_run_is_continued_behind_the_case_that_ended_it(tmp_path,
     monkeypatch.setattr(timing, "limits", lambda *_: LIMITS)
     path = tmp_path / "results.json"
     first, second, third = (case_of(op=op, eager=torch.sin) for op in ("first", "second", "third"))
-    harness.run_all([first], SETTINGS, path)
+    run.run_all([first], SETTINGS, path)
     document = json.loads(path.read_text())
-    harness.write(document | {"running": second.name, "steps": []}, path)
+    run.write(document | {"running": second.name, "steps": []}, path)
 
-    harness.run_all([first, second, third], SETTINGS, path)
+    run.run_all([first, second, third], SETTINGS, path)
     document = json.loads(path.read_text())
     assert [(row["op"], row["status"]) for row in document["rows"] if "op" in row] == [
         ("first", "timed"), ("third", "timed"),
@@ -136,7 +137,7 @@ def test_an_interrupted_run_is_continued_behind_the_case_that_ended_it(tmp_path,
 def test_cases_past_the_budget_are_listed_and_never_estimated(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "limits", lambda *_: LIMITS)
     path = tmp_path / "results.json"
-    harness.run_all([case_of(eager=torch.sin)], SETTINGS, path, budget=-1.0)
+    run.run_all([case_of(eager=torch.sin)], SETTINGS, path, budget=-1.0)
     document = json.loads(path.read_text())
     assert document["rows"] == []
     assert document["not_run"] == ["snake/forward/cpu/float32/50"]
@@ -194,17 +195,17 @@ def test_the_ends_of_a_long_input_are_checked():
 
 
 def test_table_of_precisions(tmp_path, monkeypatch):
-    monkeypatch.setattr(precision_table, "MODELS", dict(list(precision_table.MODELS.items())[:1]))
+    monkeypatch.setattr(precisions, "MODELS", dict(list(precisions.MODELS.items())[:1]))
     clip = tmp_path / "clip.wav"
     with wave.open(str(clip), "wb") as file:
         file.setparams((2, 2, 44100, 0, "NONE", ""))
         file.writeframes(torch.randint(-9000, 9000, (8000,), dtype=torch.int16).numpy().tobytes())
-    document = precision_table.run_table("cpu", ("fp32", "fp16"), clip, 0.1, tmp_path / "table.json")
+    document = precisions.run_table("cpu", ("fp32", "fp16"), clip, 0.1, tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text()) == document
     reference, fp32, fp16 = document["rows"]
     assert reference["agreement"] == fp32["agreement"] == 1
     assert min(reference["snr_db"], fp32["snr_db"]) > 90 > fp16["snr_db"] > 40
-    assert "| golden, even strides | fp16 |" in precision_table.markdown(document)
+    assert "| golden, even strides | fp16 |" in precisions.markdown(document)
 
 
 def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dac_fast
-from dac_fast import DAC, PRESETS, checkpoint, download
-from dac_fast.checkpoint import CheckpointError
+from dac_fast import DAC, PRESETS
+from dac_fast.storage import checkpoint, download
+from dac_fast.storage.checkpoint import CheckpointError
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from dac_fast import DACFile, cli, ops
-from dac_fast.audio import read, write
+from dac_fast import DACFile, ops
+from dac_fast.audio.reading import read, write
+from dac_fast.cli import commands
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def dac_fast_cli(capsys, monkeypatch):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["dac-fast", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
-            cli.main()
+            commands.main()
         captured = capsys.readouterr()
         return exited.value.code or 0, captured.out, captured.err
 

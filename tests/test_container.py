@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dac_fast import dac1
-from dac_fast.container import HEADER, DACFile, DACFileError, pack, unpack
+from dac_fast.storage import dac1
+from dac_fast.storage.dac2 import HEADER, DACFile, DACFileError, pack, unpack
 
 GOLDEN_FILES = [f"file_{model}_{kind}" for model in ("even", "odd") for kind in ("short", "chunked", "stereo")]
 
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     program = """if True:
         import resource, signal, sys
         import numpy as np
-        from dac_fast.container import DACFile
+        from dac_fast.storage.dac2 import DACFile
         from dac_fast.files import OutputError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

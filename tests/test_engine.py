@@ -10,8 +10,8 @@ import torch
 import dac_fast
 from dac_fast import DAC, PRESETS, use_backend
 from dac_fast.inference import plan as plans
+from dac_fast.inference.buckets import Graphs
 from dac_fast.inference.engine import PRECISIONS, PrecisionError
-from dac_fast.inference.graphs import Graphs
 from dac_fast.model.layers import zero_past
 
 

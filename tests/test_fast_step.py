@@ -9,7 +9,7 @@ from small_codec import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.__main__ import main as bench
-from bench.published_step import PublishedStep
+from bench.peers.published_step import PublishedStep
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, WeightNorm, weights_kept
 from dac_fast.ops import use_backend

@@ -8,7 +8,7 @@ import torch
 
 import dac_fast
 from dac_fast import DAC, PRESETS, Config
-from dac_fast.model import chunks
+from dac_fast.recordings import windows
 
 
 @pytest.fixture(params=["even", "odd"])
@@ -80,7 +80,7 @@ def test_gradients_are_the_published_ones(case):
 
 def test_unpadded_geometry_is_the_published_one(case):
     codec, _, _, config = case
-    assert chunks.delay(codec) == config["delay"]
+    assert windows.delay(codec) == config["delay"]
     assert codec.hop_length == config["hop_length"]
 
 
@@ -157,7 +157,7 @@ def test_presets_have_the_published_sizes(name, parameters, delay, hop):
     with torch.device("meta"):
         codec = DAC(**PRESETS[name].to_dict())
     assert sum(p.numel() for p in codec.parameters()) == parameters
-    assert (chunks.delay(codec), codec.hop_length) == (delay, hop)
+    assert (windows.delay(codec), codec.hop_length) == (delay, hop)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dac_fast
-from dac_fast.model import chunks, recordings
+from dac_fast.recordings import compress, windows
 
 FILES = [f"{model}_{kind}" for model in ("even", "odd") for kind in ("short", "chunked", "stereo")]
 
@@ -77,12 +77,12 @@ def test_chunks_change_nothing(codec, frames, dtype):
     whole = codec.encode(audio[:, None])
     # pieces that have nothing to do with the chunks
     pieces = audio.split(37 * hop + 11, dim=1)
-    codes = torch.cat(list(chunks.encode(codec, pieces, frames)), dim=-1)
+    codes = torch.cat(list(windows.encode(codec, pieces, frames)), dim=-1)
     assert codes.shape == whole.codes.shape
     # in float32, two entries may be equally near to within rounding
     assert (codes != whole.codes).float().mean() <= (1e-3 if dtype == torch.float32 else 0)
     expected = codec.decode_codes(whole.codes)[:, 0]
-    restored = torch.cat(list(chunks.decode(codec, whole.codes, frames)), dim=1)
+    restored = torch.cat(list(windows.decode(codec, whole.codes, frames)), dim=1)
     torch.testing.assert_close(restored, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
@@ -99,10 +99,10 @@ def test_long_recordings_pass_through_in_pieces(codec):
     codec.decompress(codec.compress((audio, rate)))
     for hook in hooks:
         hook.remove()
-    frames = round(recordings.DEFAULT_CHUNK_SECONDS * rate / hop)
+    frames = round(compress.DEFAULT_CHUNK_SECONDS * rate / hop)
     assert len(seen["encoder"]) == len(seen["decoder"]) == 3
-    assert max(seen["encoder"]) <= frames * hop + 2 * (chunks.reach(codec.encoder) + hop)
-    assert max(seen["decoder"]) <= frames + 2 * chunks.reach(codec.decoder)
+    assert max(seen["encoder"]) <= frames * hop + 2 * (windows.reach(codec.encoder) + hop)
+    assert max(seen["decoder"]) <= frames + 2 * windows.reach(codec.decoder)
 
 
 def test_context_is_what_the_model_can_see(codec):
@@ -111,7 +111,7 @@ def test_context_is_what_the_model_can_see(codec):
     z = torch.randn(1, codec.config.latent_dim, f, generator=torch.Generator().manual_seed(2))
     changed = z.clone()
     changed[..., 0] += 1
-    reach = chunks.reach(codec.decoder)
+    reach = windows.reach(codec.decoder)
     difference = (codec.decode(z) - codec.decode(changed))[0, 0].abs()
     seen = int(difference.nonzero().max()) // codec.hop_length
     assert seen <= reach <= seen + 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dac_fast.sources import SourceError, audio_files, files_below
+from dac_fast.audio.sources import SourceError, audio_files, files_below
 
 
 def test_a_folders_files_and_their_domains(tmp_path):

@@ -8,8 +8,9 @@ from tolerances import assert_as_good_as
 
 import dac_fast
 from dac_fast import DAC, PRESETS
-from dac_fast.inference import DecoderStreams, EncoderStreams, StreamingDecoder, StreamingEncoder, stream_graph
-from dac_fast.inference.stream_layers import Span
+from dac_fast.ops import cuda_graph
+from dac_fast.streaming import DecoderStreams, EncoderStreams, StreamingDecoder, StreamingEncoder
+from dac_fast.streaming.layers import Span
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pieces = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), max_size=12)
@@ -222,7 +223,7 @@ def recorded_on_the_cpu(step, device):
 @pytest.fixture
 def fake_graphs(monkeypatch):
     recorded_on_the_cpu.replays = 0
-    monkeypatch.setattr(stream_graph, "record", recorded_on_the_cpu)
+    monkeypatch.setattr(cuda_graph, "record", recorded_on_the_cpu)
 
 
 @torch.inference_mode()

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from dac_fast.codec import DAC
 from dac_fast.config import PRESETS
-from dac_fast.model import DAC
 from dac_fast.training import RecipeError, load_recipe, recipe_names
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dac_fast.audio import LoudnessMeter
+from dac_fast.audio.reading import LoudnessMeter
 from dac_fast.training import DataError
-from dac_fast.training.config import DataConfig
 from dac_fast.training.data import Batches, Excerpts, loader, shift_phase
-from dac_fast.training.sources import find_files, hold_out
+from dac_fast.training.recipe import DataConfig
+from dac_fast.training.split import find_files, hold_out
 
 soundfile = pytest.importorskip("soundfile")
 RATE = 8000

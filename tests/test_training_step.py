@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from small_codec import SMALL
 from torch import nn
 
+from dac_fast.codec import DAC
 from dac_fast.config import QUANTIZERS
-from dac_fast.model import DAC
 from dac_fast.model.ema_codebook import EMACodebook
 from dac_fast.ops import use_backend
 from dac_fast.spectral import mel_filters

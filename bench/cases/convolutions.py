@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench import parity, providers
-from bench.harness import Case, Prepared, Settings
+from bench.checks import ops as checks
+from bench.peers import ops as peers
+from bench.run import Case, Prepared, Settings
 from dac_fast import ops
 from dac_fast.config import PRESETS, Config
 from dac_fast.model import folded
@@ -117,11 +118,11 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
         flops *= size // layer.stride
 
     same = wanted(getattr(reference, layer.op)(*args, **options))
-    check = parity.as_good_as(same, wanted(getattr(reference, layer.op)(*doubles(args), **doubles(options))))
+    check = checks.as_good_as(same, wanted(getattr(reference, layer.op)(*doubles(args), **doubles(options))))
     tensors = [value for value in (*args, *options.values(), *same) if isinstance(value, Tensor)]
     # The residual is x itself: what is listed twice is read once.
     memory = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return Prepared(providers.forward(functions(layer.op, args, options)), check, sum(memory.values()), flops)
+    return Prepared(peers.forward(functions(layer.op, args, options)), check, sum(memory.values()), flops)
 
 
 def functions(op: str, args: list, options: dict) -> dict:

@@ -22,13 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench import implementations
-from bench.fidelity import Truth
-from bench.harness import Case, Prepared, Settings
-from bench.models import convolution_flops, random_codec
-from bench.peers import Peer
+from bench.checks.codec import Truth
+from bench.checks.random_codec import convolution_flops, random_codec
+from bench.peers import Peer, codecs
+from bench.run import Case, Prepared, Settings
+from dac_fast.codec import DAC
 from dac_fast.config import PRESETS
-from dac_fast.model import DAC
 
 SIZES = ((16, 10.0), (1, 1.0), (1, 100.0), (1, 10.0), (16, 1.0), (1, 0.1))
 # The issue's targets are about these.
@@ -97,11 +96,11 @@ def _published(codec: DAC, direction: str, source: Tensor, settings: Settings):
 def _cpu_providers(codec: DAC, direction: str, source: Tensor, _size) -> dict:
     folded = copy.deepcopy(codec).fold_weight_norm()
     return {
-        "reference-unfolded": partial(implementations.modules, codec, direction, source, "reference"),
-        "reference-folded": partial(implementations.modules, folded, direction, source, "reference"),
-        "auto-folded": partial(implementations.modules, folded, direction, source, "auto"),
-        "transformers": partial(implementations.transformers, codec, direction, source),
-        "engine": partial(implementations.engine, codec, direction, source),
+        "reference-unfolded": partial(codecs.modules, codec, direction, source, "reference"),
+        "reference-folded": partial(codecs.modules, folded, direction, source, "reference"),
+        "auto-folded": partial(codecs.modules, folded, direction, source, "auto"),
+        "transformers": partial(codecs.transformers, codec, direction, source),
+        "engine": partial(codecs.engine, codec, direction, source),
     }
 
 
@@ -109,7 +108,7 @@ def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int,
     """The baseline first, then what matters most: a case may run out of time."""
     batch, seconds, frames = size
     start = {
-        name: partial(getattr(implementations, name), codec, direction, source)
+        name: partial(getattr(codecs, name), codec, direction, source)
         for name in ("published_equivalent", "transformers", "recipe", "engine")
     }
     full, shapes = direction == "both" and (batch, seconds) in FULL, ((batch, frames),)

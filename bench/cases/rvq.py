@@ -10,8 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench import parity, providers
-from bench.harness import Case, Prepared, Settings
+from bench.checks import ops as checks
+from bench.peers import ops as peers
+from bench.run import Case, Prepared, Settings
 from dac_fast.config import PRESETS, Config
 from dac_fast.ops import reference
 
@@ -97,11 +98,11 @@ def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) 
         found = regret(codes, *exact)
         assert found <= allowed, f"regret {found:.3g}, allowed {allowed:.3g}"
         same = reference.rvq_decode(codes, *weights[2:])
-        return parity.as_good_as([same], [reference.rvq_decode(codes, *exact[3:])])([quantised])
+        return checks.as_good_as([same], [reference.rvq_decode(codes, *exact[3:])])([quantised])
 
-    functions = providers.functions("rvq_encode", z, *weights)
+    functions = peers.functions("rvq_encode", z, *weights)
     bytes_moved = 2 * z.numel() * 4 + batch * frames * config.n_codebooks * 8
-    return Prepared(providers.forward(functions, z, *weights), check, bytes_moved, _flops(config, batch * frames)[0])
+    return Prepared(peers.forward(functions, z, *weights), check, bytes_moved, _flops(config, batch * frames)[0])
 
 
 def prepare_encode_backward(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
@@ -115,7 +116,7 @@ def prepare_encode_backward(config: Config, batch: int, frames: int, settings: S
 
     functions = {
         name: f if isinstance(f, str) else partial(outputs_of, f)
-        for name, f in providers.functions("rvq_encode", z.requires_grad_(), *weights).items()
+        for name, f in peers.functions("rvq_encode", z.requires_grad_(), *weights).items()
     }
     one = torch.ones((), device=z.device)
     leaves = [z, *(tensor.requires_grad_() for group in weights for tensor in group)]
@@ -135,9 +136,7 @@ def prepare_encode_backward(config: Config, batch: int, frames: int, settings: S
         assert max(errors) <= 5e-2, f"gradient of a weight off by {max(errors):.3g}, allowed 5e-2"
         return max(errors)
 
-    return Prepared(
-        providers.backward(functions, (z, *weights), leaves, [gradient, one, one]), check, 2 * z.numel() * 4
-    )
+    return Prepared(peers.backward(functions, (z, *weights), leaves, [gradient, one, one]), check, 2 * z.numel() * 4)
 
 
 def prepare_decode(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
@@ -145,10 +144,10 @@ def prepare_decode(config: Config, batch: int, frames: int, settings: Settings) 
     z, weights = _inputs(config, batch, frames, settings.device)
     codes = torch.randint(config.codebook_size, (batch, config.n_codebooks, frames), device=settings.device)
     same = reference.rvq_decode(codes, *weights[2:])
-    check = parity.as_good_as([same], [reference.rvq_decode(codes, *_doubles(weights)[2:])])
-    functions = providers.functions("rvq_decode", codes, *weights[2:])
+    check = checks.as_good_as([same], [reference.rvq_decode(codes, *_doubles(weights)[2:])])
+    functions = peers.functions("rvq_decode", codes, *weights[2:])
     return Prepared(
-        providers.forward(functions, codes, *weights[2:]),
+        peers.forward(functions, codes, *weights[2:]),
         check,
         codes.numel() * 8 + z.numel() * 4,
         _flops(config, batch * frames)[1],

@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 
-from bench import parity, providers
-from bench.harness import Case, Prepared, Settings
+from bench.checks import ops as checks
+from bench.peers import ops as peers
+from bench.run import Case, Prepared, Settings
 from dac_fast.config import PRESETS, Config
 from dac_fast.ops import reference
 
@@ -65,11 +66,11 @@ def prepare(shape: tuple[int, int, int], dtype: str, direction: str, settings: S
     torch.manual_seed(0)
     x = torch.randn(shape, device=settings.device).to(getattr(torch, dtype))
     alpha = torch.randn(1, shape[1], 1, device=settings.device).mul(0.5).exp().to(x.dtype)
-    functions = providers.functions("snake", x, alpha, scripted=x.is_cuda)
+    functions = peers.functions("snake", x, alpha, scripted=x.is_cuda)
     size = x.numel() * x.element_size()
     if direction == "forward":
-        check = parity.as_good_as([reference.snake(x, alpha)], [reference.snake(x.double(), alpha.double())])
-        return Prepared(providers.forward(functions, x, alpha), check, bytes_moved=2 * size)
+        check = checks.as_good_as([reference.snake(x, alpha)], [reference.snake(x.double(), alpha.double())])
+        return Prepared(peers.forward(functions, x, alpha), check, bytes_moved=2 * size)
 
     gradient = torch.randn_like(x)
 
@@ -77,6 +78,6 @@ def prepare(shape: tuple[int, int, int], dtype: str, direction: str, settings: S
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, alpha)]
         return torch.autograd.grad(reference.snake(*leaves), leaves, gradient.to(dtype))
 
-    check = parity.as_good_as(gradients(x.dtype), gradients(torch.float64))
+    check = checks.as_good_as(gradients(x.dtype), gradients(torch.float64))
     leaves = [x.requires_grad_(), alpha.requires_grad_()]
-    return Prepared(providers.backward(functions, leaves, leaves, [gradient]), check, bytes_moved=3 * size)
+    return Prepared(peers.backward(functions, leaves, leaves, [gradient]), check, bytes_moved=3 * size)

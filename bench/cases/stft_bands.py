@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import parity, providers
-from bench.harness import Case, Prepared, Settings
+from bench.checks import ops as checks
+from bench.peers import ops as peers
+from bench.run import Case, Prepared, Settings
 from dac_fast.ops import reference
 
 WINDOWS = (2048, 1024, 512)
@@ -33,7 +34,7 @@ def prepare(signals: int, samples: int, direction: str, settings: Settings) -> P
     """Inputs, providers and check for that many signals of that many samples."""
     torch.manual_seed(0)
     x = 0.3 * torch.randn(signals, samples, device=settings.device)
-    functions = providers.functions("stft_bands", x, WINDOWS)
+    functions = peers.functions("stft_bands", x, WINDOWS)
     bins = sum(math.ceil(samples / (window // 4)) * (window // 2 + 1) for window in WINDOWS)
     size = 4 * signals * (samples + 2 * bins)
 
@@ -41,8 +42,8 @@ def prepare(signals: int, samples: int, direction: str, settings: Settings) -> P
         return tree_leaves(reference.stft_bands(x, WINDOWS))
 
     if direction == "forward":
-        check = parity.as_good_as(bands(x), bands(x.double()))
-        return Prepared(providers.forward(functions, x, WINDOWS), check, size)
+        check = checks.as_good_as(bands(x), bands(x.double()))
+        return Prepared(peers.forward(functions, x, WINDOWS), check, size)
 
     gradients = [torch.randn_like(band) for band in bands(x)]
 
@@ -50,6 +51,6 @@ def prepare(signals: int, samples: int, direction: str, settings: Settings) -> P
         leaf = x.to(dtype, copy=True).requires_grad_()
         return torch.autograd.grad(bands(leaf), [leaf], [g.to(dtype) for g in gradients])
 
-    check = parity.as_good_as(gradient(x.dtype), gradient(torch.float64))
+    check = checks.as_good_as(gradient(x.dtype), gradient(torch.float64))
     x.requires_grad_()
-    return Prepared(providers.backward(functions, (x, WINDOWS), [x], gradients), check, size)
+    return Prepared(peers.backward(functions, (x, WINDOWS), [x], gradients), check, size)

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.fidelity import LEAST_SNR, agreement, decibels
-from bench.harness import Case, Prepared, Settings
-from bench.implementations import PRECISIONS, Run
-from bench.models import convolution_flops, random_codec
+from bench.checks.codec import LEAST_SNR, agreement, decibels
+from bench.checks.random_codec import convolution_flops, random_codec
+from bench.peers.codecs import PRECISIONS, Run
+from bench.run import Case, Prepared, Settings
 from dac_fast import ops
+from dac_fast.codec import DAC
 from dac_fast.config import PRESETS
-from dac_fast.inference import DecoderStreams, EncoderStreams
-from dac_fast.model import DAC
+from dac_fast.streaming import DecoderStreams, EncoderStreams
 
 # Steps until the beginning of a stream is out of sight of its newest output.
 STEPS = 32

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dac_fast.inference.graphs import Bucket, Graphs
+from dac_fast.inference.buckets import Bucket, Graphs
 from dac_fast.inference.plan import Plan, float32_products
-from dac_fast.model.codec import Encoded
 from dac_fast.model.layers import zero_past
+from dac_fast.model.quantize import Encoded
 
 # dtype of weights and activations, and whether products of float32 may be rounded to TF32
 PRECISIONS = {

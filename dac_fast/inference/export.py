@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dac_fast import ops
 from dac_fast.files import atomic_path, make_folder
-from dac_fast.model.codec import DAC
+from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
 
 PARTS = ("encoder", "decoder")
@@ -27,7 +27,7 @@ PARTS = ("encoder", "decoder")
 class Encode(nn.Module):
     """Audio [B, 1, T] to codes [B, N, F], without checks."""
 
-    def __init__(self, codec: DAC, n_quantizers: int):
+    def __init__(self, codec: Codec, n_quantizers: int):
         super().__init__()
         codec = plain_copy(codec)
         self.encoder, self.quantizer = codec.encoder, codec.quantizer
@@ -41,7 +41,7 @@ class Encode(nn.Module):
 class Decode(nn.Module):
     """Codes [B, N, F] to audio [B, 1, F hop_length], without checks."""
 
-    def __init__(self, codec: DAC):
+    def __init__(self, codec: Codec):
         super().__init__()
         # where a stride is odd, the decoder stops short by the same number of samples, whatever the length
         self.missing = codec.hop_length - codec.decoder.output_length(1)
@@ -52,7 +52,7 @@ class Decode(nn.Module):
         return F.pad(self.decoder(self.quantizer.from_codes(codes)[0]), (0, self.missing))
 
 
-def plain_copy(codec: DAC) -> DAC:
+def plain_copy(codec: Codec) -> Codec:
     """A copy of the codec in eval mode, with plain convolutions in encoder and decoder, and folded ones elsewhere."""
     codec = copy.deepcopy(codec).eval().requires_grad_(False)
     for module in [*codec.encoder.modules(), *codec.decoder.modules()]:
@@ -78,7 +78,7 @@ def _plain(conv: Conv1d | ConvTranspose1d) -> nn.Module:
 
 
 @torch.no_grad()
-def export(codec: DAC, part: str, n_quantizers: int | None = None) -> torch.export.ExportedProgram:
+def export(codec: Codec, part: str, n_quantizers: int | None = None) -> torch.export.ExportedProgram:
     """One part as a program for any batch and length, on the codec's device and in its dtype.
 
     PyTorch guards a program against the single frame, which it could lay out in memory otherwise: run that by
@@ -110,7 +110,7 @@ def export(codec: DAC, part: str, n_quantizers: int | None = None) -> torch.expo
         return torch.export.export(module, (example,), dynamic_shapes=({0: any_size, 2: any_size},))
 
 
-def export_onnx(codec: DAC, folder: str | os.PathLike, n_quantizers: int | None = None) -> list[Path]:
+def export_onnx(codec: Codec, folder: str | os.PathLike, n_quantizers: int | None = None) -> list[Path]:
     """Write encoder.onnx (audio -> codes) and decoder.onnx (codes -> audio), float32, for any batch and length.
 
     Each has the codec's sample_rate and hop_length in its metadata.

@@ -1,5 +1,1 @@
-"""The reference model: `DAC` and its parts."""
-
-from dac_fast.model.codec import DAC, Encoded
-
-__all__ = ["DAC", "Encoded"]
+"""The reference model's parts: layers, autoencoder, quantizer; `dac_fast.codec.DAC` puts them together."""

@@ -4,6 +4,8 @@
 stage in plain PyTorch, each from the stage's own `search`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,25 @@ from dac_fast import ops
 from dac_fast.model.ema_codebook import EMACodebook, nearest_row
 from dac_fast.model.layers import Conv1d
 from dac_fast.ops.reference import nearest_code, valid_mask
+
+
+class Encoded(NamedTuple):
+    """What `DAC.encode` returns, for B items, N codebooks, D latent channels and F frames.
+
+    Attributes:
+        z: quantised latent [B, D, F].
+        codes: int64 [B, N, F].
+        latents: projections before quantisation [B, sum of codebook dims, F].
+        commitment_loss, codebook_loss: scalars.
+        lengths: int64 [B], frames of each item; past them z, codes and latents are zero.
+    """
+
+    z: Tensor
+    codes: Tensor
+    latents: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+    lengths: Tensor
 
 
 class VectorQuantizer(nn.Module):

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dac_fast.audio import LoudnessMeter, normalization_gains
-from dac_fast.resample import resampled
-from dac_fast.training.config import DataConfig
-from dac_fast.training.sources import AudioFile, DataError
+from dac_fast.audio.reading import LoudnessMeter, normalization_gains
+from dac_fast.audio.resample import resampled
+from dac_fast.training.recipe import DataConfig
+from dac_fast.training.split import AudioFile, DataError
 
 SALIENT_TRIES = 8  # as published
 FILE_TRIES = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dac_fast.files import atomic_path
-from dac_fast.training.config import Recipe
+from dac_fast.training.recipe import Recipe
 
 
 class StateError(ValueError):

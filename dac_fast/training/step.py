@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dac_fast.codec import DAC
 from dac_fast.discriminators import Discriminator
 from dac_fast.losses import GANLoss, L1Loss, MelSpectrogramLoss, MultiScaleSTFTLoss
-from dac_fast.model import DAC
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, weights_kept
 from dac_fast.spectral import full_precision
-from dac_fast.training.config import OptimizerConfig, Recipe, RecipeError
 from dac_fast.training.graph import GraphedStep
+from dac_fast.training.recipe import OptimizerConfig, Recipe, RecipeError
 
 
 class TrainingStep:

@@ -22,14 +22,15 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from dac_fast import checkpoint, load
+from dac_fast import load
 from dac_fast.files import atomic_path
 from dac_fast.metrics import codebook_counts, codebook_entropy, mel_distance, si_sdr, stft_distance
+from dac_fast.storage import checkpoint
 from dac_fast.training import state
-from dac_fast.training.config import Recipe, RecipeError, load_recipe
 from dac_fast.training.data import Batches, Excerpts, loader, moved
 from dac_fast.training.log import Log
-from dac_fast.training.sources import DataError, find_files, hold_out
+from dac_fast.training.recipe import Recipe, RecipeError, load_recipe
+from dac_fast.training.split import DataError, find_files, hold_out
 from dac_fast.training.step import TrainingStep
 
 VALIDATION_BATCH = 8

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dac_fast import ops
 from dac_fast.config import PRESETS
-from dac_fast.download import cached
+from dac_fast.storage.download import cached
 from dac_fast.version import __version__
 
 

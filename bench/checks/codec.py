@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dac_fast import ops
-from dac_fast.model import DAC
+from dac_fast.codec import DAC
 
 # Least signal-to-noise ratio of audio, in dB, that a precision must reach. Half of bfloat16's is what it is.
 LEAST_SNR = {"float32": 90, "tf32": 50, "float16": 40, "bfloat16": 15}

@@ -34,8 +34,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dac_fast import dac1
 from dac_fast.files import write_bytes
+from dac_fast.storage import dac1
 
 MAGIC = b"\x89DAC\r\n\x1a\n"
 VERSION = 2

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from dac_fast import ops
-from dac_fast.audio import SAMPLE_RATES, AudioError, Recording, resample
-from dac_fast.evaluation import OVERALL, Evaluation, Measured, summarize
+from dac_fast.audio.reading import SAMPLE_RATES, AudioError, Recording, resample
+from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
 from dac_fast.metrics import codebook_counts, mel_distance, si_sdr, stft_distance
-from dac_fast.resample import resampled
-from dac_fast.sources import AudioFile, audio_files, files_below
+from dac_fast.audio.resample import resampled
+from dac_fast.audio.sources import AudioFile, audio_files, files_below
 
 SHORTEST = 1025  # samples; the longest window of the distances is reflected at the edges
 LENGTH_TOLERANCE = 0.1  # seconds; decoders of other formats add or drop some 10 ms

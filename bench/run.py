@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from bench import timing
-from bench.environment import environment
-from bench.providers import Provider, Unavailable
+from bench.document import environment
+from bench.peers.ops import Provider, Unavailable
 
 SCHEMA = 1
 # Requests are timed that many times as long as ops: their 99th percentile is of interest.

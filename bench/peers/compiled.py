@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dac_fast.checkpoint import folded
 from dac_fast.config import Config
+from dac_fast.storage.checkpoint import folded
 
 
 class Recipe:

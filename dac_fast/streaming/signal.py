@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dac_fast.inference.streams import DecoderStreams, EncoderStreams
-from dac_fast.model.codec import DAC
+from dac_fast.model.interface import Codec
+from dac_fast.streaming.slots import DecoderStreams, EncoderStreams
 
 
 class _Signal:
@@ -43,7 +43,7 @@ class StreamingDecoder(_Signal):
             frames) at 44khz.
     """
 
-    def __init__(self, codec: DAC):
+    def __init__(self, codec: Codec):
         super().__init__(lambda batch: DecoderStreams(codec, batch))
         self._hop = codec.hop_length
 
@@ -94,7 +94,7 @@ class StreamingEncoder(_Signal):
         ValueError: n_quantizers is out of range.
     """
 
-    def __init__(self, codec: DAC, n_quantizers: int | None = None):
+    def __init__(self, codec: Codec, n_quantizers: int | None = None):
         super().__init__(lambda batch: EncoderStreams(codec, batch, n_quantizers))
         self._codec = codec
 

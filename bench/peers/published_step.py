@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dac_fast.config import Config
 from dac_fast.spectral import full_precision, mel_filters
-from dac_fast.training.config import DiscriminatorConfig, Recipe
+from dac_fast.training.recipe import DiscriminatorConfig, Recipe
 
 
 class Conv(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dac_fast import ops
+from dac_fast.codec import DAC
 from dac_fast.config import PRESETS, Config
-from dac_fast.model import DAC
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, Snake, WeightNorm
 
 # Of each convolution, as a factor on the size of its input: so that the residual paths neither fade nor take over.

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dac_fast.cli.jobs import Existing
 from dac_fast.config import PRESETS
-from dac_fast.jobs import Existing
 
 
 class Format(str, Enum):
@@ -97,8 +97,8 @@ def use_engine(codec, stage: str, precision: Precision | None, tuned_seconds: fl
 
     tuned_seconds: audio of the batches that its layers are timed on first; 0: they are not.
     """
-    from dac_fast.model.chunks import reach
-    from dac_fast.model.recordings import DEFAULT_CHUNK_SECONDS
+    from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
+    from dac_fast.recordings.windows import reach
 
     on_gpu = next(codec.parameters()).is_cuda
     if precision is None and not (on_gpu and codec.config.activation == "snake"):

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 import dac_fast
-from bench.environment import ROOT, environment
-from bench.fidelity import agreement, decibels
-from bench.harness import SCHEMA, write
-from bench.models import random_codec
+from bench.checks.codec import agreement, decibels
+from bench.checks.random_codec import random_codec
+from bench.document import ROOT, environment
 from bench.report import facts, table_row, title
+from bench.run import SCHEMA, write
 from dac_fast import ops
-from dac_fast.model import DAC
+from dac_fast.codec import DAC
 
 # The beginning of the bundled clip, in a format that is read where soundfile is missing.
 CLIP = ROOT / "bench/tabla_cc0.wav"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dac_fast.audio.resample import resampled
 from dac_fast.files import OutputError, atomic_path
-from dac_fast.resample import resampled
 
 SAMPLE_RATES = range(100, 1_000_001)  # Hz; below, K-weighting's 38 Hz high-pass has no room
 MAX_CHANNELS = 1024  # libsndfile's limit

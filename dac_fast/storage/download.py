@@ -12,9 +12,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dac_fast import checkpoint
-from dac_fast.checkpoint import CheckpointError
 from dac_fast.config import PRESETS
+from dac_fast.storage import checkpoint
+from dac_fast.storage.checkpoint import CheckpointError
 
 RELEASES = "https://github.com/descriptinc/descript-audio-codec/releases/download"
 PUBLISHED = {
@@ -23,7 +23,7 @@ PUBLISHED = {
     "24khz": "0.0.4/weights_24khz.pth",
     "16khz": "0.0.5/weights_16khz.pth",
 }
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 TIMEOUT_SECONDS = 30
 
 

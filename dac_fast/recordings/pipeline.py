@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dac_fast.model.chunks import Window
+from dac_fast.recordings.windows import Window
 
 # Things that a thread of `read_ahead` may have ready.
 _READY = 4

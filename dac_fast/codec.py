@@ -1,37 +1,19 @@
 """The codec: encoder, quantizer and decoder in one module, with the published state-dict keys."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dac_fast import checkpoint
-from dac_fast.config import Config
-from dac_fast.model import recordings
+from dac_fast.config import PRESETS, Config
+from dac_fast.inference.engine import Engine
 from dac_fast.model.autoencoder import Decoder, Encoder
 from dac_fast.model.layers import WeightNorm, zero_past
-from dac_fast.model.quantize import ResidualVectorQuantizer
-
-
-class Encoded(NamedTuple):
-    """What `DAC.encode` returns, for B items, N codebooks, D latent channels and F frames.
-
-    Attributes:
-        z: quantised latent [B, D, F].
-        codes: int64 [B, N, F].
-        latents: projections before quantisation [B, sum of codebook dims, F].
-        commitment_loss, codebook_loss: scalars.
-        lengths: int64 [B], frames of each item; past them z, codes and latents are zero.
-    """
-
-    z: Tensor
-    codes: Tensor
-    latents: Tensor
-    commitment_loss: Tensor
-    codebook_loss: Tensor
-    lengths: Tensor
+from dac_fast.model.quantize import Encoded, ResidualVectorQuantizer
+from dac_fast.recordings import compress
+from dac_fast.storage import checkpoint, download
 
 
 class DAC(nn.Module):
@@ -180,8 +162,6 @@ class DAC(nn.Module):
         Raises:
             ValueError: an argument is out of range, the codec is not in float32, or its activation is not Snake.
         """
-        from dac_fast.inference.engine import Engine
-
         self.engine = Engine(self, precision, shapes, memory)
         return self
 
@@ -212,11 +192,11 @@ class DAC(nn.Module):
 
     def compress(self, source, chunk_seconds=None, n_quantizers=None, normalize_db=-16.0, padding=True):
         """A recording to a `DACFile`, in constant memory; see `dac_fast.model.recordings.compress`."""
-        return recordings.compress(self, source, chunk_seconds, n_quantizers, normalize_db, padding)
+        return compress.compress(self, source, chunk_seconds, n_quantizers, normalize_db, padding)
 
     def decompress(self, file):
         """A `DACFile` or its path to (float32 array [C, T], rate); see `dac_fast.model.recordings.decompress`."""
-        return recordings.decompress(self, file)
+        return compress.decompress(self, file)
 
     def save(self, path):
         """Write a checkpoint, see `dac_fast.checkpoint.save`."""
@@ -233,6 +213,28 @@ class DAC(nn.Module):
         codec = cls(**config.to_dict())
         checkpoint.restore(codec, state, path)
         return codec.eval()
+
+
+def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32, engine: bool | dict | None = None) -> DAC:
+    """A codec in eval mode.
+
+    Args:
+        name_or_path: a preset ("tiny" is bundled; "44khz", "44khz_16kbps", "24khz", "16khz" are downloaded when they
+            are not in the cache), or a checkpoint: ours, a published .pth, or a Hugging Face folder.
+        device, dtype: of the parameters.
+        engine: True, or arguments of `DAC.optimize`, which is called then.
+    Raises:
+        ValueError: no such preset or path, the checkpoint is damaged or no codec's, or as `DAC.optimize` says.
+        OSError: the weights cannot be downloaded.
+    """
+    path = Path(name_or_path)
+    # a preset's name means the preset; ./44khz is the folder of that name
+    is_path = str(name_or_path) not in PRESETS and (path.exists() or path.suffix or len(path.parts) > 1)
+    name = "" if is_path else str(name_or_path)
+    codec = DAC.load(download.download(name) if name else path)
+    codec.name = name
+    codec = codec.to(device=device, dtype=dtype)
+    return codec if engine in (None, False) else codec.optimize(**({} if engine is True else engine))
 
 
 def _check_shape(name: str, x: Tensor, channels: int | None = None):

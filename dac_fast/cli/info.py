@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dac_fast import checkpoint, download
 from dac_fast.config import PRESETS
-from dac_fast.container import DACFile
+from dac_fast.storage import checkpoint, download
+from dac_fast.storage.dac2 import DACFile
 
 
 def describe(path: Path) -> dict:

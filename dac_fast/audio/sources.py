@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dac_fast.audio import AUDIO_SUFFIXES
+from dac_fast.audio.reading import AUDIO_SUFFIXES
 
 MANIFEST = "manifest.jsonl"
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import timing
-from bench.environment import environment
-from bench.harness import SCHEMA, write
-from bench.published_step import PublishedStep
-from bench.saved import SavedBytes
+from bench.document import environment
+from bench.peers.published_step import PublishedStep
+from bench.run import SCHEMA, write
+from bench.training.saved import SavedBytes
 from dac_fast.discriminators import MRD
-from dac_fast.training.config import Recipe, load_recipe
+from dac_fast.training.recipe import Recipe, load_recipe
 from dac_fast.training.step import TrainingStep
 
 IMPLEMENTATIONS = ("published", "published, compiled", "ours", "ours, CUDA graph")
@@ -225,7 +225,7 @@ def take_turns(steps: dict, audio: Tensor, seconds: float) -> dict[str, list[lis
 def time_data(recipe: Recipe, folder: Path, seconds: float) -> dict:
     """How many excerpts of a folder's audio one process reads and augments per second."""
     from dac_fast.training.data import Excerpts
-    from dac_fast.training.sources import find_files
+    from dac_fast.training.split import find_files
 
     rate = recipe.model.sample_rate
     files, unreadable = find_files(str(folder), rate, recipe.data.full_band)

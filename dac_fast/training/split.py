@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from dac_fast.audio import AudioError, Recording
-from dac_fast.sources import AudioFile, SourceError, audio_files
+from dac_fast.audio.reading import AudioError, Recording
+from dac_fast.audio.sources import AudioFile, SourceError, audio_files
 
 
 class DataError(ValueError):

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dac_fast.audio import LoudnessMeter, Recording, normalization_gains
-from dac_fast.container import DACFile
-from dac_fast.model import chunks
-from dac_fast.model.batches import in_batches, read_ahead
-from dac_fast.resample import resampled
+from dac_fast.audio.reading import LoudnessMeter, Recording, normalization_gains
+from dac_fast.audio.resample import resampled
+from dac_fast.recordings import windows
+from dac_fast.recordings.pipeline import in_batches, read_ahead
+from dac_fast.storage.dac2 import DACFile
 
 DEFAULT_CHUNK_SECONDS = 10.0
 
@@ -89,7 +89,7 @@ def compress_all(
     readers = [functools.partial(_read, codec, source, chunk_seconds, normalize_db, padding) for source in sources]
     results = in_batches(
         read_ahead(readers, threads),
-        functools.partial(chunks.encode_batch, n_quantizers=n_quantizers),
+        functools.partial(windows.encode_batch, n_quantizers=n_quantizers),
         batch_seconds,
     )
     for number, group in itertools.groupby(results, key=lambda result: result[0]):
@@ -133,14 +133,14 @@ def _read(codec, source, chunk_seconds: float, normalize_db: float | None, paddi
     chunk_samples = chunk_seconds * codec.sample_rate
     if padding or samples <= chunk_samples:
         yield _Levels(recording, samples, loudness, gains, -(-max(samples, 1) // hop), None, True)
-        yield from chunks.sample_windows(codec, blocks, max(round(chunk_samples / hop), 1))
+        yield from windows.sample_windows(codec, blocks, max(round(chunk_samples / hop), 1))
     else:
         size = -(-int(chunk_samples) // hop) * hop
         frames = codec.encoder.output_length(size, padded=False)
         # of a chunk without padding, only its middle is new
-        step = chunks.output_samples(codec, size)
+        step = windows.output_samples(codec, size)
         yield _Levels(recording, samples, loudness, gains, frames, step, False)
-        yield from chunks.unpadded_sample_windows(codec, blocks, size)
+        yield from windows.unpadded_sample_windows(codec, blocks, size)
 
 
 def _assembled(codec, parts: Iterable, progress: Callable[[float], None]) -> DACFile | Exception:
@@ -221,7 +221,7 @@ def decompress_all(
         before the next source (and raising what went wrong with them); or the ValueError or OSError that it caused.
     """
     readers = [functools.partial(_load, load, source) for source in sources]
-    results = in_batches(read_ahead(readers, threads), chunks.decode_batch, batch_seconds)
+    results = in_batches(read_ahead(readers, threads), windows.decode_batch, batch_seconds)
     for number, group in itertools.groupby(results, key=lambda result: result[0]):
         parts = (part for _, part in group)
         first = next(parts)
@@ -239,9 +239,9 @@ def _load(load: Callable, source) -> Iterator:
     yield codec, file
     if file.padding:
         chunk_frames = max(round(DEFAULT_CHUNK_SECONDS * codec.sample_rate / codec.hop_length), 1)
-        yield from chunks.code_windows(codec, file.codes, chunk_frames)
+        yield from windows.code_windows(codec, file.codes, chunk_frames)
     else:
-        yield from chunks.unpadded_code_windows(codec, file.codes, file.chunk_length)
+        yield from windows.unpadded_code_windows(codec, file.codes, file.chunk_length)
 
 
 def _arrays(parts: Iterable[torch.Tensor | Exception]) -> Iterator[np.ndarray]:
@@ -303,7 +303,7 @@ def _check_fits(codec, file: DACFile):
             f"this one is at {c.sample_rate} Hz with {c.hop_length}"
         )
     shortest = file.n_frames % file.chunk_length or file.chunk_length
-    if not file.padding and not chunks.survives_unpadded(codec.decoder, shortest):
+    if not file.padding and not windows.survives_unpadded(codec.decoder, shortest):
         raise ValueError(f"the file has a chunk of {shortest} frames, too few to decode without padding")
     longest = (file.n_frames + 1) * c.hop_length * file.sample_rate // c.sample_rate + 1
     if file.original_length > longest:

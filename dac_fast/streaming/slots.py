@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dac_fast.inference.plan import Plan, float32_products
-from dac_fast.inference.stream_graph import RecordedStep
-from dac_fast.inference.stream_layers import Span, StreamedChain
-from dac_fast.model.codec import DAC
+from dac_fast.model.interface import Codec
+from dac_fast.ops.cuda_graph import RecordedStep
+from dac_fast.streaming.layers import Span, StreamedChain
 
 # The length of a signal whose end is not known yet; its products with a hop length fit into int64.
 ENDLESS = 1 << 40
@@ -33,7 +33,7 @@ class _Streams:
         batch: the number of slots.
     """
 
-    def __init__(self, codec: DAC, chain: StreamedChain, hop: int, origin: int):
+    def __init__(self, codec: Codec, chain: StreamedChain, hop: int, origin: int):
         self._codec, self._chain, self._hop, self._origin = codec, chain, hop, origin
         # an empty tensor of the codec's dtype and device
         self._empty = next(codec.parameters()).new_empty(0)
@@ -131,7 +131,7 @@ class DecoderStreams(_Streams):
         ValueError: batch is not positive.
     """
 
-    def __init__(self, codec: DAC, batch: int):
+    def __init__(self, codec: Codec, batch: int):
         layers = _plan(codec, "decode") or codec.decoder.model
         super().__init__(codec, StreamedChain(layers, _checked_batch(batch)), hop=1, origin=0)
         self.look_ahead = self._lag
@@ -201,7 +201,7 @@ class EncoderStreams(_Streams):
         ValueError: batch or n_quantizers is out of range.
     """
 
-    def __init__(self, codec: DAC, batch: int, n_quantizers: int | None = None):
+    def __init__(self, codec: Codec, batch: int, n_quantizers: int | None = None):
         self._codebooks = _checked_count(n_quantizers, codec.config.n_codebooks)
         layers, hop = _plan(codec, "encode") or codec.encoder.block, codec.hop_length
         chain = StreamedChain(layers, _checked_batch(batch))
@@ -290,7 +290,7 @@ def _checked_count(n_quantizers: int | None, available: int) -> int:
     return n_quantizers
 
 
-def _plan(codec: DAC, stage: str) -> Plan | None:
+def _plan(codec: Codec, stage: str) -> Plan | None:
     """The fused layers of the codec's engine, if it has one. Raises RuntimeError where that is out of date."""
     engine = codec._engine_for(torch.empty(0))
     return engine.plans[stage] if engine else None

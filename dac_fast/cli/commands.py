@@ -13,11 +13,9 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dac_fast.audio import AUDIO_SUFFIXES
-from dac_fast.config import PRESETS
-from dac_fast.files import make_folder
-from dac_fast.jobs import Existing, Job, attempt, by_size, err, fail, may_write, one_by_one, out, plan, run
-from dac_fast.options import (
+from dac_fast.audio.reading import AUDIO_SUFFIXES
+from dac_fast.cli.jobs import Existing, Job, attempt, by_size, err, fail, may_write, one_by_one, out, plan, run
+from dac_fast.cli.options import (
     BatchSeconds,
     ChunkSeconds,
     Codebooks,
@@ -36,6 +34,8 @@ from dac_fast.options import (
     load_codec,
     use_engine,
 )
+from dac_fast.config import PRESETS
+from dac_fast.files import make_folder
 from dac_fast.version import __version__
 
 app = typer.Typer(
@@ -76,7 +76,7 @@ def encode(
     """Compress recordings to .dac files."""
     if no_padding and format is not Format.dac1:
         raise ValueError("--no-padding makes files for the published package; accepted: with --format dac1")
-    from dac_fast.model.recordings import check_options, compress_all
+    from dac_fast.recordings.compress import check_options, compress_all
 
     normalize = None if no_normalize else normalize_db
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".dac", (".dac",))
@@ -115,9 +115,9 @@ def decode(
     existing: WhenExisting = Existing.error,
 ):
     """Restore recordings from .dac files."""
-    from dac_fast.audio import WRITABLE, AudioWriter
-    from dac_fast.container import DACFile
-    from dac_fast.model.recordings import decompress_all
+    from dac_fast.audio.reading import WRITABLE, AudioWriter
+    from dac_fast.recordings.compress import decompress_all
+    from dac_fast.storage.dac2 import DACFile
 
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in WRITABLE:
@@ -169,9 +169,9 @@ def reconstruct(
     """Compress and restore recordings, and say what it cost and how near they come."""
     import numpy as np
 
-    from dac_fast.audio import read, write
-    from dac_fast.model.recordings import check_options
-    from dac_fast.reconstruction import report
+    from dac_fast.audio.reading import read, write
+    from dac_fast.cli.reconstruction import report
+    from dac_fast.recordings.compress import check_options
 
     jobs = plan(inputs, output, AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
     codec = load_codec(model, device)
@@ -258,7 +258,7 @@ def evaluate(
     existing: WhenExisting = Existing.error,
 ):
     """Measure how near a model, or a folder of reconstructions, comes to the originals."""
-    from dac_fast.evaluate import evaluate_codec, evaluate_folders
+    from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 
     picture = output / "rate_distortion.png"
     if not may_write(existing, *(output / name for name in ("files.csv", "summary.csv", "evaluation.json")), picture):
@@ -297,7 +297,7 @@ def evaluate(
 @app.command()
 def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoints, or names of models.")]):
     """Say what a .dac file or a checkpoint holds."""
-    from dac_fast.describe import describe
+    from dac_fast.cli.info import describe
 
     failed = 0
     for path in paths:
@@ -373,7 +373,7 @@ def download(
     ] = None,
 ):
     """Download published weights into the cache; a download that broke off is continued."""
-    from dac_fast.download import download as fetch
+    from dac_fast.storage.download import download as fetch
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     for name in names:
@@ -386,7 +386,7 @@ def download(
 @app.command()
 def doctor():
     """Say which versions, devices and backends there are, and why an op runs where it does."""
-    from dac_fast.doctor import report
+    from dac_fast.cli.doctor import report
 
     report(out)
 

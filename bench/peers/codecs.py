@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.providers import Unavailable
-from bench.recipe import Recipe
-from bench.recipe import compiled as compiled_graph
-from dac_fast import checkpoint, ops
-from dac_fast.model import DAC
+from bench.peers.compiled import Recipe
+from bench.peers.compiled import compiled as compiled_graph
+from bench.peers.ops import Unavailable
+from dac_fast import ops
+from dac_fast.codec import DAC
 from dac_fast.model.layers import Snake
 from dac_fast.ops import reference
+from dac_fast.storage import checkpoint
 
 PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.environment import environment
-from bench.harness import SCHEMA, write
+from bench.document import environment
 from bench.report import table_row, title
-from bench.train import made_up_audio, make_step
-from dac_fast.training.config import Recipe, load_recipe
+from bench.run import SCHEMA, write
+from bench.training.step import made_up_audio, make_step
+from dac_fast.training.recipe import Recipe, load_recipe
 
 # Half of `tiny`, at a lower rate, with one discriminator, on short excerpts: for a CPU.
 SMALL = (

@@ -1,0 +1,1 @@
+"""Whether a provider computes the right thing, judged before it is timed."""

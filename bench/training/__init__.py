@@ -1,0 +1,1 @@
+"""The training step against the published composition."""

@@ -1,0 +1,27 @@
+"""Audio files and signals: reading, writing, loudness, resampling, and the search of folders."""
+
+from dac_fast.audio.reading import (
+    AUDIO_SUFFIXES,
+    SAMPLE_RATES,
+    AudioError,
+    AudioWriter,
+    LoudnessMeter,
+    Recording,
+    normalization_gains,
+    read,
+    resample,
+    write,
+)
+
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SAMPLE_RATES",
+    "AudioError",
+    "AudioWriter",
+    "LoudnessMeter",
+    "Recording",
+    "normalization_gains",
+    "read",
+    "resample",
+    "write",
+]

@@ -1,0 +1,1 @@
+"""Recordings of any length to codes and back, in constant memory."""

@@ -1,0 +1,1 @@
+"""Files: both .dac formats, checkpoints, downloads."""

@@ -1,0 +1,6 @@
+"""Live signals through the codec, piece by piece."""
+
+from dac_fast.streaming.signal import StreamingDecoder, StreamingEncoder
+from dac_fast.streaming.slots import DecoderStreams, EncoderStreams
+
+__all__ = ["DecoderStreams", "EncoderStreams", "StreamingDecoder", "StreamingEncoder"]
