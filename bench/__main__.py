@@ -129,7 +129,8 @@ def _list(options, parser):
 def _run(options, parser):
     import torch
 
-    from bench.run import Settings, run_all
+    from bench.case import Settings
+    from bench.run import run_all
 
     cases = _selected(options, parser)
     if options.device == "cuda" and not torch.cuda.is_available():

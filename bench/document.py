@@ -1,11 +1,14 @@
 """Where the numbers were taken: the machine, its software and the commit."""
 
 import datetime
+import json
+import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +62,36 @@ def environment(device: str, commit: str | None = None) -> dict:
             "cuda": torch.version.cuda,
         }
     return record
+
+
+SCHEMA = 1
+
+
+def write(document: dict, path: Path):
+    """Replace the file in one step: a reader, or a process that dies, never leaves half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def speedups(rows: list[dict]) -> dict[str, float]:
+    """Per provider of one case, how many times as fast as the first: the median over rounds of the paired ratio."""
+    base = rows[0]["round_ms"]
+    return {
+        row["provider"]: float(np.median([b / r for b, r in zip(base, row["round_ms"], strict=True)])) for row in rows
+    }
+
+
+def title(environment: dict) -> str:
+    """The device in a few words."""
+    return environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+
+
+def facts(environment: dict) -> list[str]:
+    """The record of `environment` as a list."""
+    return [f"- {key}: {value}" for key, value in environment.items() if value is not None]
+
+
+def table_row(cells) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -3,7 +3,7 @@
 The steps, each in a process of its own so that none takes down the next: build the extension with its CUDA half, run
 the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA case (the whole codec first, then
 single layers and ops), the table of precisions, the training step, and write the report. The output folder gets one
-JSON document (see harness.py), its report, the tables of the last two steps, and the log of every step.
+JSON document (see run.py), its report, the tables of the last two steps, and the log of every step.
 
 One call of 500 s builds, tests, and times what matters most. Where a call may take ten minutes at most, three of them
 do all of it:
@@ -31,9 +31,8 @@ from pathlib import Path
 
 import torch
 
-from bench.document import ROOT
+from bench.document import ROOT, SCHEMA, write
 from bench.report import write_report
-from bench.run import SCHEMA, write
 
 STEPS = ("build", "tests", "sanitizers", "cases", "precisions", "train")
 # Seconds that each step may take at most; the cases get what is left of the budget when the later ones have theirs.
@@ -57,7 +56,7 @@ class GpuSettings:
         patterns: of case names; empty: all.
         skip: of `STEPS`, what to leave out.
         resume: a document to go on with; None: a new one.
-        published_python: see `bench.harness.Settings`.
+        published_python: see `bench.case.Settings`.
         recording: for the precisions; None: the bundled clip.
     """
 

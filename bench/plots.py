@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.report import speedups, title
+from bench.document import speedups, title
 
 COLORS = matplotlib.colormaps["tab20"].colors
 

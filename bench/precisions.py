@@ -15,9 +15,7 @@ import torch
 import dac_fast
 from bench.checks.codec import agreement, decibels
 from bench.checks.random_codec import random_codec
-from bench.document import ROOT, environment
-from bench.report import facts, table_row, title
-from bench.run import SCHEMA, write
+from bench.document import ROOT, SCHEMA, environment, facts, table_row, title, write
 from dac_fast import ops
 from dac_fast.codec import DAC
 

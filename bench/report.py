@@ -5,7 +5,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
+from bench.document import facts, speedups, table_row, title
 
 HEADER = ("case", "provider", "p50 ms", "p20 to p80", "GB/s", "of copy", "TFLOP/s", "of roof", "times baseline")
 # Of requests: the whole codec, or a step of a stream.
@@ -39,19 +39,6 @@ def write_report(path: Path) -> list[Path]:
         if plot(rows, document, target):
             written.append(target)
     return written
-
-
-def speedups(rows: list[dict]) -> dict[str, float]:
-    """Per provider of one case, how many times as fast as the first: the median over rounds of the paired ratio."""
-    base = rows[0]["round_ms"]
-    return {
-        row["provider"]: float(np.median([b / r for b, r in zip(base, row["round_ms"], strict=True)])) for row in rows
-    }
-
-
-def title(environment: dict) -> str:
-    """The device in a few words."""
-    return environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
 
 
 def markdown(document: dict) -> str:
@@ -96,17 +83,8 @@ def markdown(document: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(environment: dict) -> list[str]:
-    """The record of environment.py as a list."""
-    return [f"- {key}: {value}" for key, value in environment.items() if value is not None]
-
-
 def _group(row: dict) -> tuple[str, str]:
     return row["op"], row["direction"]
-
-
-def table_row(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(row: dict, key: str, form: str) -> str:

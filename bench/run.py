@@ -2,7 +2,7 @@
 
 The result file is one JSON document, written again after every case, so that nothing is lost:
 
-    environment   see environment.py; `limits`: the copy bandwidth and matrix products measured in the same run
+    environment   see document.py; `limits`: the copy bandwidth and matrix products measured in the same run
     rows          one per case and provider: `status` is "timed", "failed" or "skipped", the last two with a `reason`
     running       the case under way (a document that still has one was cut off in it)
     not_run       cases that the time budget did not reach
@@ -11,95 +11,18 @@ The result file is one JSON document, written again after every case, so that no
 
 import gc
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bench import timing
-from bench.document import environment
-from bench.peers.ops import Provider, Unavailable
+from bench.case import Case, Prepared, Settings, Unavailable
+from bench.document import SCHEMA, environment, write
 
-SCHEMA = 1
 # Requests are timed that many times as long as ops: their 99th percentile is of interest.
 REQUEST_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run cases.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        seconds: of timing per provider and case, about.
-        rounds: in which the providers take turns.
-        providers: names to run; empty: all.
-        published_python: a Python that can `import dac`, the published package; None: leave it out.
-        quick: shapes that run in a moment, for the harness's own test.
-        provider_seconds: a case starts no more providers after that long.
-    """
-
-    device: str
-    seconds: float = 1.0
-    rounds: int = 7
-    providers: Sequence[str] = ()
-    published_python: str | None = None
-    quick: bool = False
-    provider_seconds: float = float("inf")
-
-
-@dataclass
-class Prepared:
-    """A case ready to run.
-
-    Attributes:
-        providers: by name, the baseline first. What one starts may have `precision`, where that is not the case's
-            dtype ("tf32", "float16", ...); `sample` and `close`, see `bench.peers.Peer`; `facts`, more for its row.
-        check: of a provider's outputs, and its precision: returns their error, or several facts for the row; raises
-            AssertionError where they are wrong.
-        bytes_moved: that the op cannot do without: each input and output tensor once; None: not of interest.
-        flops: of its matrix products and convolutions; 0: it has none.
-        audio_seconds: of audio that one call goes through; None: not of interest.
-    """
-
-    providers: dict[str, Provider]
-    check: Callable[[Sequence, str], float | dict]
-    bytes_moved: int | None
-    flops: int = 0
-    audio_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to compute, at one size.
-
-    Attributes:
-        op: name in `dac_fast.ops`, or "codec".
-        direction: what of it: forward, backward; encode, decode, both.
-        device: "cpu" or "cuda". dtype: "float32", ….
-        shape: of the input, and where it occurs.
-        prepare: makes the inputs, of `Settings`.
-        priority: 0 is run first.
-        requests: time calls as a user waits for them, one after the other, and longer; also measure each provider's
-            start and memory. Else the device's time is measured.
-    """
-
-    op: str
-    direction: str
-    device: str
-    dtype: str
-    shape: str
-    prepare: Callable[[Settings], Prepared] = field(repr=False)
-    priority: int = 1
-    requests: bool = False
-
-    @property
-    def name(self) -> str:
-        """What `--case` patterns match."""
-        return "/".join((self.op, self.direction, self.device, self.dtype, self.shape))
 
 
 def run_case(case: Case, settings: Settings, limits: dict) -> list[dict]:
@@ -228,14 +151,6 @@ def run_all(
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     write(document, path)
-
-
-def write(document: dict, path: Path):
-    """Replace the file in one step: a reader, or a process that dies, never leaves half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def print_rows(rows: Sequence[dict]):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dac_fast.inference.plan import float32_products
+from dac_fast.ops.precision import float32_products
 
 # Larger than any GPU's L2 cache (60 MB on an H200): writing it evicts the inputs that the last iteration left there.
 FLUSH_BYTES = 256 * 2**20

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dac_fast.evaluation.outcome import OVERALL
 from dac_fast.files import atomic_path
 from dac_fast.spectral import analysis_window, hz_to_mel, mel_filters
 
@@ -29,12 +28,13 @@ class PlotError(ValueError):
     """A picture cannot be drawn."""
 
 
-def rate_distortion(path: str | os.PathLike, summary: Sequence[dict]):
+def rate_distortion(path: str | os.PathLike, summary: Sequence[dict], overall: str):
     """Metrics over the bitrate, a line per domain and a black one for all files together.
 
     Args:
         path: of the PNG file.
         summary: `Evaluation.summary` of a codec.
+        overall: the domain that stands for all files together.
     Raises:
         PlotError: matplotlib is not installed.
         OutputError: the file cannot be written.
@@ -44,9 +44,9 @@ def rate_distortion(path: str | os.PathLike, summary: Sequence[dict]):
         panels.append(("visqol", "ViSQOL, MOS-LQO  (higher is better)"))
     figure = _figure(4.6 * len(panels), 4.2)
     axes = figure.subplots(1, len(panels))
-    domains = sorted({row["domain"] for row in summary} - {OVERALL})
+    domains = sorted({row["domain"] for row in summary} - {overall})
     styles = {name: {"color": COLOURS[i % len(COLOURS)], "lw": 1.8, "ms": 5} for i, name in enumerate(domains)}
-    styles[OVERALL] = {"color": INK, "lw": 2.4, "ms": 6}
+    styles[overall] = {"color": INK, "lw": 2.4, "ms": 6}
     for ax, (metric, title) in zip(axes, panels, strict=True):
         for domain, style in styles.items():
             rows = [r for r in summary if r["domain"] == domain and r[metric] is not None]

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from dac_fast.audio import reading
-from dac_fast.audio.reading import AudioError, AudioWriter, LoudnessMeter, Recording, normalization_gains
+from dac_fast import audio
+from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
+from dac_fast.audio.reading import AudioError, Recording
+from dac_fast.audio.writing import AudioWriter
 from dac_fast.files import OutputError, atomic_path
 
 pytest.importorskip("soundfile")
@@ -42,14 +44,14 @@ def loudness(x, rate, block=777):
 def test_files_come_back(tmp_path, name, channels, samples, rate, subtype, error):
     x = noise(channels, samples)
     x[:, : samples // 2] += 0.5 * np.sin(0.02 * np.arange(samples // 2), dtype=np.float32)
-    reading.write(tmp_path / name, x, rate, subtype)
+    audio.write(tmp_path / name, x, rate, subtype)
     recording = Recording(tmp_path / name)
     assert (recording.channels, recording.sample_rate, recording.frames) == (channels, rate, samples)
     blocks = list(recording.blocks(seconds=0.3))
     y = np.concatenate(blocks, axis=1)
     assert y.dtype == np.float32
     assert y.shape == x.shape
-    assert np.array_equal(y, reading.read(tmp_path / name)[0]), "the block size shows"
+    assert np.array_equal(y, audio.read(tmp_path / name)[0]), "the block size shows"
     if error is None:
         assert np.corrcoef(x[0], y[0])[0, 1] > 0.9  # a lossy format, on noise
     else:
@@ -57,37 +59,37 @@ def test_files_come_back(tmp_path, name, channels, samples, rate, subtype, error
 
 
 def test_clipping(tmp_path):
-    reading.write(tmp_path / "a.wav", np.array([[2.0, -2.0]]), 8000)
-    assert np.allclose(reading.read(tmp_path / "a.wav")[0], [[1, -1]], atol=1e-4)
-    reading.write(tmp_path / "b.wav", np.array([2.0, -2.0]), 8000, "FLOAT")
-    assert np.array_equal(reading.read(tmp_path / "b.wav")[0], [[2, -2]])
+    audio.write(tmp_path / "a.wav", np.array([[2.0, -2.0]]), 8000)
+    assert np.allclose(audio.read(tmp_path / "a.wav")[0], [[1, -1]], atol=1e-4)
+    audio.write(tmp_path / "b.wav", np.array([2.0, -2.0]), 8000, "FLOAT")
+    assert np.array_equal(audio.read(tmp_path / "b.wav")[0], [[2, -2]])
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_truncated_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
-    reading.write(path, noise(2, 20000), 44100)
+    audio.write(path, noise(2, 20000), 44100)
     whole = path.read_bytes()
     for share in (0.1, 0.5, 0.99):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(AudioError, match=r"a\.\w+: .*cut short"):
-            reading.read(path)
+            audio.read(path)
 
 
 def test_wav_from_a_pipe_is_read(tmp_path):
     path = tmp_path / "a.wav"
-    reading.write(path, noise(1, 1000), 44100)
+    audio.write(path, noise(1, 1000), 44100)
     data = path.read_bytes()
     where = data.index(b"data") + 4
     path.write_bytes(data[:4] + b"\xff" * 4 + data[8:where] + b"\xff" * 4 + data[where + 4 :])
-    assert reading.read(path)[0].shape == (1, 1000)
+    assert audio.read(path)[0].shape == (1, 1000)
 
 
 def test_bad_sources(tmp_path):
     (tmp_path / "text.wav").write_text("no audio " * 100)
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "a.raw").write_bytes(b"1234" * 100)
-    reading.write(tmp_path / "none.wav", np.zeros((1, 0)), 44100)
+    audio.write(tmp_path / "none.wav", np.zeros((1, 0)), 44100)
     for name, reason in {
         "missing.wav": "no such file",
         "text.wav": "not an audio file",
@@ -119,7 +121,7 @@ def test_non_finite_samples_are_located(tmp_path, bad):
         with pytest.raises(AudioError, match=r"array: a sample is not finite, at 2\.500 s"):
             list(Recording((x, 1000)).blocks(rate, seconds=0.7))
     with pytest.raises(AudioError, match="not finite"):
-        reading.write(tmp_path / "a.wav", x, 1000)
+        audio.write(tmp_path / "a.wav", x, 1000)
     assert os.listdir(tmp_path) == []
 
 
@@ -136,7 +138,7 @@ def test_resampling_is_the_published_one(golden, rates):
 
 @pytest.mark.parametrize(("channels", "samples", "rates"), [(1, 1, (48000, 16000)), (10, 999, (1000, 44100))])
 def test_resampled_shape(channels, samples, rates):
-    y = reading.resample(noise(channels, samples), *rates)
+    y = audio.resample(noise(channels, samples), *rates)
     assert y.shape == (channels, max(1, samples * rates[1] // rates[0]))
     assert y.dtype == np.float32
 
@@ -187,10 +189,10 @@ def test_writer_refuses(tmp_path):
     with pytest.raises(AudioError, match=r"block is \[3, 5\]"), AudioWriter(tmp_path / "a.wav", 8000, 2) as writer:
         writer.write(np.zeros((3, 5)))
     with pytest.raises(OutputError, match="there is no folder"):
-        reading.write(tmp_path / "missing" / "a.wav", np.zeros(5), 8000)
+        audio.write(tmp_path / "missing" / "a.wav", np.zeros(5), 8000)
     (tmp_path / "folder.wav").mkdir()
     with pytest.raises(OutputError, match="not a regular file"):
-        reading.write(tmp_path / "folder.wav", np.zeros(5), 8000)
+        audio.write(tmp_path / "folder.wav", np.zeros(5), 8000)
     assert os.listdir(tmp_path) == ["folder.wav"]
 
 
@@ -213,16 +215,16 @@ def test_a_kill_in_the_middle_leaves_no_file(tmp_path):
     program = """if True:
         import os, signal, sys
         import numpy as np
-        from dac_fast.audio.reading import AudioWriter
+        from dac_fast.audio.writing import AudioWriter
         with AudioWriter(sys.argv[1], 44100, 1) as new, AudioWriter(sys.argv[2], 44100, 1) as replaced:
             for writer in (new, replaced):
                 writer.write(np.zeros((1, 10**6)))
             os.kill(os.getpid(), signal.SIGKILL)
     """
     new, replaced = tmp_path / "new.wav", tmp_path / "replaced.wav"
-    reading.write(replaced, noise(1, 100), 44100)
+    audio.write(replaced, noise(1, 100), 44100)
     paths = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run([sys.executable, "-c", program, new, replaced], env=os.environ | {"PYTHONPATH": paths})
     assert run.returncode == -signal.SIGKILL
     assert not new.exists()
-    assert reading.read(replaced)[0].shape == (1, 100)
+    assert audio.read(replaced)[0].shape == (1, 100)

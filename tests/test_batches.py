@@ -100,8 +100,8 @@ def test_threads_keep_the_order_and_end():
 
 
 def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
-    windows = [windows.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
-    stream = [(0, "head"), *enumerate(windows), (2, "tail")]
+    cut = [windows.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
+    stream = [(0, "head"), *enumerate(cut), (2, "tail")]
 
     def run(batch):
         if len(batch) == 2:
@@ -111,7 +111,7 @@ def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
     results = list(in_batches(stream, run, 100 / codec.sample_rate))
     assert results[0] == (0, "head")
     assert [str(result) for _, result in results[1:3]] == ["no", "no"]
-    assert results[3][1] is windows[2].signal
+    assert results[3][1] is cut[2].signal
     assert results[4] == (2, "tail")
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from bench import gpu, precisions, run, timing
+from bench.case import Case, Prepared, Settings, Unavailable
 from bench.cases import end_to_end
 from bench.checks import ops as checks
 from bench.checks.codec import PIECE, Truth
 from bench.checks.random_codec import random_codec
-from bench.peers.ops import Unavailable
-from bench.report import markdown, speedups, write_report
-from bench.run import Case, Prepared, Settings
+from bench.document import speedups, write
+from bench.report import markdown, write_report
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Settings("cpu", seconds=0.0, rounds=2)
@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_continued_behind_the_case_that_ended_it(tmp_path,
     first, second, third = (case_of(op=op, eager=torch.sin) for op in ("first", "second", "third"))
     run.run_all([first], SETTINGS, path)
     document = json.loads(path.read_text())
-    run.write(document | {"running": second.name, "steps": []}, path)
+    write(document | {"running": second.name, "steps": []}, path)
 
     run.run_all([first, second, third], SETTINGS, path)
     document = json.loads(path.read_text())

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dac_fast import DACFile, ops
-from dac_fast.audio.reading import read, write
+from dac_fast.audio.reading import read
+from dac_fast.audio.writing import write
 from dac_fast.cli import commands
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dac_fast import DAC, metrics
-from dac_fast.audio.reading import read, write
+from dac_fast.audio.reading import read
+from dac_fast.audio.writing import write
 from dac_fast.evaluation.outcome import METRICS
 from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 from dac_fast.plots import PlotError, mel_decibels, spectrograms

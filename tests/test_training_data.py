@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dac_fast.audio.reading import LoudnessMeter
+from dac_fast.audio.loudness import LoudnessMeter
 from dac_fast.training import DataError
 from dac_fast.training.data import Batches, Excerpts, loader, shift_phase
 from dac_fast.training.recipe import DataConfig

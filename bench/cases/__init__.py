@@ -1,7 +1,7 @@
 """Every case, by op; each module's `cases(device, quick)` lists its own."""
 
+from bench.case import Case
 from bench.cases import convolutions, end_to_end, rvq, snake, stft_bands, streams
-from bench.run import Case
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
 from bench.peers import ops as peers
-from bench.run import Case, Prepared, Settings
 from dac_fast import ops
 from dac_fast.config import PRESETS, Config
 from dac_fast.model import folded

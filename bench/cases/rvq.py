@@ -10,9 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
 from bench.peers import ops as peers
-from bench.run import Case, Prepared, Settings
 from dac_fast.config import PRESETS, Config
 from dac_fast.ops import reference
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_leaves
 
+from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
 from bench.peers import ops as peers
-from bench.run import Case, Prepared, Settings
 from dac_fast.ops import reference
 
 WINDOWS = (2048, 1024, 512)

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.case import Case, Prepared, Settings
 from bench.checks.codec import LEAST_SNR, agreement, decibels
 from bench.checks.random_codec import convolution_flops, random_codec
 from bench.peers.codecs import PRECISIONS, Run
-from bench.run import Case, Prepared, Settings
 from dac_fast import ops
 from dac_fast.codec import DAC
 from dac_fast.config import PRESETS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _tolerances():
-    path = Path(__file__).parents[1] / "tests" / "tolerances.py"
+    path = Path(__file__).parents[2] / "tests" / "tolerances.py"
     spec = importlib.util.spec_from_file_location("tolerances", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

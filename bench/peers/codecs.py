@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bench.case import Unavailable
 from bench.peers.compiled import Recipe
 from bench.peers.compiled import compiled as compiled_graph
-from bench.peers.ops import Unavailable
 from dac_fast import ops
 from dac_fast.codec import DAC
 from dac_fast.model.layers import Snake

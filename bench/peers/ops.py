@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bench.case import Provider
 from dac_fast import ops
 from dac_fast.ops import reference
-
-
-class Unavailable(Exception):  # noqa: N818 (nothing went wrong)
-    """Raised by a provider's start: what it needs is not there; the message says what."""
-
-
-# Starts a provider and returns the function to time; or says why it cannot run.
-Provider = Callable[[], Callable] | str
 
 
 def functions(op: str, *args, scripted: bool = False) -> dict[str, Callable | str]:

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.document import environment
-from bench.report import table_row, title
-from bench.run import SCHEMA, write
+from bench.document import SCHEMA, environment, table_row, title, write
 from bench.training.step import made_up_audio, make_step
 from dac_fast.training.recipe import Recipe, load_recipe
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.report import table_row, title
+from bench.document import table_row, title
 
 
 def write_train_report(path: Path) -> list[Path]:

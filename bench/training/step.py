@@ -1,7 +1,7 @@
 """`python -m bench train`: the training step, published composition against ours, as a whole and part by part.
 
 Every implementation starts from the same weights and gets the same batch, made up; batches of real audio are timed by
-`--data`. The result file is one JSON document: `environment` and `limits` as in harness.py, and
+`--data`. The result file is one JSON document: `environment` and `limits` as in run.py, and
 
     rows    one per batch size, precision and implementation: step_ms, steps_s, `parts` (ms of each part of the step),
             `discriminators` (ms of an update's passes through each of them, alone), `work` (per part: its flops and
@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import timing
-from bench.document import environment
+from bench.document import SCHEMA, environment, write
 from bench.peers.published_step import PublishedStep
-from bench.run import SCHEMA, write
 from bench.training.saved import SavedBytes
 from dac_fast.discriminators import MRD
 from dac_fast.training.recipe import Recipe, load_recipe

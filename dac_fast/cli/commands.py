@@ -115,7 +115,7 @@ def decode(
     existing: WhenExisting = Existing.error,
 ):
     """Restore recordings from .dac files."""
-    from dac_fast.audio.reading import WRITABLE, AudioWriter
+    from dac_fast.audio.writing import WRITABLE, AudioWriter
     from dac_fast.recordings.compress import decompress_all
     from dac_fast.storage.dac2 import DACFile
 
@@ -169,7 +169,8 @@ def reconstruct(
     """Compress and restore recordings, and say what it cost and how near they come."""
     import numpy as np
 
-    from dac_fast.audio.reading import read, write
+    from dac_fast.audio.reading import read
+    from dac_fast.audio.writing import write
     from dac_fast.cli.reconstruction import report
     from dac_fast.recordings.compress import check_options
 

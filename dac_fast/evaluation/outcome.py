@@ -88,7 +88,7 @@ class Evaluation:
         if plot and any("kbps" in row for row in self.summary):
             from dac_fast.plots import rate_distortion
 
-            rate_distortion(folder / "rate_distortion.png", self.summary)
+            rate_distortion(folder / "rate_distortion.png", self.summary, OVERALL)
 
     def table(self):
         """The summary as a `rich.table.Table`."""

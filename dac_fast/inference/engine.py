@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dac_fast.inference.buckets import Bucket, Graphs
-from dac_fast.inference.plan import Plan, float32_products
+from dac_fast.inference.plan import Plan
 from dac_fast.model.layers import zero_past
 from dac_fast.model.quantize import Encoded
+from dac_fast.ops.precision import float32_products
 
 # dtype of weights and activations, and whether products of float32 may be rounded to TF32
 PRECISIONS = {

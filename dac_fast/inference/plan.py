@@ -10,10 +10,8 @@ while `Choices.timing` is on, each new shape of each layer is timed, and every l
 the shape of the nearest size.
 """
 
-import contextlib
 import functools
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,29 +21,7 @@ from torch import Tensor, nn
 from dac_fast import ops
 from dac_fast.model import folded
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
-
-_switching = threading.RLock()
-
-
-@contextlib.contextmanager
-def float32_products(tf32: bool):
-    """Products of float32 on CUDA in TF32, or in IEEE single precision, whatever torch's switches say.
-
-    These are the process's: one thread at a time.
-    """
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    with _switching:
-        before = [switch.fp32_precision for switch in switches]
-        try:
-            for switch in switches:
-                switch.fp32_precision = "tf32" if tf32 else "ieee"
-            yield
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
+from dac_fast.ops.precision import float32_products
 
 
 @dataclass
@@ -84,14 +60,6 @@ class Choices:
                 ways = [f"{way} {times[way]:.4f} ms" for way in sorted(times, key=times.get)]
                 rows.append(f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {', '.join(ways)}")
         return rows
-
-
-def on_triton(op: str, x: Tensor, *args, **kwargs) -> bool:
-    """Whether the fused Triton op may run (by the backend in force) and can."""
-    backend, implementation = ops.backend(), ops.IMPLEMENTATIONS[op].get("triton")
-    if implementation is None or not (backend == "triton" or (backend == "auto" and x.is_cuda)):
-        return False
-    return getattr(implementation, f"{op}_unsupported")(x, *args, **kwargs) is None
 
 
 class Convolution:
@@ -150,7 +118,7 @@ class Convolution:
         if ops.backend() != "triton":
             ways["library"] = functools.partial(self._by_library, x, padding, lengths, residual)
         # with the backend named, the op itself says what it cannot run
-        if not ways or on_triton(self.op, *arguments, **options):
+        if not ways or ops.on_triton(self.op, *arguments, **options):
             ways["triton"] = functools.partial(getattr(ops, self.op), *arguments, **options)
         return self.choices.run(self.name, x, ways)
 
@@ -190,7 +158,7 @@ class Unit:
         arguments = (x, snaked, *weights, first.dilation, padding)
         options = {"alpha": second.alpha, "lengths": lengths, "keep": second.keep, "tf32": self.tf32}
         ways = {"two layers": functools.partial(self._as_two, x, snaked, lengths, padded)}
-        if on_triton("residual_unit", *arguments, **options):
+        if ops.on_triton("residual_unit", *arguments, **options):
             fused = {"one kernel": functools.partial(ops.residual_unit, *arguments, **options)}
             ways = fused | ways if ops.backend() == "triton" else ways | fused
         return self.choices.run(self.name, x, ways)

@@ -17,6 +17,7 @@ from dac_kernels import native
 from dac_kernels import residual_unit as triton_residual_unit
 from dac_kernels import rvq as triton_rvq
 from dac_kernels import snake as triton_snake
+from torch import Tensor
 
 from dac_fast.ops import reference
 
@@ -117,3 +118,11 @@ rvq_encode = _dispatched(reference.rvq_encode)
 rvq_decode = _dispatched(reference.rvq_decode)
 stft_bands = _dispatched(reference.stft_bands)
 disc_preprocess = _dispatched(reference.disc_preprocess)
+
+
+def on_triton(op: str, x: Tensor, *args, **kwargs) -> bool:
+    """Whether the fused Triton op may run (by the backend in force) and can."""
+    name, implementation = backend(), IMPLEMENTATIONS[op].get("triton")
+    if implementation is None or not (name == "triton" or (name == "auto" and x.is_cuda)):
+        return False
+    return getattr(implementation, f"{op}_unsupported")(x, *args, **kwargs) is None

@@ -4,13 +4,14 @@ Shapes: B items, C channels, T samples or time steps, N codebooks of K entries w
 D latent channels, F latent frames. Everything here is differentiable by autograd.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dac_fast.ops.precision import convolutions_in
 
 # Fractions of the spectrum that the multi-resolution discriminator looks at separately (paper, section 3.4).
 BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
@@ -31,17 +32,6 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
     """[B, 1, size] booleans: True where a position lies before its item's length. lengths: int64 [B]."""
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
-
-
-@contextlib.contextmanager
-def _convolutions_in(tf32: bool):
-    """Convolutions of float32 on CUDA in TF32, or not, whatever torch's switch says."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def _finish(c: Tensor, dtype: torch.dtype, bias, alpha, residual, lengths, tanh, keep) -> tuple[Tensor, Tensor]:
@@ -87,7 +77,7 @@ def conv1d(
         c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without `alpha`. Both of x's
         dtype, with channels innermost in memory.
     """
-    with _convolutions_in(tf32):
+    with convolutions_in(tf32):
         c = F.conv1d(x, weight, None, stride, padding, dilation)
     return _finish(c, x.dtype, bias, alpha, residual, lengths, tanh, keep)
 
@@ -112,7 +102,7 @@ def conv_transpose1d(
     Returns:
         c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
     """
-    with _convolutions_in(tf32):
+    with convolutions_in(tf32):
         c = F.conv_transpose1d(x, weight, None, stride, padding)
     return _finish(c, x.dtype, bias, alpha, None, lengths, False, keep)
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dac_fast.audio.reading import LoudnessMeter, Recording, normalization_gains
+from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
+from dac_fast.audio.reading import Recording
 from dac_fast.audio.resample import resampled
 from dac_fast.recordings import windows
 from dac_fast.recordings.pipeline import in_batches, read_ahead

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dac_fast.inference.plan import Plan, Unit, float32_products
+from dac_fast.inference.plan import Plan, Unit
 from dac_fast.model.layers import Block, Chain, Conv1d, ConvTranspose1d, ResidualUnit
+from dac_fast.ops.precision import float32_products
 
 
 class Span(NamedTuple):

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dac_fast.inference.plan import Plan, float32_products
+from dac_fast.inference.plan import Plan
 from dac_fast.model.interface import Codec
 from dac_fast.ops.cuda_graph import RecordedStep
+from dac_fast.ops.precision import float32_products
 from dac_fast.streaming.layers import Span, StreamedChain
 
 # The length of a signal whose end is not known yet; its products with a hop length fit into int64.

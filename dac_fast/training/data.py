@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dac_fast.audio.reading import LoudnessMeter, normalization_gains
+from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.resample import resampled
 from dac_fast.training.recipe import DataConfig
 from dac_fast.training.split import AudioFile, DataError

@@ -17,8 +17,8 @@ from dac_fast.discriminators import Discriminator
 from dac_fast.losses import GANLoss, L1Loss, MelSpectrogramLoss, MultiScaleSTFTLoss
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, weights_kept
+from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import full_precision
-from dac_fast.training.graph import GraphedStep
 from dac_fast.training.recipe import OptimizerConfig, Recipe, RecipeError
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dac_kernels.conv1d import (
+from dac_kernels.launch import jit, launch, tl, tuned
+from dac_kernels.tiles import (
     alignment,
     any_valid,
     channels_innermost,
@@ -34,7 +35,6 @@ from dac_kernels.conv1d import (
     tiles,
     windows,
 )
-from dac_kernels.launch import jit, launch, tl, tuned
 
 KERNEL = 7
 
