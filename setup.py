@@ -25,9 +25,13 @@ MODE = os.environ.get("DAC_KERNELS_BUILD", "auto")
 if MODE not in ("auto", "cpu", "cuda", "none"):
     raise SystemExit(f"DAC_KERNELS_BUILD is {MODE!r}; accepted: auto, cpu, cuda, none")
 CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-NVCC = shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))) or shutil.which("nvcc")
+NVCC = shutil.which(
+    str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
+) or shutil.which("nvcc")
 if MODE == "cuda" and not (CXX and NVCC):
-    raise SystemExit(f"DAC_KERNELS_BUILD is 'cuda', but there is no {'nvcc' if CXX else 'C++ compiler'} on PATH")
+    raise SystemExit(
+        f"DAC_KERNELS_BUILD is 'cuda', but there is no {'nvcc' if CXX else 'C++ compiler'} on PATH"
+    )
 
 
 def architectures() -> list[str]:
@@ -35,7 +39,9 @@ def architectures() -> list[str]:
     names = re.split(r"[;,\s]+", os.environ.get("DAC_KERNELS_CUDA_ARCH", "80;86;89;90").strip())
     for name in names:
         if not re.fullmatch(r"\d{2,3}[af]?", name):
-            raise SystemExit(f"DAC_KERNELS_CUDA_ARCH has {name!r}; accepted: numbers such as 80;90 or 90a")
+            raise SystemExit(
+                f"DAC_KERNELS_CUDA_ARCH has {name!r}; accepted: numbers such as 80;90 or 90a"
+            )
     return names
 
 
@@ -45,7 +51,11 @@ def build_file(target: Path) -> str:
 
     flags = f"-std=c++17 -O3 -DNDEBUG -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     host = "-fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
-    link = "-shared -pthread -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -pthread"
+    link = (
+        "-shared -pthread -undefined dynamic_lookup"
+        if sys.platform == "darwin"
+        else "-shared -pthread"
+    )
     sources, nvcc = CPU_SOURCES, ""
     if NVCC and MODE != "cpu":
         archs = architectures()
@@ -54,7 +64,9 @@ def build_file(target: Path) -> str:
         nvcc = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
         nvcc += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]} -Xcompiler {host.replace(' ', ',')}"
         home = Path(NVCC).resolve().parents[1]
-        folder = next((p for p in (home / "lib64", *home.glob("targets/*/lib")) if p.is_dir()), home / "lib")
+        folder = next(
+            (p for p in (home / "lib64", *home.glob("targets/*/lib")) if p.is_dir()), home / "lib"
+        )
         link += f" -L{folder} -lcudart_static -ldl -lrt"
     objects = " ".join(f"{source}.o" for source in sources)
     edges = "\n".join(f"build {s}.o: {Path(s).suffix[1:]} {ROOT / 'csrc' / s}" for s in sources)
@@ -82,7 +94,9 @@ class Ninja(build_ext):
     def build_extension(self, ext):
         """Called by setuptools for the one extension."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder = (
+            ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(build_file(folder / target.name))
@@ -95,6 +109,8 @@ class Ninja(build_ext):
 
 native = [Extension("dac_kernels._C", [f"csrc/{source}" for source in CPU_SOURCES])]
 if MODE == "none" or not CXX:
-    print(f"dac_kernels._C is not built: {'DAC_KERNELS_BUILD is none' if CXX else 'no C++ compiler on PATH'}")
+    print(
+        f"dac_kernels._C is not built: {'DAC_KERNELS_BUILD is none' if CXX else 'no C++ compiler on PATH'}"
+    )
     native = []
 setup(ext_modules=native, cmdclass={"build_ext": Ninja})

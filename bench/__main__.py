@@ -18,23 +18,37 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    common.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    )
     common.add_argument(
         "--case", action="append", metavar="GLOB",
         help="cases whose name matches, such as 'snake/*' or '*/backward/*'; may be repeated; default: all",
     )  # fmt: skip
-    common.add_argument("--quick", action="store_true", help="tiny shapes: tests the harness, says nothing of speed")
+    common.add_argument(
+        "--quick", action="store_true", help="tiny shapes: tests the harness, says nothing of speed"
+    )
 
     commands.add_parser("list", parents=[common], help="print the names of the cases")
 
     run = commands.add_parser("run", parents=[common], help="run cases and write a result file")
     run.add_argument(
-        "--provider", action="append", default=[], metavar="NAME", help="only this one; may be repeated; default: all"
+        "--provider",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one; may be repeated; default: all",
     )
-    run.add_argument("--seconds", type=float, default=1.0, help="of timing per case and provider (default: 1)")
-    run.add_argument("--rounds", type=int, default=7, help="in which the providers take turns (default: 7)")
+    run.add_argument(
+        "--seconds", type=float, default=1.0, help="of timing per case and provider (default: 1)"
+    )
+    run.add_argument(
+        "--rounds", type=int, default=7, help="in which the providers take turns (default: 7)"
+    )
     run.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after that long")
+    run.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no case after that long"
+    )
     run.add_argument(
         "--provider-seconds", type=float, default=float("inf"), metavar="SECONDS",
         help="start no more providers of a case after that long",
@@ -45,14 +59,19 @@ def main(arguments=None):
     }
     run.add_argument("--published-python", **published)
     run.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
-    run.add_argument("--resume", action="store_true", help="go on with the file, running the cases it lacks")
+    run.add_argument(
+        "--resume", action="store_true", help="go on with the file, running the cases it lacks"
+    )
     run.add_argument("--commit", help="to be recorded where this is no git checkout")
 
     gpu = commands.add_parser(
-        "gpu", help="everything for a machine with a GPU, see bench/gpu.py: build, tests, every CUDA case, report"
+        "gpu",
+        help="everything for a machine with a GPU, see bench/gpu.py: build, tests, every CUDA case, report",
     )
     gpu.add_argument("--out-dir", type=Path, default=RESULTS, help="default: bench/results")
-    gpu.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="for all of it (default: 500)")
+    gpu.add_argument(
+        "--budget", type=float, default=500, metavar="SECONDS", help="for all of it (default: 500)"
+    )
     gpu.add_argument("--commit", help="to be recorded where this is no git checkout")
     gpu.add_argument("--case", action="append", metavar="GLOB", help="as for run")
     gpu.add_argument(
@@ -60,49 +79,95 @@ def main(arguments=None):
         choices=("build", "tests", "sanitizers", "cases", "precisions", "train"),
         help="leave a step out: build, tests, sanitizers, cases, precisions or train; may be repeated",
     )  # fmt: skip
-    gpu.add_argument("--resume", type=Path, metavar="JSON", help="go on with the result file of an earlier call")
+    gpu.add_argument(
+        "--resume", type=Path, metavar="JSON", help="go on with the result file of an earlier call"
+    )
     gpu.add_argument("--published-python", **published)
     gpu.add_argument("--recording", type=Path, help="as for parity")
 
     parity = commands.add_parser(
-        "parity", help="what each precision costs on a real recording: codes that agree, audio in dB, against float64"
+        "parity",
+        help="what each precision costs on a real recording: codes that agree, audio in dB, against float64",
     )
-    parity.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     parity.add_argument(
-        "--precision", nargs="+", choices=("fp32", "tf32", "fp16", "bf16"), help="default: all; tf32 on cuda only"
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
     )
-    parity.add_argument("--recording", type=Path, help="a .wav of 16 bit, or what soundfile reads; default: a clip")
+    parity.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "tf32", "fp16", "bf16"),
+        help="default: all; tf32 on cuda only",
+    )
+    parity.add_argument(
+        "--recording", type=Path, help="a .wav of 16 bit, or what soundfile reads; default: a clip"
+    )
     parity.add_argument("--seconds", type=float, default=1.0, help="of the recording (default: 1)")
     parity.add_argument("--out", type=Path, help="default: bench/results/<device>_precisions.json")
     parity.add_argument("--commit", help="to be recorded where this is no git checkout")
 
     train = commands.add_parser(
-        "train", help="time the training step: the published composition, torch.compile of it, ours; part by part"
+        "train",
+        help="time the training step: the published composition, torch.compile of it, ours; part by part",
     )
-    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    train.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    )
     train.add_argument("--recipe", help="default: 44khz on cuda, tiny on the CPU")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    train.add_argument("--batch", type=int, nargs="+", metavar="N", help="default: 72 12 on cuda, 1 on the CPU")
-    train.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="default: both; on the CPU fp32")
-    train.add_argument("--implementation", action="append", metavar="NAME", help="only this one; may be repeated")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe",
+    )
+    train.add_argument(
+        "--batch", type=int, nargs="+", metavar="N", help="default: 72 12 on cuda, 1 on the CPU"
+    )
+    train.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), help="default: both; on the CPU fp32"
+    )
+    train.add_argument(
+        "--implementation", action="append", metavar="NAME", help="only this one; may be repeated"
+    )
     train.add_argument("--seconds", type=float, default=5.0, help="of timing per row (default: 5)")
-    train.add_argument("--budget", type=float, metavar="SECONDS", help="start no row after that long")
+    train.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no row after that long"
+    )
     train.add_argument("--data", type=Path, metavar="FOLDER", help="of audio: time reading it too")
     train.add_argument(
         "--compare", type=int, metavar="STEPS",
         help="instead: train a small codec for that many steps in each way, and compare the losses",
     )  # fmt: skip
-    train.add_argument("--count-only", action="store_true", help="count flops and memory in a step, and time nothing")
+    train.add_argument(
+        "--count-only",
+        action="store_true",
+        help="count flops and memory in a step, and time nothing",
+    )
     train.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    train.add_argument("--quick", action="store_true", help="a tiny model: tests the harness, says nothing of speed")
-    train.add_argument("--out", type=Path, help="default: bench/results/<device>_train[_compare].json")
+    train.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny model: tests the harness, says nothing of speed",
+    )
+    train.add_argument(
+        "--out", type=Path, help="default: bench/results/<device>_train[_compare].json"
+    )
     train.add_argument("--commit", help="to be recorded where this is no git checkout")
 
-    report = commands.add_parser("report", help="turn result files into a Markdown table and PNG plots beside each")
+    report = commands.add_parser(
+        "report", help="turn result files into a Markdown table and PNG plots beside each"
+    )
     report.add_argument("results", type=Path, nargs="+", metavar="JSON")
 
     options = parser.parse_args(arguments)
-    run = {"list": _list, "run": _run, "gpu": _gpu, "parity": _parity, "train": _train, "report": _report}
+    run = {
+        "list": _list,
+        "run": _run,
+        "gpu": _gpu,
+        "parity": _parity,
+        "train": _train,
+        "report": _report,
+    }
     run[options.command](options, parser)
 
 
@@ -117,7 +182,9 @@ def _selected(options, parser):
     cases = all_cases(options.device, options.quick)
     found = [case for case in cases if any(fnmatch.fnmatch(case.name, name) for name in names)]
     if not found:
-        parser.error(f"no case matches {' or '.join(map(repr, names))}; `python -m bench list` prints them")
+        parser.error(
+            f"no case matches {' or '.join(map(repr, names))}; `python -m bench list` prints them"
+        )
     return sorted(found, key=lambda case: case.priority)
 
 
@@ -161,7 +228,9 @@ def _gpu(options, parser):
     from bench.gpu import GpuSettings, run_everything
 
     if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; `python -m bench run --device cpu` runs the CPU cases")
+        parser.error(
+            "torch sees no CUDA device here; `python -m bench run --device cpu` runs the CPU cases"
+        )
     for path in filter(None, (options.resume, options.recording)):
         if not path.is_file():
             parser.error(f"{path} is no file")
@@ -185,13 +254,20 @@ def _parity(options, parser):
     from bench.precisions import CLIP, markdown, run_table
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precisions = options.precision or ["fp32", *(["tf32"] if device == "cuda" else []), "fp16", "bf16"]
+    precisions = options.precision or [
+        "fp32",
+        *(["tf32"] if device == "cuda" else []),
+        "fp16",
+        "bf16",
+    ]
     if device == "cpu" and "tf32" in precisions:
         parser.error("--precision tf32 on the CPU; accepted there: fp32, fp16, bf16")
     # As in _run.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     out = options.out or RESULTS / f"{device}_precisions.json"
-    document = run_table(device, precisions, options.recording or CLIP, options.seconds, out, options.commit)
+    document = run_table(
+        device, precisions, options.recording or CLIP, options.seconds, out, options.commit
+    )
     out.with_suffix(".md").write_text(markdown(document))
     print(f"wrote {os.path.relpath(out)} and {os.path.relpath(out.with_suffix('.md'))}")
 
@@ -219,7 +295,9 @@ def _train(options, parser):
     available = ("published", "ours") if options.count_only else available
     for name in options.implementation or ():
         if name not in available:
-            parser.error(f"--implementation is {name!r}; accepted on {device}: {', '.join(available)}")
+            parser.error(
+                f"--implementation is {name!r}; accepted on {device}: {', '.join(available)}"
+            )
     settings = TrainSettings(
         device,
         options.recipe or ("44khz" if on_gpu else "tiny"),

@@ -24,7 +24,11 @@ def _output(*command: str) -> str | None:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor()
 
 
@@ -58,7 +62,9 @@ def environment(device: str, commit: str | None = None) -> dict:
         record |= {
             "gpu": properties.name,
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+            "driver": _output(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+            ),
             "cuda": torch.version.cuda,
         }
     return record
@@ -79,7 +85,10 @@ def speedups(rows: list[dict]) -> dict[str, float]:
     """Per provider of one case, how many times as fast as the first: the median over rounds of the paired ratio."""
     base = rows[0]["round_ms"]
     return {
-        row["provider"]: float(np.median([b / r for b, r in zip(base, row["round_ms"], strict=True)])) for row in rows
+        row["provider"]: float(
+            np.median([b / r for b, r in zip(base, row["round_ms"], strict=True)])
+        )
+        for row in rows
     }
 
 

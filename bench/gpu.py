@@ -36,7 +36,14 @@ from bench.report import write_report
 
 STEPS = ("build", "tests", "sanitizers", "cases", "precisions", "train")
 # Seconds that each step may take at most; the cases get what is left of the budget when the later ones have theirs.
-LIMITS = {"build": 150, "tests": 120, "memcheck": 45, "racecheck": 45, "precisions": 40, "train": 100}
+LIMITS = {
+    "build": 150,
+    "tests": 120,
+    "memcheck": 45,
+    "racecheck": 45,
+    "precisions": 40,
+    "train": 100,
+}
 # A case starts no more providers after that long: those of the whole codec compile for minutes the first time.
 PROVIDER_SECONDS = 200
 # Kept back for the report.
@@ -82,7 +89,9 @@ class _Session:
             if settings.resume.resolve() != self.path:
                 shutil.copy(settings.resume, self.path)
         else:
-            self.path = folder / f"gpu-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
+            self.path = (
+                folder / f"gpu-{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
+            )
         self.log = self.path.with_suffix(".log")
         self.steps = self.document().get("steps", [])
 
@@ -108,7 +117,10 @@ class _Session:
 def run_everything(settings: GpuSettings) -> Path:
     """Run all steps; whatever fails is recorded and the next one runs. Returns the document's path."""
     session, python = _Session(settings), sys.executable
-    bench, commit = [python, "-m", "bench"], ["--commit", settings.commit] if settings.commit else []
+    bench, commit = (
+        [python, "-m", "bench"],
+        ["--commit", settings.commit] if settings.commit else [],
+    )
     later = sum(LIMITS[name] for name in ("precisions", "train") if name not in settings.skip)
 
     def wanted(name, seconds):
@@ -118,26 +130,69 @@ def run_everything(settings: GpuSettings) -> Path:
         # For this GPU alone, which is several times quicker than for all that are supported.
         architecture = "".join(map(str, torch.cuda.get_device_capability()))
         variables = {"DAC_KERNELS_BUILD": "cuda", "DAC_KERNELS_CUDA_ARCH": architecture}
-        session.step("build", [python, "setup.py", "build_ext", "--inplace"], LIMITS["build"], **variables)
-    pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+        session.step(
+            "build", [python, "setup.py", "build_ext", "--inplace"], LIMITS["build"], **variables
+        )
+    pytest = [
+        python,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+    ]
     if wanted("tests", 30):
         # Most of the time goes into compiling kernels, which processes can do side by side.
         parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
         session.step("tests", [*pytest, *parallel], LIMITS["tests"])
     if wanted("sanitizers", 30) and shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "-x", "-k", SANITIZED]
+            command = [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                *pytest,
+                "-x",
+                "-k",
+                SANITIZED,
+            ]
             # PyTorch's caching allocator hides accesses past the end of a tensor.
             session.step(tool, command, LIMITS[tool], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
     # A case that kills its process is recorded as failed by the next one, which goes on behind it.
     while wanted("cases", later + 30):
         limit, before = session.left() - later, _progress(session.document())
-        command = [*bench, "run", "--device", "cuda", "--seconds", "0.2", "--budget", f"{limit - 20:.0f}"]
-        command += ["--provider-seconds", PROVIDER_SECONDS, "--resume", "--out", session.path, *commit]
-        command += ["--published-python", settings.published_python] if settings.published_python else []
+        command = [
+            *bench,
+            "run",
+            "--device",
+            "cuda",
+            "--seconds",
+            "0.2",
+            "--budget",
+            f"{limit - 20:.0f}",
+        ]
+        command += [
+            "--provider-seconds",
+            PROVIDER_SECONDS,
+            "--resume",
+            "--out",
+            session.path,
+            *commit,
+        ]
+        command += (
+            ["--published-python", settings.published_python] if settings.published_python else []
+        )
         command += [word for pattern in settings.patterns for word in ("--case", pattern)]
-        if session.step("cases", command, limit) in (0, None) or _progress(session.document()) == before:
+        if (
+            session.step("cases", command, limit) in (0, None)
+            or _progress(session.document()) == before
+        ):
             break
 
     def beside(name):
@@ -145,11 +200,29 @@ def run_everything(settings: GpuSettings) -> Path:
 
     if wanted("precisions", 20):
         recording = ["--recording", settings.recording] if settings.recording else []
-        command = [*bench, "parity", "--device", "cuda", "--out", beside("precisions"), *recording, *commit]
+        command = [
+            *bench,
+            "parity",
+            "--device",
+            "cuda",
+            "--out",
+            beside("precisions"),
+            *recording,
+            *commit,
+        ]
         session.step("precisions", command, LIMITS["precisions"])
     if wanted("train", 40):
         limit = session.left()
-        command = [*bench, "train", "--device", "cuda", "--budget", f"{limit - 30:.0f}", "--out", beside("train")]
+        command = [
+            *bench,
+            "train",
+            "--device",
+            "cuda",
+            "--budget",
+            f"{limit - 30:.0f}",
+            "--out",
+            beside("train"),
+        ]
         session.step("train", [*command, *commit], limit)
 
     document = session.document()
@@ -200,7 +273,13 @@ def run_step(name: str, command: list, limit: float, log: Path, **variables: str
     with log.open() as output:
         output.seek(beginning)
         last = ([line.strip() for line in output if line.strip()] or ["no output"])[-1]
-    outcome = "out of time" if returncode is None else "done" if returncode == 0 else f"failed with status {returncode}"
+    outcome = (
+        "out of time"
+        if returncode is None
+        else "done"
+        if returncode == 0
+        else f"failed with status {returncode}"
+    )
     return {
         "name": name,
         "command": " ".join(map(str, command)),

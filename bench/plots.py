@@ -14,10 +14,16 @@ COLORS = matplotlib.colormaps["tab20"].colors
 
 def requests(timed: list[dict], document: dict, path: Path) -> bool:
     """Bars per input: how many times faster than real time each provider encodes and decodes it."""
-    bars = [(row["shape"], row["provider"], row["real_time"]) for row in timed if row["direction"] == "both"]
+    bars = [
+        (row["shape"], row["provider"], row["real_time"])
+        for row in timed
+        if row["direction"] == "both"
+    ]
     if not bars:
         return False
-    axes = _bars(bars, f"Encode and decode, items x seconds\n{title(document['environment'])}", path)
+    axes = _bars(
+        bars, f"Encode and decode, items x seconds\n{title(document['environment'])}", path
+    )
     _log(axes)
     axes.set_xlabel("times faster than real time")
     return _save(axes, path)
@@ -32,7 +38,11 @@ def providers(timed: list[dict], document: dict, path: Path) -> bool:
     ]
     if not bars:
         return False
-    axes = _bars(bars, f"Speed against the first provider of each case\n{title(document['environment'])}", path)
+    axes = _bars(
+        bars,
+        f"Speed against the first provider of each case\n{title(document['environment'])}",
+        path,
+    )
     _log(axes)
     axes.set_xlabel("times as fast")
     return _save(axes, path)
@@ -40,11 +50,19 @@ def providers(timed: list[dict], document: dict, path: Path) -> bool:
 
 def roofline(timed: list[dict], document: dict, path: Path) -> bool:
     """Bars per case: share of the roof, which is the copy bandwidth or the matrix product rate measured in the run."""
-    bars = [(row["case"], row["provider"], 100 * row["share_of_roof"]) for row in timed if "share_of_roof" in row]
+    bars = [
+        (row["case"], row["provider"], 100 * row["share_of_roof"])
+        for row in timed
+        if "share_of_roof" in row
+    ]
     if not bars:
         return False
     copy = document["limits"]["copy_gb_s"]
-    axes = _bars(bars, f"Share of the roof (copy measured at {copy:.0f} GB/s)\n{title(document['environment'])}", path)
+    axes = _bars(
+        bars,
+        f"Share of the roof (copy measured at {copy:.0f} GB/s)\n{title(document['environment'])}",
+        path,
+    )
     axes.set_xlim(0, max(105, *(value for *_, value in bars)))
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_xlabel("percent")
@@ -54,7 +72,10 @@ def roofline(timed: list[dict], document: dict, path: Path) -> bool:
 def _bars(bars: list[tuple[str, str, float]], heading: str, path: Path):
     """Horizontal bars (case, provider, value), one colour a provider, the cases apart."""
     names = list(dict.fromkeys(name for _, name, _ in bars))
-    figure = Figure(figsize=(11, 1.6 + 0.2 * (len(bars) + len({case for case, *_ in bars}))), layout="constrained")
+    figure = Figure(
+        figsize=(11, 1.6 + 0.2 * (len(bars) + len({case for case, *_ in bars}))),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     position, ticks = 0.0, []

@@ -37,7 +37,12 @@ def read_clip(path: Path, seconds: float) -> torch.Tensor:
     if path.suffix == ".wav":
         with wave.open(str(path)) as file:
             rate, channels = file.getframerate(), file.getnchannels()
-            samples = np.frombuffer(file.readframes(round(seconds * rate)), dtype="<i2").reshape(-1, channels) / 32768
+            samples = (
+                np.frombuffer(file.readframes(round(seconds * rate)), dtype="<i2").reshape(
+                    -1, channels
+                )
+                / 32768
+            )
     else:
         import soundfile
 
@@ -47,7 +52,12 @@ def read_clip(path: Path, seconds: float) -> torch.Tensor:
 
 
 def run_table(
-    device: str, precisions: Sequence[str], recording: Path, seconds: float, path: Path, commit: str | None = None
+    device: str,
+    precisions: Sequence[str],
+    recording: Path,
+    seconds: float,
+    path: Path,
+    commit: str | None = None,
 ) -> dict:
     """Compute every row and write the document, again after each model; returns it.
 
@@ -86,14 +96,22 @@ def run_table(
                         "snr_db": decibels(found[1], truth),
                     }
                 )
-                print(f"{name}, {way}: {rows[-1]['agreement']:.2%}, {rows[-1]['snr_db']:.1f} dB", flush=True)
+                print(
+                    f"{name}, {way}: {rows[-1]['agreement']:.2%}, {rows[-1]['snr_db']:.1f} dB",
+                    flush=True,
+                )
         write(document, path)
     return document
 
 
 def markdown(document: dict) -> str:
     """The table."""
-    lines = [f"# Precisions: {title(document['environment'])}", "", *facts(document["environment"]), ""]
+    lines = [
+        f"# Precisions: {title(document['environment'])}",
+        "",
+        *facts(document["environment"]),
+        "",
+    ]
     lines += [
         f"Against the same codec in float64, on {document['recording']}: the share of its codes that are equal "
         "(in brackets those of the first codebook: one that differs may change those after it in its frame), "
@@ -104,5 +122,7 @@ def markdown(document: dict) -> str:
     ]
     for row in document["rows"]:
         equal = f"{row['agreement']:.2%} ({row['first_codebook']:.2%})"
-        lines.append(table_row((row["model"], row["way"], str(row["codes"]), equal, f"{row['snr_db']:.1f}")))
+        lines.append(
+            table_row((row["model"], row["way"], str(row["codes"]), equal, f"{row['snr_db']:.1f}"))
+        )
     return "\n".join(lines) + "\n"

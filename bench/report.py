@@ -7,7 +7,17 @@ from pathlib import Path
 
 from bench.document import facts, speedups, table_row, title
 
-HEADER = ("case", "provider", "p50 ms", "p20 to p80", "GB/s", "of copy", "TFLOP/s", "of roof", "times baseline")
+HEADER = (
+    "case",
+    "provider",
+    "p50 ms",
+    "p20 to p80",
+    "GB/s",
+    "of copy",
+    "TFLOP/s",
+    "of roof",
+    "times baseline",
+)
 # Of requests: the whole codec, or a step of a stream.
 REQUEST_HEADER = (
     "input", "provider", "precision", "p50 ms", "p99 ms", "× real time", "peak GB", "start s", "of roof", "check",
@@ -44,7 +54,9 @@ def write_report(path: Path) -> list[Path]:
 def markdown(document: dict) -> str:
     """The whole report."""
     environment, limits = document["environment"], document["limits"]
-    matmul = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items())
+    matmul = ", ".join(
+        f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items()
+    )
     lines = [f"# {title(environment)}", "", *facts(environment)]
     lines += [
         f"- measured limits: copy {limits['copy_gb_s']:.4g} GB/s (read plus written); matrix product {matmul}",
@@ -67,8 +79,16 @@ def markdown(document: dict) -> str:
         lines += ["", f"## {step['name']}", "", f"{step['result']} ({step['seconds']:.0f} s)"]
     for (op, direction), group in groupby(sorted(timed, key=_group), key=_group):
         group = list(group)
-        header, cells = (REQUEST_HEADER, _request_cells) if "real_time" in group[0] else (HEADER, _cells)
-        lines += ["", f"## {op}, {direction}", "", table_row(header), table_row(["---"] * len(header))]
+        header, cells = (
+            (REQUEST_HEADER, _request_cells) if "real_time" in group[0] else (HEADER, _cells)
+        )
+        lines += [
+            "",
+            f"## {op}, {direction}",
+            "",
+            table_row(header),
+            table_row(["---"] * len(header)),
+        ]
         for _, rows in groupby(group, key=lambda row: row["case"]):
             rows = list(rows)
             ratios = speedups(rows)
@@ -79,7 +99,12 @@ def markdown(document: dict) -> str:
             lines += ["", f"## {heading}", ""]
             lines += [f"- {row['case']}, {row['provider']}: {row['reason']}" for row in rows]
     if document.get("not_run"):
-        lines += ["", "## Not run (out of time)", "", *(f"- {name}" for name in document["not_run"])]
+        lines += [
+            "",
+            "## Not run (out of time)",
+            "",
+            *(f"- {name}" for name in document["not_run"]),
+        ]
     return "\n".join(lines) + "\n"
 
 

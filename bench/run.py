@@ -104,7 +104,10 @@ def _throughput(milliseconds: float, prepared: Prepared, limits: dict, dtype: st
         if dtype in limits["matmul_tflop_s"]:
             floors.append(prepared.flops / limits["matmul_tflop_s"][dtype] / 1e9)
     if prepared.audio_seconds:
-        values |= {"audio_seconds": prepared.audio_seconds, "real_time": prepared.audio_seconds * 1e3 / milliseconds}
+        values |= {
+            "audio_seconds": prepared.audio_seconds,
+            "real_time": prepared.audio_seconds * 1e3 / milliseconds,
+        }
     return values | ({"share_of_roof": max(floors) / milliseconds} if floors else {})
 
 
@@ -114,7 +117,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def run_all(
-    cases: Sequence[Case], settings: Settings, path: Path, budget: float | None = None, commit: str | None = None
+    cases: Sequence[Case],
+    settings: Settings,
+    path: Path,
+    budget: float | None = None,
+    commit: str | None = None,
 ):
     """Run cases in order of priority and write the document to `path`; one that is there already is continued.
 
@@ -130,7 +137,14 @@ def run_all(
         document["limits"] = timing.limits(settings.device, settings.quick)
     rows = document.setdefault("rows", [])
     if cut := document.pop("running", None):
-        rows.append({"case": cut, "provider": "all", "status": "failed", "reason": "the process ended in this case"})
+        rows.append(
+            {
+                "case": cut,
+                "provider": "all",
+                "status": "failed",
+                "reason": "the process ended in this case",
+            }
+        )
     done = {row["case"] for row in rows}
     remaining = [case for case in sorted(cases, key=lambda c: c.priority) if case.name not in done]
 
@@ -157,5 +171,9 @@ def print_rows(rows: Sequence[dict]):
     """Progress: the case, then a line per provider."""
     print(rows[0]["case"] if rows else "no provider of that name", flush=True)
     for row in rows:
-        result = f"{row['p50_ms']:10.4f} ms" if row["status"] == "timed" else f"{row['status']}: {row['reason']}"
+        result = (
+            f"{row['p50_ms']:10.4f} ms"
+            if row["status"] == "timed"
+            else f"{row['status']}: {row['reason']}"
+        )
         print(f"  {row['provider']:<22}{result}", flush=True)

@@ -87,10 +87,14 @@ class Start:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()
             allocated, reserved = self._before
-            self.facts["peak_bytes"] = max(peak - allocated, torch.cuda.memory_reserved() - reserved)
+            self.facts["peak_bytes"] = max(
+                peak - allocated, torch.cuda.memory_reserved() - reserved
+            )
 
 
-def measure(samplers: dict[str, Callable], seconds: float, rounds: int) -> dict[str, list[list[float]]]:
+def measure(
+    samplers: dict[str, Callable], seconds: float, rounds: int
+) -> dict[str, list[list[float]]]:
     """Milliseconds of every iteration, per provider and round.
 
     Args:
@@ -136,7 +140,9 @@ def limits(device: str, quick: bool = False) -> dict:
     n = 256 if quick else 8192 if on_gpu else 2048
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
     with float32_products(tf32=False):
-        products = {str(dtype).removeprefix("torch."): _matmul(n, dtype, device) for dtype in dtypes}
+        products = {
+            str(dtype).removeprefix("torch."): _matmul(n, dtype, device) for dtype in dtypes
+        }
     if on_gpu:
         with float32_products(tf32=True):
             products["tf32"] = _matmul(n, torch.float32, device)

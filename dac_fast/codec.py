@@ -38,7 +38,9 @@ class DAC(nn.Module):
         )
         self.decoder = Decoder(c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation)
 
-    def encode(self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None) -> Encoded:
+    def encode(
+        self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None
+    ) -> Encoded:
         """Audio to codes. Each item gets what it would get alone, without the padding after its length.
 
         Args:
@@ -55,7 +57,9 @@ class DAC(nn.Module):
             return engine.encode(audio, lengths, n_quantizers)
         return self.encode_by(self.encoder, audio, lengths, n_quantizers)
 
-    def encode_by(self, encoder: Callable, audio: Tensor, lengths: Tensor | None, n_quantizers: int | None) -> Encoded:
+    def encode_by(
+        self, encoder: Callable, audio: Tensor, lengths: Tensor | None, n_quantizers: int | None
+    ) -> Encoded:
         """`encode` of checked arguments, by another `encoder` that is called like the module."""
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop_length))
         if lengths is None:
@@ -170,7 +174,9 @@ class DAC(nn.Module):
         if self.engine is None or self.training or (x.requires_grad and torch.is_grad_enabled()):
             return None
         if self.engine.stale:
-            raise RuntimeError(f"the codec was {self.engine.stale} after optimize(); call optimize() again")
+            raise RuntimeError(
+                f"the codec was {self.engine.stale} after optimize(); call optimize() again"
+            )
         return self.engine
 
     def _apply(self, *args, **kwargs):
@@ -190,7 +196,9 @@ class DAC(nn.Module):
             self.engine.stale = "in training"
         return super().train(mode)
 
-    def compress(self, source, chunk_seconds=None, n_quantizers=None, normalize_db=-16.0, padding=True):
+    def compress(
+        self, source, chunk_seconds=None, n_quantizers=None, normalize_db=-16.0, padding=True
+    ):
         """A recording to a `DACFile`, in constant memory; see `dac_fast.model.recordings.compress`."""
         return compress.compress(self, source, chunk_seconds, n_quantizers, normalize_db, padding)
 
@@ -215,7 +223,13 @@ class DAC(nn.Module):
         return codec.eval()
 
 
-def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32, engine: bool | dict | None = None) -> DAC:
+def load(
+    name_or_path,
+    *,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    engine: bool | dict | None = None,
+) -> DAC:
     """A codec in eval mode.
 
     Args:
@@ -229,12 +243,16 @@ def load(name_or_path, *, device="cpu", dtype: torch.dtype = torch.float32, engi
     """
     path = Path(name_or_path)
     # a preset's name means the preset; ./44khz is the folder of that name
-    is_path = str(name_or_path) not in PRESETS and (path.exists() or path.suffix or len(path.parts) > 1)
+    is_path = str(name_or_path) not in PRESETS and (
+        path.exists() or path.suffix or len(path.parts) > 1
+    )
     name = "" if is_path else str(name_or_path)
     codec = DAC.load(download.download(name) if name else path)
     codec.name = name
     codec = codec.to(device=device, dtype=dtype)
-    return codec if engine in (None, False) else codec.optimize(**({} if engine is True else engine))
+    return (
+        codec if engine in (None, False) else codec.optimize(**({} if engine is True else engine))
+    )
 
 
 def _check_shape(name: str, x: Tensor, channels: int | None = None):
@@ -252,7 +270,9 @@ def _checked_lengths(lengths, items: int, longest: int, device) -> Tensor:
     fits = lengths.shape == (items,)
     low, high = torch.stack(lengths.aminmax()).tolist() if fits else (0, 0)
     if low < 1 or high > longest:
-        raise ValueError(f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}")
+        raise ValueError(
+            f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}"
+        )
     return lengths.to(device, non_blocking=True)
 
 

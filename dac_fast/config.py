@@ -53,18 +53,45 @@ class Config:
         if not isinstance(self.codebook_dim, int):
             fill("codebook_dim", tuple(self.codebook_dim))
 
-        for name in ("encoder_dim", "latent_dim", "decoder_dim", "n_codebooks", "codebook_size", "sample_rate"):
-            _require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, name, self, "a positive integer")
+        for name in (
+            "encoder_dim",
+            "latent_dim",
+            "decoder_dim",
+            "n_codebooks",
+            "codebook_size",
+            "sample_rate",
+        ):
+            _require(
+                isinstance(getattr(self, name), int) and getattr(self, name) > 0,
+                name,
+                self,
+                "a positive integer",
+            )
         for name in ("encoder_rates", "decoder_rates", "codebook_dims"):
             values = getattr(self, name)
-            _require(values and all(isinstance(v, int) and v > 0 for v in values), name, self, "positive integers")
+            _require(
+                values and all(isinstance(v, int) and v > 0 for v in values),
+                name,
+                self,
+                "positive integers",
+            )
         _require(self.codebook_size <= 65536, "codebook_size", self, "at most 65536")
-        _require(self.decoder_dim % 2 ** len(self.decoder_rates) == 0, "decoder_dim", self, "halved once per rate")
+        _require(
+            self.decoder_dim % 2 ** len(self.decoder_rates) == 0,
+            "decoder_dim",
+            self,
+            "halved once per rate",
+        )
         _require(
             math.prod(self.encoder_rates) == math.prod(self.decoder_rates),
             "decoder_rates", self, f"the same product as encoder_rates {self.encoder_rates}",
         )  # fmt: skip
-        _require(len(self.codebook_dims) == self.n_codebooks, "codebook_dim", self, "one number, or one per codebook")
+        _require(
+            len(self.codebook_dims) == self.n_codebooks,
+            "codebook_dim",
+            self,
+            "one number, or one per codebook",
+        )
         _require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", self, "between 0 and 1")
         _require(self.activation in ACTIVATIONS, "activation", self, " or ".join(ACTIVATIONS))
         _require(self.quantizer in QUANTIZERS, "quantizer", self, ", ".join(QUANTIZERS))
@@ -77,13 +104,22 @@ class Config:
     @property
     def codebook_dims(self) -> tuple[int, ...]:
         """Dimensions of each codebook's entries."""
-        dim = self.codebook_dim if self.quantizer in ("factorized", "unnormalized") else self.latent_dim
+        dim = (
+            self.codebook_dim
+            if self.quantizer in ("factorized", "unnormalized")
+            else self.latent_dim
+        )
         return (dim,) * self.n_codebooks if isinstance(dim, int) else dim
 
     @property
     def bitrate(self) -> float:
         """Bits per second and channel with all codebooks, at whole bits per code."""
-        return self.sample_rate / self.hop_length * self.n_codebooks * math.ceil(math.log2(self.codebook_size))
+        return (
+            self.sample_rate
+            / self.hop_length
+            * self.n_codebooks
+            * math.ceil(math.log2(self.codebook_size))
+        )
 
     def to_dict(self) -> dict:
         """Plain values, as JSON has them; without the quantizer's form where that is the published one."""
@@ -119,10 +155,18 @@ PRESETS = {
     "44khz": Config(quantizer_dropout=0.5),
     "44khz_16kbps": Config(latent_dim=128, n_codebooks=18, quantizer_dropout=0.5),
     "24khz": Config(
-        encoder_rates=(2, 4, 5, 8), decoder_rates=(8, 5, 4, 2), n_codebooks=32, quantizer_dropout=0.5, sample_rate=24000
+        encoder_rates=(2, 4, 5, 8),
+        decoder_rates=(8, 5, 4, 2),
+        n_codebooks=32,
+        quantizer_dropout=0.5,
+        sample_rate=24000,
     ),
     "16khz": Config(
-        encoder_rates=(2, 4, 5, 8), decoder_rates=(8, 5, 4, 2), n_codebooks=12, quantizer_dropout=0.5, sample_rate=16000
+        encoder_rates=(2, 4, 5, 8),
+        decoder_rates=(8, 5, 4, 2),
+        n_codebooks=12,
+        quantizer_dropout=0.5,
+        sample_rate=16000,
     ),
     "tiny": Config(encoder_dim=16, decoder_dim=192, quantizer_dropout=0.5),
 }

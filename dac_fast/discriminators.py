@@ -27,7 +27,9 @@ class Conv(WeightNorm):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups=1):
         fan_in = in_channels // groups * math.prod(kernel_size)
-        weight = default_init(torch.empty(out_channels, in_channels // groups, *kernel_size), fan_in)
+        weight = default_init(
+            torch.empty(out_channels, in_channels // groups, *kernel_size), fan_in
+        )
         super().__init__(weight, default_init(torch.empty(out_channels), fan_in))
         self.convolve = F.conv1d if len(kernel_size) == 1 else F.conv2d
         self.stride, self.padding, self.groups = stride, padding, groups
@@ -35,8 +37,12 @@ class Conv(WeightNorm):
     def forward(self, x):  # noqa: D102
         weight = self.normed_weight()
         if not self.channels_last or self.convolve is F.conv1d:
-            return self.convolve(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
-        return innermost(F.conv2d(innermost(x), innermost(weight), self.bias, self.stride, self.padding))
+            return self.convolve(
+                x, weight, self.bias, self.stride, self.padding, groups=self.groups
+            )
+        return innermost(
+            F.conv2d(innermost(x), innermost(weight), self.bias, self.stride, self.padding)
+        )
 
 
 def activated(*args, **kwargs) -> nn.Sequential:
@@ -73,7 +79,8 @@ class MPD(nn.Module):
         channels = (1, 32, 128, 512, 1024, 1024)
         strides = (3, 3, 3, 3, 1)
         self.convs = nn.ModuleList(
-            activated(channels[i], channels[i + 1], (5, 1), (stride, 1), (2, 0)) for i, stride in enumerate(strides)
+            activated(channels[i], channels[i + 1], (5, 1), (stride, 1), (2, 0))
+            for i, stride in enumerate(strides)
         )
         self.conv_post = Conv(1024, 1, (3, 1), 1, (1, 0))
 
@@ -86,7 +93,9 @@ class MPD(nn.Module):
         check_audio(x)
         samples = x.shape[-1]
         if samples <= self.period:
-            raise ValueError(f"{samples} samples are too few for a period of {self.period}: at least {self.period + 1}")
+            raise ValueError(
+                f"{samples} samples are too few for a period of {self.period}: at least {self.period + 1}"
+            )
         # A whole number of periods already gets one more, as published.
         x = F.pad(x, (0, self.period - samples % self.period), mode="reflect")
         maps = apply_stack(self.convs, x.unflatten(2, (-1, self.period)))
@@ -184,7 +193,9 @@ class MRD(nn.Module):
             raise ValueError(f"window_length is {window_length}; accepted: multiples of 4 samples")
         for band, (low, high) in zip(bands, band_edges(window_length, bands), strict=True):
             if low >= high:
-                raise ValueError(f"band {tuple(band)} holds no bin of a window of {window_length} samples")
+                raise ValueError(
+                    f"band {tuple(band)} holds no bin of a window of {window_length} samples"
+                )
         self.window_length, self.sample_rate = window_length, sample_rate
         self.bands = [tuple(band) for band in bands]
         self.band_convs = nn.ModuleList(
@@ -207,7 +218,10 @@ class MRD(nn.Module):
     def forward(self, x: Tensor | list[Tensor]) -> list[Tensor]:
         """Feature maps [B, channels, frames, width], band after band, of x [B, 1, T] or its `spectrogram`."""
         spectrogram = x if isinstance(x, list) else self.spectrogram(x)
-        maps = [apply_stack(stack, band) for stack, band in zip(self.band_convs, spectrogram, strict=True)]
+        maps = [
+            apply_stack(stack, band)
+            for stack, band in zip(self.band_convs, spectrogram, strict=True)
+        ]
         score = self.conv_post(torch.cat([band[-1] for band in maps], dim=-1))
         return [m for band in maps for m in band] + [score]
 
@@ -235,7 +249,9 @@ class DiscriminatorInput:
 
     def detach(self) -> "DiscriminatorInput":
         """The same values without their history."""
-        return DiscriminatorInput(self.audio.detach(), [[band.detach() for band in w] for w in self.bands])
+        return DiscriminatorInput(
+            self.audio.detach(), [[band.detach() for band in w] for w in self.bands]
+        )
 
     def joined(self, other: "DiscriminatorInput") -> "DiscriminatorInput":
         """One batch of these items and then the other's."""
@@ -286,11 +302,17 @@ class Discriminator(nn.Module):
         """
         check_audio(x)
         audio = ops.disc_preprocess(full_precision(x))
-        bands = band_spectrograms(audio, self.fft_sizes, self.bands, self.channels_last) if self.fft_sizes else []
+        bands = (
+            band_spectrograms(audio, self.fft_sizes, self.bands, self.channels_last)
+            if self.fft_sizes
+            else []
+        )
         return DiscriminatorInput(audio, bands)
 
     def forward(self, x: Tensor | DiscriminatorInput) -> list[list[Tensor]]:
         """Feature maps of every sub-discriminator for x [B, 1, T] or its `spectra`."""
         x = x if isinstance(x, DiscriminatorInput) else self.spectra(x)
         spectrograms = iter(x.bands)
-        return [d(next(spectrograms) if isinstance(d, MRD) else x.audio) for d in self.discriminators]
+        return [
+            d(next(spectrograms) if isinstance(d, MRD) else x.audio) for d in self.discriminators
+        ]

@@ -52,7 +52,12 @@ class SISDRLoss(nn.Module):
         reductions = {"mean": torch.mean, "sum": torch.sum, "none": lambda loss: loss}
         if reduction not in reductions:
             raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(reductions)}")
-        self.scaling, self.zero_mean, self.clip_min, self.weight = scaling, zero_mean, clip_min, weight
+        self.scaling, self.zero_mean, self.clip_min, self.weight = (
+            scaling,
+            zero_mean,
+            clip_min,
+            weight,
+        )
         self.reduce = reductions[reduction]
 
     def forward(self, references: Tensor, estimates: Tensor) -> Tensor:
@@ -102,7 +107,12 @@ class MultiScaleSTFTLoss(nn.Module):
     ):
         super().__init__()
         self.window_lengths, self.loss_fn = list(window_lengths), loss_fn or F.l1_loss
-        self.clamp_eps, self.mag_weight, self.log_weight, self.pow = clamp_eps, mag_weight, log_weight, pow
+        self.clamp_eps, self.mag_weight, self.log_weight, self.pow = (
+            clamp_eps,
+            mag_weight,
+            log_weight,
+            pow,
+        )
         self.weight, self.match_stride = weight, match_stride
         for scale, length in enumerate(self.window_lengths):
             window = analysis_window(length, window_type or "hann")
@@ -160,16 +170,28 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
         sample_rate: int = 44100,
     ):
         super().__init__(
-            window_lengths, loss_fn, clamp_eps, mag_weight, log_weight, pow, weight, match_stride, window_type
+            window_lengths,
+            loss_fn,
+            clamp_eps,
+            mag_weight,
+            log_weight,
+            pow,
+            weight,
+            match_stride,
+            window_type,
         )
         scales = len(self.window_lengths)
         mel_fmin = [0.0] * scales if mel_fmin is None else mel_fmin
         mel_fmax = [None] * scales if mel_fmax is None else mel_fmax
         for name, values in {"n_mels": n_mels, "mel_fmin": mel_fmin, "mel_fmax": mel_fmax}.items():
             if len(values) != scales:
-                raise ValueError(f"{name} has {len(values)} values; accepted: one per window length, that is {scales}")
+                raise ValueError(
+                    f"{name} has {len(values)} values; accepted: one per window length, that is {scales}"
+                )
         for scale, length in enumerate(self.window_lengths):
-            filters = mel_filters(sample_rate, length, n_mels[scale], mel_fmin[scale], mel_fmax[scale])
+            filters = mel_filters(
+                sample_rate, length, n_mels[scale], mel_fmin[scale], mel_fmax[scale]
+            )
             self.register_buffer(f"filters_{scale}", filters, persistent=False)
 
     def spectra(self, x: Tensor) -> list[Tensor]:
@@ -177,7 +199,10 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
         # Autocast would turn the product into half precision, whose logarithm is too coarse near silence.
         with torch.autocast(x.device.type, enabled=False):
             spectrograms = super().spectra(x)
-            return [self.get_buffer(f"filters_{scale}").to(s) @ s for scale, s in enumerate(spectrograms)]
+            return [
+                self.get_buffer(f"filters_{scale}").to(s) @ s
+                for scale, s in enumerate(spectrograms)
+            ]
 
 
 class GANLoss(nn.Module):

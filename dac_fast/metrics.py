@@ -58,7 +58,9 @@ def codebook_counts(codes: Tensor, codebook_size: int) -> Tensor:
     low, high = codes.aminmax()
     if low < 0 or high >= codebook_size:
         raise ValueError(f"codes run from {low} to {high}; accepted: 0 to {codebook_size - 1}")
-    return codes.new_zeros(codes.shape[0], codebook_size).scatter_add_(1, codes, torch.ones_like(codes))
+    return codes.new_zeros(codes.shape[0], codebook_size).scatter_add_(
+        1, codes, torch.ones_like(codes)
+    )
 
 
 def codebook_entropy(counts: Tensor) -> Tensor:

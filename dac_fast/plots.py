@@ -39,18 +39,26 @@ def rate_distortion(path: str | os.PathLike, summary: Sequence[dict], overall: s
         PlotError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    panels = [("mel_distance", "mel distance  (lower is better)"), ("si_sdr", "SI-SDR, dB  (higher is better)")]
+    panels = [
+        ("mel_distance", "mel distance  (lower is better)"),
+        ("si_sdr", "SI-SDR, dB  (higher is better)"),
+    ]
     if any(row.get("visqol") is not None for row in summary):
         panels.append(("visqol", "ViSQOL, MOS-LQO  (higher is better)"))
     figure = _figure(4.6 * len(panels), 4.2)
     axes = figure.subplots(1, len(panels))
     domains = sorted({row["domain"] for row in summary} - {overall})
-    styles = {name: {"color": COLOURS[i % len(COLOURS)], "lw": 1.8, "ms": 5} for i, name in enumerate(domains)}
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "lw": 1.8, "ms": 5}
+        for i, name in enumerate(domains)
+    }
     styles[overall] = {"color": INK, "lw": 2.4, "ms": 6}
     for ax, (metric, title) in zip(axes, panels, strict=True):
         for domain, style in styles.items():
             rows = [r for r in summary if r["domain"] == domain and r[metric] is not None]
-            ax.plot([r["kbps"] for r in rows], [r[metric] for r in rows], "o-", label=domain, **style)
+            ax.plot(
+                [r["kbps"] for r in rows], [r[metric] for r in rows], "o-", label=domain, **style
+            )
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel("bitrate, kbit/s per channel")
         ax.set_xlim(left=0)
@@ -59,7 +67,9 @@ def rate_distortion(path: str | os.PathLike, summary: Sequence[dict], overall: s
         ax.spines[["top", "right"]].set_visible(False)
     if domains:
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False
+        )
     _save(figure, path)
 
 
@@ -80,8 +90,12 @@ def training_curves(path: str | os.PathLike, runs: Sequence[str | os.PathLike]):
             rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise PlotError(f"{run}: no readable log.jsonl of a training run: {error}") from error
-        for ax, part, key in zip(axes, ("train", "validation"), ("mel", "mel_distance"), strict=True):
-            points = np.array([(r["step"], r[key]) for r in rows if r["part"] == part and r.get(key) is not None])
+        for ax, part, key in zip(
+            axes, ("train", "validation"), ("mel", "mel_distance"), strict=True
+        ):
+            points = np.array(
+                [(r["step"], r[key]) for r in rows if r["part"] == part and r.get(key) is not None]
+            )
             if not len(points):
                 continue
             values, width = points[:, 1], 1
@@ -96,11 +110,15 @@ def training_curves(path: str | os.PathLike, runs: Sequence[str | os.PathLike]):
         ax.grid(color=GRID, lw=0.8)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
+    )
     _save(figure, path)
 
 
-def spectrograms(path: str | os.PathLike, original: np.ndarray, restored: np.ndarray, sample_rate: int):
+def spectrograms(
+    path: str | os.PathLike, original: np.ndarray, restored: np.ndarray, sample_rate: int
+):
     """Mel spectrograms of two recordings, one above the other, at one scale: 80 dB below the original's loudest bin.
 
     Args:
@@ -118,7 +136,9 @@ def spectrograms(path: str | os.PathLike, original: np.ndarray, restored: np.nda
     # Silence is to be dark.
     top = max(spectra[0].max(), FLOOR_DB + RANGE_DB)
     highest = hz_to_mel(torch.tensor(sample_rate / 2)).item()
-    for ax, spectrum, duration, title in zip(axes, spectra, seconds, ("original", "restored"), strict=True):
+    for ax, spectrum, duration, title in zip(
+        axes, spectra, seconds, ("original", "restored"), strict=True
+    ):
         image = ax.imshow(
             spectrum - top, origin="lower", aspect="auto", extent=(0, duration, 0, highest), cmap="magma",
             vmin=-RANGE_DB, vmax=0, interpolation="antialiased",
@@ -127,7 +147,10 @@ def spectrograms(path: str | os.PathLike, original: np.ndarray, restored: np.nda
         ax.set_ylabel("frequency, kHz")
     axes[0].set_xlim(0, max(seconds))
     ticks = [hz for hz in TICKS_HZ if hz <= sample_rate / 2]
-    axes[1].set_yticks(hz_to_mel(torch.tensor(ticks, dtype=torch.float32)).tolist(), [f"{hz / 1000:g}" for hz in ticks])
+    axes[1].set_yticks(
+        hz_to_mel(torch.tensor(ticks, dtype=torch.float32)).tolist(),
+        [f"{hz / 1000:g}" for hz in ticks],
+    )
     axes[1].set_xlabel("time, s")
     figure.colorbar(image, ax=axes, label="level, dB", pad=0.01, aspect=40)
     _save(figure, path)

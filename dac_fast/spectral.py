@@ -24,7 +24,9 @@ def analysis_window(length: int, window_type: str = "hann") -> Tensor:
         ValueError: the length is not a positive multiple of 4, or the type is not one of `WINDOWS`.
     """
     if length < 4 or length % 4:
-        raise ValueError(f"window length is {length}; accepted: positive multiples of 4 samples (the hop is a quarter)")
+        raise ValueError(
+            f"window length is {length}; accepted: positive multiples of 4 samples (the hop is a quarter)"
+        )
     if window_type not in WINDOWS:
         raise ValueError(f"window_type is {window_type!r}; accepted: {', '.join(WINDOWS)}")
     if window_type == "average":
@@ -58,15 +60,21 @@ def magnitude_spectrogram(x: Tensor, window: Tensor, match_stride: bool = False)
         left = (length - hop) // 2
         right = left + -samples % hop
     if samples <= right:
-        raise ValueError(f"{samples} samples are too few for a window of {length}: at least {right + 1}")
+        raise ValueError(
+            f"{samples} samples are too few for a window of {length}: at least {right + 1}"
+        )
     padded = F.pad(x.reshape(-1, 1, samples), (left, right), mode="reflect")[:, 0]
-    spectrum = torch.stft(padded, length, hop, window=window.to(x), center=False, return_complex=True)
+    spectrum = torch.stft(
+        padded, length, hop, window=window.to(x), center=False, return_complex=True
+    )
     return spectrum.abs().view(*x.shape[:-1], *spectrum.shape[1:])
 
 
 def hz_to_mel(hz: Tensor) -> Tensor:
     """Slaney's mel scale (Auditory Toolbox, 1998): linear with 3 mels per 200 Hz up to 1 kHz, logarithmic above."""
-    return torch.where(hz < 1000, 3 * hz / 200, 15 + 27 * torch.log(hz.clamp(min=1000) / 1000) / math.log(6.4))
+    return torch.where(
+        hz < 1000, 3 * hz / 200, 15 + 27 * torch.log(hz.clamp(min=1000) / 1000) / math.log(6.4)
+    )
 
 
 def mel_to_hz(mel: Tensor) -> Tensor:
@@ -74,7 +82,9 @@ def mel_to_hz(mel: Tensor) -> Tensor:
     return torch.where(mel < 15, 200 * mel / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
 
 
-def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None) -> Tensor:
+def mel_filters(
+    sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None
+) -> Tensor:
     """Triangular filters, equally spaced on Slaney's mel scale, each of unit area over frequency (Slaney's norm).
 
     Args:
@@ -89,7 +99,9 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fm
     """
     fmax = sample_rate / 2 if fmax is None else fmax
     if not 0 <= fmin < fmax:
-        raise ValueError(f"mel_fmin is {fmin} Hz and mel_fmax {fmax} Hz; accepted: 0 <= mel_fmin < mel_fmax")
+        raise ValueError(
+            f"mel_fmin is {fmin} Hz and mel_fmax {fmax} Hz; accepted: 0 <= mel_fmin < mel_fmax"
+        )
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     low, high = hz_to_mel(torch.tensor([fmin, fmax], dtype=torch.float64)).tolist()
     edges = mel_to_hz(torch.linspace(low, high, n_mels + 2, dtype=torch.float64))[:, None]

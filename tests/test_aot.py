@@ -27,7 +27,9 @@ def record_launches(every):
     launches = []
     for module in (snake, rvq, rvq_kernels, conv1d, residual_unit):
         module.device_unsupported = lambda x: None
-        module.launch = lambda kernel, programs, *args, **options: launches.append((kernel, args, options))
+        module.launch = lambda kernel, programs, *args, **options: launches.append(
+            (kernel, args, options)
+        )
         module.tuned = lambda key, configs, run: [run(config) for config in configs] and configs[0]
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -60,15 +62,24 @@ def convolutions(conv1d, residual_unit, every):
 
     def layer(name, dtype, tf32):
         channels, out, kernel, stride, padding, dilation = LAYERS[name]
-        x, weight = torch.zeros(2, 128, channels, dtype=dtype).mT, torch.zeros(out, kernel, channels, dtype=dtype).mT
+        x, weight = (
+            torch.zeros(2, 128, channels, dtype=dtype).mT,
+            torch.zeros(out, kernel, channels, dtype=dtype).mT,
+        )
         time = conv1d.output_length(128, kernel, stride, padding, dilation, False)
         residual = torch.zeros(2, time, out, dtype=dtype).mT if channels == out else None
-        options = {"tanh": True} if out == 1 else {"alpha": torch.zeros(1, out, 1), "residual": residual}
+        options = (
+            {"tanh": True} if out == 1 else {"alpha": torch.zeros(1, out, 1), "residual": residual}
+        )
         arguments = x, weight, torch.zeros(out), stride, padding, dilation
         conv1d.conv1d(*arguments, lengths=lengths, tf32=tf32, **options)
 
     def transposed(dtype, tf32):
-        x, bias, alpha = torch.zeros(2, 128, 768, dtype=dtype).mT, torch.zeros(384), torch.zeros(1, 384, 1)
+        x, bias, alpha = (
+            torch.zeros(2, 128, 768, dtype=dtype).mT,
+            torch.zeros(384),
+            torch.zeros(1, 384, 1),
+        )
         # output channels innermost, as `WeightNorm.fold` leaves them; then input channels
         for weight in (
             torch.zeros(768, 16, 384, dtype=dtype).mT,
@@ -88,7 +99,12 @@ def convolutions(conv1d, residual_unit, every):
 
     layer("wide", torch.float16, False)
     unit(24, torch.float32, False)
-    kinds = ((torch.float16, False), (torch.float32, True), (torch.float32, False), (torch.bfloat16, False))
+    kinds = (
+        (torch.float16, False),
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.bfloat16, False),
+    )
     for dtype, tf32 in kinds[:3]:
         unit(192, dtype, tf32)
     for dtype, tf32 in kinds if every else ():
@@ -105,8 +121,15 @@ def compile_launch(kernel, args, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-    compiler_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    pointers = {
+        torch.float32: "*fp32",
+        torch.float16: "*fp16",
+        torch.bfloat16: "*bf16",
+        torch.int64: "*i64",
+    }
+    compiler_options = {
+        name: options.pop(name) for name in ("num_warps", "num_stages") if name in options
+    }
     signature, constants, attributes = {}, {}, {}
     values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
     for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
@@ -144,8 +167,15 @@ def main(every):
         if compiled.hash in seen:
             continue
         seen.add(compiled.hash)
-        dtype = str(args[1].dtype if kernel.__name__ == "_project_kernel" else args[0].dtype).removeprefix("torch.")
-        row = {"kernel": kernel.__name__, "dtype": dtype, "options": options, **resources(compiled.asm["cubin"])}
+        dtype = str(
+            args[1].dtype if kernel.__name__ == "_project_kernel" else args[0].dtype
+        ).removeprefix("torch.")
+        row = {
+            "kernel": kernel.__name__,
+            "dtype": dtype,
+            "options": options,
+            **resources(compiled.asm["cubin"]),
+        }
         row["shared"] = compiled.metadata.shared
         ptx = compiled.asm["ptx"]
         row["async_copies"] = bool(re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", ptx))
@@ -158,7 +188,9 @@ def main(every):
 def table():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -170,8 +202,14 @@ def test_nothing_spills_and_nothing_has_a_stack(table, capsys):
     with capsys.disabled():
         print("\nregisters on sm_90, least and most over all configurations:")
         for kernel, dtype in sorted({(row["kernel"], row["dtype"]) for row in table}):
-            counts = [row["registers"] for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
-            print(f"  {kernel.strip('_').removesuffix('_kernel'):13} {dtype:8} {min(counts):3} to {max(counts):3}")
+            counts = [
+                row["registers"]
+                for row in table
+                if (row["kernel"], row["dtype"]) == (kernel, dtype)
+            ]
+            print(
+                f"  {kernel.strip('_').removesuffix('_kernel'):13} {dtype:8} {min(counts):3} to {max(counts):3}"
+            )
     spilling = [row for row in table if row["stack"] or row["local"]]
     assert not spilling, spilling
 
@@ -183,7 +221,11 @@ def test_aligned_tensors_load_in_vectors(table):
 
 
 def test_convolutions_use_tensor_cores_and_asynchronous_copies(table):
-    products = [row for row in table if row["options"].get("PRECISION") == "tf32" and row["options"]["ALIGN"] == 16]
+    products = [
+        row
+        for row in table
+        if row["options"].get("PRECISION") == "tf32" and row["options"]["ALIGN"] == 16
+    ]
     assert {row["dtype"] for row in products} == {"float16", "float32"}
     assert all(row["tensor_cores"] and row["async_copies"] for row in products), products
 

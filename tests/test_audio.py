@@ -19,7 +19,9 @@ pytest.importorskip("soundfile")
 
 
 def noise(channels, samples, seed=0):
-    return (0.1 * np.random.default_rng(seed).standard_normal((channels, samples))).astype(np.float32)
+    return (0.1 * np.random.default_rng(seed).standard_normal((channels, samples))).astype(
+        np.float32
+    )
 
 
 def loudness(x, rate, block=777):
@@ -46,7 +48,11 @@ def test_files_come_back(tmp_path, name, channels, samples, rate, subtype, error
     x[:, : samples // 2] += 0.5 * np.sin(0.02 * np.arange(samples // 2), dtype=np.float32)
     audio.write(tmp_path / name, x, rate, subtype)
     recording = Recording(tmp_path / name)
-    assert (recording.channels, recording.sample_rate, recording.frames) == (channels, rate, samples)
+    assert (recording.channels, recording.sample_rate, recording.frames) == (
+        channels,
+        rate,
+        samples,
+    )
     blocks = list(recording.blocks(seconds=0.3))
     y = np.concatenate(blocks, axis=1)
     assert y.dtype == np.float32
@@ -136,7 +142,9 @@ def test_resampling_is_the_published_one(golden, rates):
     assert len(blocks) > 10
 
 
-@pytest.mark.parametrize(("channels", "samples", "rates"), [(1, 1, (48000, 16000)), (10, 999, (1000, 44100))])
+@pytest.mark.parametrize(
+    ("channels", "samples", "rates"), [(1, 1, (48000, 16000)), (10, 999, (1000, 44100))]
+)
 def test_resampled_shape(channels, samples, rates):
     y = audio.resample(noise(channels, samples), *rates)
     assert y.shape == (channels, max(1, samples * rates[1] // rates[0]))
@@ -144,21 +152,33 @@ def test_resampled_shape(channels, samples, rates):
 
 
 def test_loudness_is_the_published_one(golden):
-    stored, expected = np.load(golden / "losses.npz"), json.loads((golden / "losses.json").read_text())
+    stored, expected = (
+        np.load(golden / "losses.npz"),
+        json.loads((golden / "losses.json").read_text()),
+    )
     assert loudness(stored["x"][0], 44100) == pytest.approx(expected["loudness_db_x"], abs=1e-4)
-    assert loudness(stored["long"][0], 44100) == pytest.approx(expected["loudness_db_long"][0], abs=1e-4)
+    assert loudness(stored["long"][0], 44100) == pytest.approx(
+        expected["loudness_db_long"][0], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100])
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_loudness_against_pyloudnorm(rate, channels):
-    x = noise(channels, rate * 3, seed=rate) * np.linspace(0.001, 1, rate * 3, dtype=np.float32) ** 2
+    x = (
+        noise(channels, rate * 3, seed=rate)
+        * np.linspace(0.001, 1, rate * 3, dtype=np.float32) ** 2
+    )
     x += 0.05 * np.sin(2 * np.pi * 40 / rate * np.arange(rate * 3), dtype=np.float32)
-    expected = pytest.importorskip("pyloudnorm").Meter(rate).integrated_loudness(x.T.astype(np.float64))
+    expected = (
+        pytest.importorskip("pyloudnorm").Meter(rate).integrated_loudness(x.T.astype(np.float64))
+    )
     assert loudness(x, rate) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize(("rate", "samples"), [(44100, 1), (11025, 5000), (16000, 12345), (1000, 3000), (100, 1000)])
+@pytest.mark.parametrize(
+    ("rate", "samples"), [(44100, 1), (11025, 5000), (16000, 12345), (1000, 3000), (100, 1000)]
+)
 def test_loudness_does_not_depend_on_the_blocks(rate, samples):
     x = noise(10, samples)
     assert loudness(x, rate, block=97) == pytest.approx(loudness(x, rate, block=samples), abs=1e-9)
@@ -186,7 +206,10 @@ def test_writer_refuses(tmp_path):
     ]:
         with pytest.raises(AudioError, match=reason), AudioWriter(tmp_path / name, *arguments):
             pass
-    with pytest.raises(AudioError, match=r"block is \[3, 5\]"), AudioWriter(tmp_path / "a.wav", 8000, 2) as writer:
+    with (
+        pytest.raises(AudioError, match=r"block is \[3, 5\]"),
+        AudioWriter(tmp_path / "a.wav", 8000, 2) as writer,
+    ):
         writer.write(np.zeros((3, 5)))
     with pytest.raises(OutputError, match="there is no folder"):
         audio.write(tmp_path / "missing" / "a.wav", np.zeros(5), 8000)
@@ -224,7 +247,9 @@ def test_a_kill_in_the_middle_leaves_no_file(tmp_path):
     new, replaced = tmp_path / "new.wav", tmp_path / "replaced.wav"
     audio.write(replaced, noise(1, 100), 44100)
     paths = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run([sys.executable, "-c", program, new, replaced], env=os.environ | {"PYTHONPATH": paths})
+    run = subprocess.run(
+        [sys.executable, "-c", program, new, replaced], env=os.environ | {"PYTHONPATH": paths}
+    )
     assert run.returncode == -signal.SIGKILL
     assert not new.exists()
     assert audio.read(replaced)[0].shape == (1, 100)

@@ -24,7 +24,9 @@ def recordings(codec):
     rng = np.random.default_rng(0)
     sizes = (1, 3000), (2, 20000), (1, 3), (1, 0), (3, 9000), (1, 25000)
     rates = (codec.sample_rate, codec.sample_rate, 8000, 8000, 48000, 22050)
-    return [(rng.uniform(-0.5, 0.5, size).astype(np.float32), rate) for size, rate in zip(sizes, rates)]
+    return [
+        (rng.uniform(-0.5, 0.5, size).astype(np.float32), rate) for size, rate in zip(sizes, rates)
+    ]
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(1, 0), (3, 0.7), (0, 100)])
@@ -40,7 +42,9 @@ def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch)
     results = list(compress_all(codec, sources, 0.3, **options))
     assert [number for number, _ in results] == list(range(6))
     assert isinstance(results[3][1], AudioError)
-    assert sum(progress) == pytest.approx(sum(array.shape[1] / rate for array, rate in sources), abs=0.01)
+    assert sum(progress) == pytest.approx(
+        sum(array.shape[1] / rate for array, rate in sources), abs=0.01
+    )
     for batch, _, size in items:
         assert batch == 1 or batch * size <= max(seconds * codec.sample_rate, 3 * size)
     for i, expected in alone.items():
@@ -55,14 +59,18 @@ def test_everyone_gets_what_they_get_alone(codec, threads, seconds, monkeypatch)
     few = codec.compress(sources[1], n_quantizers=2)
     short = codec.compress(sources[1], chunk_seconds=0.3, padding=False)
     files += [few, few, dataclasses.replace(short, gains=None)]
-    found = decompress_all(lambda i: (codec, files[i]), range(len(files)), batch_seconds=seconds, threads=threads)
+    found = decompress_all(
+        lambda i: (codec, files[i]), range(len(files)), batch_seconds=seconds, threads=threads
+    )
     for number, result in found:
         if number == 2:
             assert "the file is of a codec at" in str(result)
             continue
         restored = np.concatenate(list(result[1]), axis=1)
         expected = codec.decompress(files[number])[0]
-        np.testing.assert_allclose(restored, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(
+            restored, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max())
+        )
 
 
 def test_what_is_not_taken_is_passed_over(codec):
@@ -90,7 +98,11 @@ def test_threads_keep_the_order_and_end():
         raise error
 
     bad = OSError("gone")
-    assert list(read_ahead([lambda: faulty(bad), *sources[:1]], 2))[:3] == [(0, 1), (0, bad), (1, 0)]
+    assert list(read_ahead([lambda: faulty(bad), *sources[:1]], 2))[:3] == [
+        (0, 1),
+        (0, bad),
+        (1, 0),
+    ]
     with pytest.raises(ZeroDivisionError):
         list(read_ahead([lambda: faulty(ZeroDivisionError())], 1))
     for thread in threading.enumerate():
@@ -126,7 +138,9 @@ def test_batches_on_a_gpu(golden):
     files = [file for _, file in compress_all(codec, sources, 0.1, batch_seconds=1, threads=2)]
     for file, expected in zip(files, alone):
         assert (file.codes == expected.codes).float().mean() > 0.99
-    for number, (file, blocks) in decompress_all(lambda f: (codec, f), alone, batch_seconds=1, threads=2):
+    for number, (file, blocks) in decompress_all(
+        lambda f: (codec, f), alone, batch_seconds=1, threads=2
+    ):
         expected = torch.from_numpy(plain.decompress(file)[0])
         error = torch.from_numpy(np.concatenate(list(blocks), axis=1)) - expected
         assert error.square().sum() < 1e-4 * expected.square().sum(), number

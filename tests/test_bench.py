@@ -36,8 +36,13 @@ def bench(*arguments):
 def case_of(op="snake", **providers):
     x = torch.linspace(-1, 1, 50)
     check = checks.as_good_as([x.sin()], [x.double().sin()])
-    starts = {name: f if isinstance(f, str) else lambda f=f: lambda: [f(x)] for name, f in providers.items()}
-    return Case(op, "forward", "cpu", "float32", "50", lambda _: Prepared(starts, check, bytes_moved=400))
+    starts = {
+        name: f if isinstance(f, str) else lambda f=f: lambda: [f(x)]
+        for name, f in providers.items()
+    }
+    return Case(
+        op, "forward", "cpu", "float32", "50", lambda _: Prepared(starts, check, bytes_moved=400)
+    )
 
 
 def run_rows(case):
@@ -61,9 +66,14 @@ def test_command_line_from_list_to_report(tmp_path):
     assert "running" not in document
     rows = document["rows"]
     assert {row["case"] for row in rows} == set(listed)
-    assert {row["status"] for row in rows} == {"timed"}, [row for row in rows if row["status"] != "timed"]
+    assert {row["status"] for row in rows} == {"timed"}, [
+        row for row in rows if row["status"] != "timed"
+    ]
     assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] <= row["p99_ms"] for row in rows)
-    assert {row["provider"] for row in rows if row["op"] == "codec"} == {"reference-folded", "engine"}
+    assert {row["provider"] for row in rows if row["op"] == "codec"} == {
+        "reference-folded",
+        "engine",
+    }
     assert all(row["real_time"] > 0 for row in rows if row["op"] in ("codec", "stream"))
 
     # Nothing is left to do.
@@ -77,7 +87,11 @@ def test_command_line_from_list_to_report(tmp_path):
 
 
 def test_a_wrong_provider_is_reported_and_not_timed():
-    rows = run_rows(case_of(eager=torch.sin, close=lambda x: x.sin() + 1e-4, nan=lambda x: x.sin() * float("nan")))
+    rows = run_rows(
+        case_of(
+            eager=torch.sin, close=lambda x: x.sin() + 1e-4, nan=lambda x: x.sin() * float("nan")
+        )
+    )
     assert rows["eager"]["status"] == "timed"
     for name in ("close", "nan"):
         assert rows[name]["status"] == "failed"
@@ -98,16 +112,23 @@ def test_one_provider_takes_down_no_other():
     def unprepared(_):
         raise ValueError("bad shape")
 
-    rows = run.run_case(Case("snake", "forward", "cpu", "float32", "0", unprepared), SETTINGS, LIMITS)
+    rows = run.run_case(
+        Case("snake", "forward", "cpu", "float32", "0", unprepared), SETTINGS, LIMITS
+    )
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "ValueError: bad shape")]
 
 
 def test_a_case_that_takes_too_long_starts_no_more_providers():
     rows = run.run_case(
-        case_of(eager=torch.sin, absent="not built", late=torch.sin), replace(SETTINGS, provider_seconds=-1.0), LIMITS
+        case_of(eager=torch.sin, absent="not built", late=torch.sin),
+        replace(SETTINGS, provider_seconds=-1.0),
+        LIMITS,
     )
     assert [row["status"] for row in rows] == ["skipped"] * 3
-    assert [row["reason"] for row in rows[1:]] == ["not built", "not started: the ones before took -1 s"]
+    assert [row["reason"] for row in rows[1:]] == [
+        "not built",
+        "not started: the ones before took -1 s",
+    ]
 
     def without_library(x):
         raise Unavailable("no such library")
@@ -147,7 +168,10 @@ def test_cases_past_the_budget_are_listed_and_never_estimated(tmp_path, monkeypa
 
 def test_speedups_are_paired_by_round():
     base = {"provider": "eager", "round_ms": [1.0, 10.0, 4.0]}
-    assert speedups([base, {"provider": "ours", "round_ms": [0.5, 5.0, 1.0]}]) == {"eager": 1.0, "ours": 2.0}
+    assert speedups([base, {"provider": "ours", "round_ms": [0.5, 5.0, 1.0]}]) == {
+        "eager": 1.0,
+        "ours": 2.0,
+    }
 
 
 def test_options_that_match_nothing_are_named(tmp_path):
@@ -166,7 +190,13 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     prepared = end_to_end.prepare("tiny", 2, 0.2, "both", SETTINGS)
     found = {}
-    for name in ("published-equivalent", "recipe", "engine-fp16-graph", "transformers", "engine-fp32"):
+    for name in (
+        "published-equivalent",
+        "recipe",
+        "engine-fp16-graph",
+        "transformers",
+        "engine-fp32",
+    ):
         run = prepared.providers[name]()
         found[name] = prepared.check(run(), run.precision)
     assert found["engine-fp32"]["snr_db"] > 90 > found["recipe"]["snr_db"] > 40
@@ -221,22 +251,42 @@ def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
             rows = document.setdefault("rows", [])
             # the first one crashes, the second is cut off, the third ends
             returncode = [-11, None, 0][len(rows)]
-            rows.append({"case": str(len(rows)), "provider": "all", "status": "failed", "reason": "test"})
+            rows.append(
+                {"case": str(len(rows)), "provider": "all", "status": "failed", "reason": "test"}
+            )
             path.write_text(json.dumps(document | {"running": "case"}))
-        return {"name": name, "command": "", "returncode": returncode, "seconds": 1.0, "result": "done"}
+        return {
+            "name": name,
+            "command": "",
+            "returncode": returncode,
+            "seconds": 1.0,
+            "result": "done",
+        }
 
     monkeypatch.setattr(gpu, "run_step", run_step)
     monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    first = gpu.run_everything(gpu.GpuSettings(tmp_path / "first", 570, patterns=["codec/*"], skip=["train"]))
-    assert [name for name, *_ in done] == ["build", "tests", "memcheck", "racecheck", "cases", "cases", "precisions"]
+    first = gpu.run_everything(
+        gpu.GpuSettings(tmp_path / "first", 570, patterns=["codec/*"], skip=["train"])
+    )
+    assert [name for name, *_ in done] == [
+        "build",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "cases",
+        "cases",
+        "precisions",
+    ]
     command, limit = done[4][1:]
     assert command[command.index("--case") + 1] == "codec/*"
     assert 500 < limit <= 570 - gpu.RESERVE - gpu.LIMITS["precisions"]
     assert "running" not in json.loads(first.read_text())
 
     done.clear()
-    settings = gpu.GpuSettings(tmp_path / "second", 570, skip=["build", "tests", "sanitizers"], resume=first)
+    settings = gpu.GpuSettings(
+        tmp_path / "second", 570, skip=["build", "tests", "sanitizers"], resume=first
+    )
     second = gpu.run_everything(settings)
     assert [name for name, *_ in done] == ["cases", "precisions", "train"]
     document = json.loads(second.read_text())
@@ -250,10 +300,15 @@ def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
 def test_gpu_steps_that_fail_or_overrun_are_recorded(tmp_path):
     log = tmp_path / "steps.log"
     slow = gpu.run_step(
-        "slow", [sys.executable, "-c", "import time; print('on it', flush=True); time.sleep(60)"], 2, log
+        "slow",
+        [sys.executable, "-c", "import time; print('on it', flush=True); time.sleep(60)"],
+        2,
+        log,
     )
     assert (slow["returncode"], slow["result"]) == (None, "out of time: on it")
-    failing = gpu.run_step("failing", [sys.executable, "-c", "raise SystemExit('no compiler')"], 30, log)
+    failing = gpu.run_step(
+        "failing", [sys.executable, "-c", "raise SystemExit('no compiler')"], 30, log
+    )
     assert (failing["returncode"], failing["result"]) == (1, "failed with status 1: no compiler")
     assert gpu.run_step("fine", ["env"], 30, log, STEP="7")["returncode"] == 0
     assert "===== failing" in log.read_text()

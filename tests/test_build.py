@@ -18,12 +18,19 @@ def run(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-@pytest.mark.skipif(not (native._C and native._C.cuda_architectures), reason="the CUDA half is not built")
+@pytest.mark.skipif(
+    not (native._C and native._C.cuda_architectures), reason="the CUDA half is not built"
+)
 def test_kernels_need_no_local_memory():
     """No kernel, for any architecture, has a stack frame or spills registers."""
     triton = importlib.util.find_spec("triton")
-    folders = [Path(folder, "backends/nvidia/bin") for folder in (triton.submodule_search_locations if triton else [])]
-    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+    folders = [
+        Path(folder, "backends/nvidia/bin")
+        for folder in (triton.submodule_search_locations if triton else [])
+    ]
+    cuobjdump = shutil.which(
+        "cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]])
+    )
     if cuobjdump is None:
         pytest.skip("no cuobjdump on PATH or in Triton")
     usage = run(cuobjdump, "--dump-resource-usage", native._C.__file__, check=True).stdout
@@ -36,12 +43,30 @@ def test_kernels_need_no_local_memory():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 def test_cpu_half_under_sanitizers(tmp_path):
-    flags = ["-std=c++17", "-O0", "-g1", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-g1",
+        "-pthread",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     (tmp_path / "empty.cpp").write_text("int main() {}")
     if run("g++", *flags, tmp_path / "empty.cpp", "-o", tmp_path / "empty").returncode:
         pytest.skip("g++ has no address sanitizer")
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("snake", "stft_bands", "disc_preprocess", "parallel")]
-    built = run("g++", *flags, "-Wno-psabi", ROOT / "tests" / "native_main.cpp", *sources, "-o", tmp_path / "main")
+    sources = [
+        ROOT / "csrc" / f"{name}.cpp"
+        for name in ("snake", "stft_bands", "disc_preprocess", "parallel")
+    ]
+    built = run(
+        "g++",
+        *flags,
+        "-Wno-psabi",
+        ROOT / "tests" / "native_main.cpp",
+        *sources,
+        "-o",
+        tmp_path / "main",
+    )
     assert built.returncode == 0, built.stderr
     ran = run(tmp_path / "main")
     assert ran.returncode == 0, ran.stderr
@@ -52,7 +77,11 @@ def sources(tmp_path):
     """What a build needs, away from the checkout and its build folder."""
     folder = tmp_path / "sources"
     shutil.copytree(
-        ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "dist", "tests", "bench", "*.so", "*.egg-info")
+        ROOT,
+        folder,
+        ignore=shutil.ignore_patterns(
+            ".*", "build", "dist", "tests", "bench", "*.so", "*.egg-info"
+        ),
     )
     (folder / "README.md").touch()
     return folder
@@ -60,7 +89,9 @@ def sources(tmp_path):
 
 def build(sources, tmp_path, kind, **environment):
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(tmp_path)!r}))"
-    return run(sys.executable, "-c", code, cwd=sources, env={**os.environ, "CUDA_HOME": "", **environment})
+    return run(
+        sys.executable, "-c", code, cwd=sources, env={**os.environ, "CUDA_HOME": "", **environment}
+    )
 
 
 def run_installed(tmp_path, code):
@@ -114,7 +145,10 @@ print(native.status(), native.snake_unsupported(torch.zeros(1, 2, 3), torch.ones
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"DAC_KERNELS_BUILD": "gpu"}, "DAC_KERNELS_BUILD is 'gpu'; accepted: auto, cpu, cuda, none"),
+        (
+            {"DAC_KERNELS_BUILD": "gpu"},
+            "DAC_KERNELS_BUILD is 'gpu'; accepted: auto, cpu, cuda, none",
+        ),
         (
             {"DAC_KERNELS_BUILD": "cuda", "PATH": ""},
             "DAC_KERNELS_BUILD is 'cuda', but there is no C++ compiler on PATH",
@@ -128,6 +162,13 @@ print(native.status(), native.snake_unsupported(torch.zeros(1, 2, 3), torch.ones
 def test_build_options_are_checked(environment, message):
     if "DAC_KERNELS_CUDA_ARCH" in environment and not (native._C and native._C.cuda_architectures):
         pytest.skip("architectures are read where there is nvcc")
-    ran = run(sys.executable, "setup.py", "--quiet", "build_ext", cwd=ROOT, env={**os.environ, **environment})
+    ran = run(
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
     assert ran.returncode != 0
     assert message in ran.stderr.splitlines()[-1]

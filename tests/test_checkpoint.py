@@ -36,11 +36,16 @@ def test_every_format_gives_the_same_codec(codec, tmp_path, target, fold):
     torch.testing.assert_close(again(audio)["audio"], expected["audio"], rtol=0, atol=1e-5)
     # the way on is always open: from any format to the published one, whose keys are the model's
     again.save(tmp_path / "b.pth")
-    assert set(torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"]) == set(again.state_dict())
+    assert set(torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"]) == set(
+        again.state_dict()
+    )
 
 
 def test_newer_weight_norm_spelling_is_read(codec, tmp_path):
-    spelling = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    spelling = {
+        "weight_g": "parametrizations.weight.original0",
+        "weight_v": "parametrizations.weight.original1",
+    }
     state = {}
     for key, tensor in codec.state_dict().items():
         for ours, theirs in spelling.items():
@@ -59,7 +64,9 @@ def test_what_a_format_cannot_hold_is_said(golden, tmp_path):
         odd.save(tmp_path / "folder")
     with pytest.raises(CheckpointError, match=r"accepted: \.safetensors, \.pth"):
         odd.save(tmp_path / "a.bin")
-    leaky = DAC(encoder_dim=2, encoder_rates=[2], decoder_dim=4, decoder_rates=[2], activation="leaky_relu")
+    leaky = DAC(
+        encoder_dim=2, encoder_rates=[2], decoder_dim=4, decoder_rates=[2], activation="leaky_relu"
+    )
     with pytest.raises(CheckpointError, match="activation 'leaky_relu'"):
         leaky.save(tmp_path / "a.pth")
     assert not list(tmp_path.iterdir())
@@ -75,7 +82,10 @@ class Hostile:
 def test_damaged_and_hostile_checkpoints(codec, golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     codec.save("good.safetensors")
-    good, published = (tmp_path / "good.safetensors").read_bytes(), (golden / "weights_even.pth").read_bytes()
+    good, published = (
+        (tmp_path / "good.safetensors").read_bytes(),
+        (golden / "weights_even.pth").read_bytes(),
+    )
     state = load_file("good.safetensors")
     config = {"dac_fast": json.dumps(codec.config.to_dict())}
     name = "encoder.block.0.bias"
@@ -201,7 +211,9 @@ def test_damaged_and_wrong_downloads_are_not_kept(release, monkeypatch, tmp_path
 
 def test_download_from_a_folder_and_without_a_network(release, monkeypatch):
     monkeypatch.setenv("DAC_FAST_MIRROR", "http://127.0.0.1:9")
-    with pytest.raises(download.DownloadError, match="cannot get 16khz from http://127.0.0.1:9/0.0.5") as caught:
+    with pytest.raises(
+        download.DownloadError, match="cannot get 16khz from http://127.0.0.1:9/0.0.5"
+    ) as caught:
         download.download("16khz")
     assert "\n" not in str(caught.value)
     assert download.download("16khz", mirror=str(release.folder)).exists()
@@ -209,5 +221,7 @@ def test_download_from_a_folder_and_without_a_network(release, monkeypatch):
 
 def test_hugging_face_names_cover_the_whole_model(codec):
     names = set(checkpoint._hugging_face_names(codec.config).values())
-    modules = {key.rsplit(".", 1)[0] for key in codec.state_dict() if not key.startswith("quantizer.")}
+    modules = {
+        key.rsplit(".", 1)[0] for key in codec.state_dict() if not key.startswith("quantizer.")
+    }
     assert modules == names

@@ -42,7 +42,9 @@ def folder(tmp_path):
     return root
 
 
-def test_folders_keep_their_tree_and_bad_files_do_not_stop_the_others(dac_fast_cli, folder, tmp_path):
+def test_folders_keep_their_tree_and_bad_files_do_not_stop_the_others(
+    dac_fast_cli, folder, tmp_path
+):
     code, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes", "--device", "cpu")
     assert code == 1
     assert "encoded 2 of 4, 2 failed" in out
@@ -50,10 +52,16 @@ def test_folders_keep_their_tree_and_bad_files_do_not_stop_the_others(dac_fast_c
         f"error: {folder}/deep/bad.wav: not an audio file that can be read (Format not recognised)",
         f"error: {folder}/empty.mp3: the file is empty",
     ]
-    written = sorted(str(p.relative_to(tmp_path / "codes")) for p in (tmp_path / "codes").rglob("*") if p.is_file())
+    written = sorted(
+        str(p.relative_to(tmp_path / "codes"))
+        for p in (tmp_path / "codes").rglob("*")
+        if p.is_file()
+    )
     assert written == ["a.dac", "deep/b.dac"]
 
-    code, out, _ = dac_fast_cli("decode", tmp_path / "codes", "-o", tmp_path / "out", "--suffix", "flac")
+    code, out, _ = dac_fast_cli(
+        "decode", tmp_path / "codes", "-o", tmp_path / "out", "--suffix", "flac"
+    )
     assert code == 0
     assert "decoded 2 of 2" in out
     for name, shape, rate in (("a.flac", (1, 20000), 44100), ("deep/b.flac", (2, 9000), 16000)):
@@ -73,26 +81,41 @@ def test_batches_and_precisions_of_folders(dac_fast_cli, folder, tmp_path):
     (tmp_path / "codes" / "bad.dac").write_bytes(b"no codes")
     for precision in ("fp32", "bf16"):
         options = ("--batch-seconds", 5, "--precision", precision, "--subtype", "FLOAT")
-        code, out, err = dac_fast_cli("decode", tmp_path / "codes", "-o", tmp_path / precision, *options)
+        code, out, err = dac_fast_cli(
+            "decode", tmp_path / "codes", "-o", tmp_path / precision, *options
+        )
         assert (code, "decoded 2 of 3, 1 failed" in out, err.count("error:")) == (1, True, 1)
     exact, rounded = (read(tmp_path / precision / "a.wav")[0] for precision in ("fp32", "bf16"))
     assert 0 < np.square(exact - rounded).mean() < 1e-2 * np.square(exact).mean()
 
 
 def test_single_files_options_and_info(dac_fast_cli, folder, tmp_path):
-    assert dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "x.dac", "--codebooks", 3)[0] == 0
+    assert (
+        dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "x.dac", "--codebooks", 3)[0] == 0
+    )
     assert DACFile.load(tmp_path / "x.dac").codes.shape == (1, 3, 40)
     code, out, _ = dac_fast_cli("info", tmp_path / "x.dac", "tiny")
     assert code == 0
     for fact in ("3 codebooks × 40 frames", "44100 Hz", "2,535,870"):
         assert fact in out
     # the published package's format, in its chunk mode
-    published = ("encode", folder / "a.wav", "-o", tmp_path / "y.dac", "--format", "dac1", "--no-padding")
+    published = (
+        "encode",
+        folder / "a.wav",
+        "-o",
+        tmp_path / "y.dac",
+        "--format",
+        "dac1",
+        "--no-padding",
+    )
     assert dac_fast_cli(*published, "--chunk-seconds", 0.4)[0] == 0
     assert not DACFile.load(tmp_path / "y.dac").padding
     code, _, err = dac_fast_cli("decode", tmp_path / "y.dac")
     assert (code, "give it by --model" in err) == (1, True)
-    assert dac_fast_cli("decode", tmp_path / "y.dac", "--model", "tiny", "-o", tmp_path / "y.wav")[0] == 0
+    assert (
+        dac_fast_cli("decode", tmp_path / "y.dac", "--model", "tiny", "-o", tmp_path / "y.wav")[0]
+        == 0
+    )
     assert read(tmp_path / "y.wav")[0].shape == (1, 20000)
 
 
@@ -138,7 +161,9 @@ def test_faults_of_single_files_do_not_stop_the_others(dac_fast_cli, folder, tmp
 
 def test_curves_of_runs(dac_fast_cli, tmp_path):
     rows = [
-        {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i} for i in (1, 2, 3) for part in ("train", "x")
+        {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i}
+        for i in (1, 2, 3)
+        for part in ("train", "x")
     ]
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -147,7 +172,11 @@ def test_curves_of_runs(dac_fast_cli, tmp_path):
     assert dac_fast_cli("curves", tmp_path / "a", tmp_path / "b", "-o", picture)[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     code, _, err = dac_fast_cli("curves", tmp_path, "-o", tmp_path / "other.png")
-    assert (code, "no readable log.jsonl" in err, (tmp_path / "other.png").exists()) == (1, True, False)
+    assert (code, "no readable log.jsonl" in err, (tmp_path / "other.png").exists()) == (
+        1,
+        True,
+        False,
+    )
 
 
 def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
@@ -155,7 +184,10 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
     assert dac_fast_cli("encode", folder / "a.wav")[0] == 0
     code, _, err = dac_fast_cli("decode", folder / "a.dac")
     assert code == 1
-    assert f"error: {folder / 'a.dac'}: {folder / 'a.wav'} exists; --existing overwrite replaces it" in err
+    assert (
+        f"error: {folder / 'a.dac'}: {folder / 'a.wav'} exists; --existing overwrite replaces it"
+        in err
+    )
     assert (folder / "a.wav").read_bytes() == original
     code, out, _ = dac_fast_cli("decode", folder / "a.dac", "--existing", "skip")
     assert (code, "decoded 0 of 1, 1 skipped" in out) == (0, True)
@@ -173,25 +205,45 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
         (["encode", "a.wav", "--device", "tpu"], "--device is 'tpu'; accepted: auto, cpu, cuda"),
         (["encode", "a.wav", "--device", "cuda:9"], "--device is 'cuda:9'; there are"),
         (["encode", "a.wav", "--chunk-seconds", "0"], "chunk_seconds is 0.0; accepted: above 0"),
-        (["encode", "a.wav", "--batch-seconds", "-1"], "--batch-seconds is -1.0; accepted: 0 or above"),
+        (
+            ["encode", "a.wav", "--batch-seconds", "-1"],
+            "--batch-seconds is -1.0; accepted: 0 or above",
+        ),
         (["encode", "a.wav", "--no-padding"], "accepted: with --format dac1"),
         (["encode", "a.wav", "-o", "a.wav/x/y.dac"], "a.wav"),
         (["encode", "a.wav", "deep", "-o", "one.dac"], "accepted for several inputs: a folder"),
         (["encode", "deep/none"], "holds no file that ends in"),
-        (["reconstruct", "a.wav", "-o", ".", "--existing", "overwrite"], "a.wav would be replaced by its own output"),
-        (["encode", "a.wav", "-o", "new.wav"], "--output is new.wav; accepted: a folder, or a file that ends in .dac"),
+        (
+            ["reconstruct", "a.wav", "-o", ".", "--existing", "overwrite"],
+            "a.wav would be replaced by its own output",
+        ),
+        (
+            ["encode", "a.wav", "-o", "new.wav"],
+            "--output is new.wav; accepted: a folder, or a file that ends in .dac",
+        ),
         (["encode", "a.wav", "--chunk-seconds", "inf"], "chunk_seconds is inf; accepted: above 0"),
-        (["encode", "a.wav", "--normalize-db", "nan"], "normalize_db is nan; accepted: -100 to 20 LUFS"),
+        (
+            ["encode", "a.wav", "--normalize-db", "nan"],
+            "normalize_db is nan; accepted: -100 to 20 LUFS",
+        ),
         (["decode", "a.wav", "-o", "o"], "not a .dac file"),
-        (["decode", "a.wav", "--suffix", "xyz", "-m", "tiny"], "--suffix is '.xyz'; accepted: .wav, .flac"),
+        (
+            ["decode", "a.wav", "--suffix", "xyz", "-m", "tiny"],
+            "--suffix is '.xyz'; accepted: .wav, .flac",
+        ),
         (["info", "44khz"], "44khz is not downloaded; dac-fast download 44khz does that"),
         (["export", "a.wav"], "a.wav: cannot write there: it is a file, not a folder"),
-        (["convert", "tiny", "x.pth", "--fold"], "accepted: with a target that ends in .safetensors"),
+        (
+            ["convert", "tiny", "x.pth", "--fold"],
+            "accepted: with a target that ends in .safetensors",
+        ),
         (["info", "a.txt"], "a.txt: no such checkpoint"),
         (["download", "48khz"], "unknown model '48khz'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(dac_fast_cli, folder, monkeypatch, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_1(
+    dac_fast_cli, folder, monkeypatch, arguments, message
+):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DAC_FAST_CACHE", str(folder / "cache"))
     (folder / "deep" / "none").mkdir()
@@ -206,8 +258,15 @@ def test_bad_input_is_one_line_and_exit_code_1(dac_fast_cli, folder, monkeypatch
 def test_entry_point_and_doctor(tmp_path):
     """In a process of its own, as installed; and the backend can be asked for by the environment."""
     command = [sys.executable, "-c", "from dac_fast.cli import main; main()"]
-    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [*command, "doctor"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     for fact in ("torch", "snake on cpu", "rvq_encode on cpu", "tiny", "native extension"):
         assert fact in done.stdout
-    assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.strip() == "0.1.0"
+    assert (
+        subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "0.1.0"
+    )

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from dac_fast.storage import dac1
 from dac_fast.storage.dac2 import HEADER, DACFile, DACFileError, pack, unpack
 
-GOLDEN_FILES = [f"file_{model}_{kind}" for model in ("even", "odd") for kind in ("short", "chunked", "stereo")]
+GOLDEN_FILES = [
+    f"file_{model}_{kind}" for model in ("even", "odd") for kind in ("short", "chunked", "stereo")
+]
 
 
 def small(**changes):
@@ -51,7 +53,10 @@ def test_published_files(golden, tmp_path, name):
     assert file.codes.dtype == torch.int64
     assert file.input_db == stored["input_db"][0]
     assert file.sample_rate == stored["sample_rate"]
-    assert (file.chunk_length, file.original_length) == (stored["chunk_length"], stored["original_length"])
+    assert (file.chunk_length, file.original_length) == (
+        stored["chunk_length"],
+        stored["original_length"],
+    )
     assert (file.padding, file.channels) == (bool(stored["padding"]), stored["audio_in"].shape[1])
     file.save(tmp_path / "a.dac", "dac1")
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
@@ -63,14 +68,21 @@ def test_published_files(golden, tmp_path, name):
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
 def test_pickles_of_other_numpy_versions(protocol, core):
     codes = np.asfortranarray(np.arange(12, dtype=">i4").reshape(1, 3, 4))
-    metadata = {"input_db": np.float32(-3.5), "original_length": np.int64(7), "sample_rate": 44100, "chunk_length": 4}
+    metadata = {
+        "input_db": np.float32(-3.5),
+        "original_length": np.int64(7),
+        "sample_rate": 44100,
+        "chunk_length": 4,
+    }
     metadata |= {"channels": 1, "padding": True, "dac_version": "1.0.0"}
     outer = np.array({"codes": codes, "metadata": metadata})
     pickled = pickle.dumps(outer, protocol)
     for known in (b"numpy.core.", b"numpy._core."):
         name = core.encode() + b"."
         # A name in protocol 4 follows its length.
-        pickled = pickled.replace(bytes([len(known) + 10]) + known, bytes([len(name) + 10]) + name).replace(known, name)
+        pickled = pickled.replace(
+            bytes([len(known) + 10]) + known, bytes([len(name) + 10]) + name
+        ).replace(known, name)
     if protocol == 4:
         pickled = pickled[:2] + pickled[11:]  # without the frame, whose length is now another
     loaded = dac1.loads(npy(pickled))
@@ -84,7 +96,9 @@ def files(draw):
     size = draw(st.sampled_from([1, 2, 3, 500, 1000, 1024, 1025, 65535, 65536]))
     c, n, f = draw(st.integers(1, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 40))
     codes = np.random.default_rng(draw(st.integers(0, 99))).integers(0, size, (c, n, f))
-    gains = np.array(draw(st.lists(st.floats(0.125, 1e6, width=32), min_size=c, max_size=c)), np.float32)
+    gains = np.array(
+        draw(st.lists(st.floats(0.125, 1e6, width=32), min_size=c, max_size=c)), np.float32
+    )
     return DACFile(
         codes=draw(st.sampled_from([codes, torch.from_numpy(codes)])),
         chunk_length=draw(st.integers(1, f)),
@@ -101,14 +115,21 @@ def files(draw):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(file=files())
 def test_round_trip(tmp_path, file):
     path = tmp_path / "a.dac"
     file.save(path)
     assert_same(DACFile.load(path), file)
     bits = file.codes.numel() * file.bits_per_code
-    extra = HEADER.size + len(file.model.encode()) + (0 if file.gains is None else 4 * file.channels) + 4
+    extra = (
+        HEADER.size
+        + len(file.model.encode())
+        + (0 if file.gains is None else 4 * file.channels)
+        + 4
+    )
     assert path.stat().st_size == -(-bits // 8) + extra
     assert file.bitrate == pytest.approx(bits * file.sample_rate / file.original_length)
     file.save(path, "dac1")
@@ -117,7 +138,9 @@ def test_round_trip(tmp_path, file):
 
 
 def test_packing_is_as_documented():
-    assert pack(np.array([1, 2, 1023]), 10) == bytes([0b00000000, 0b01000000, 0b00101111, 0b11111100])
+    assert pack(np.array([1, 2, 1023]), 10) == bytes(
+        [0b00000000, 0b01000000, 0b00101111, 0b11111100]
+    )
     codes = np.random.default_rng(0).integers(0, 1000, 150_001)
     assert np.array_equal(unpack(pack(codes, 10), 10, codes.shape), codes)
 
@@ -164,7 +187,10 @@ def test_wrong_files(tmp_path):
         (dac2_with(version=3), r"newer dac_fast: version is 3; accepted: 2"),
         (dac2_with(version=1), "version is 1; accepted: 2"),
         (dac2_with(c=65535, n=65535, f=2**63), "cut short"),
-        (npy(b"", header=b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }"), "not a .dac file"),
+        (
+            npy(b"", header=b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }"),
+            "not a .dac file",
+        ),
         (published(dac_version="0.0.1"), "dac_version is '0.0.1'; accepted: '1.0.0'"),
         (published(original_length="7"), "original_length is no single number"),
         (published(original_length=-1), "original_length is -1"),
@@ -226,7 +252,9 @@ def test_hostile_pickles(tmp_path):
     call = Call(os.system, f"touch {mark}")
     within = np.empty(1, object)
     within[0] = call
-    nested = b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(100))  # tuples of two of the one before
+    nested = b"".join(
+        b"h%ch%c\x86\x94" % (i, i) for i in range(100)
+    )  # tuples of two of the one before
     hostile = [
         *(npy(pickle.dumps(call, protocol)) for protocol in range(6)),
         published(codes=call),
@@ -272,7 +300,9 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             sys.exit(3)
     """
     paths = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run([sys.executable, "-c", program, tmp_path / "a.dac"], env=os.environ | {"PYTHONPATH": paths})
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a.dac"], env=os.environ | {"PYTHONPATH": paths}
+    )
     assert run.returncode == 3
     assert os.listdir(tmp_path) == []
 
@@ -284,7 +314,12 @@ def npy(pickled, header=dac1.NPY_HEADER):
 
 def published(**changes):
     """A published file with other contents."""
-    metadata = {"input_db": np.zeros(1, np.float32), "original_length": 7, "sample_rate": 44100, "chunk_length": 3}
+    metadata = {
+        "input_db": np.zeros(1, np.float32),
+        "original_length": 7,
+        "sample_rate": 44100,
+        "chunk_length": 3,
+    }
     metadata |= {"channels": 1, "padding": True, "dac_version": "1.0.0"}
     codes = changes.pop("codes", np.zeros((1, 2, 3), np.uint16))
     file = io.BytesIO()
@@ -293,4 +328,6 @@ def published(**changes):
 
 
 def dac2_with(version=2, c=1, n=1, f=1):
-    return HEADER.pack(b"\x89DAC\r\n\x1a\n", version, 1, 1024, 44100, 512, 44100, c, n, f, 1, 1, 0.0, 0) + bytes(100)
+    return HEADER.pack(
+        b"\x89DAC\r\n\x1a\n", version, 1, 1024, 44100, 512, 44100, c, n, f, 1, 1, 0.0, 0
+    ) + bytes(100)

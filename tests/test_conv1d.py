@@ -4,7 +4,13 @@ import pytest
 import torch
 from dac_kernels import conv1d as module
 from dac_kernels import launch
-from dac_kernels.conv1d import _conv1d, conv1d, conv1d_unsupported, conv_transpose1d, conv_transpose1d_unsupported
+from dac_kernels.conv1d import (
+    _conv1d,
+    conv1d,
+    conv1d_unsupported,
+    conv_transpose1d,
+    conv_transpose1d_unsupported,
+)
 from tolerances import assert_as_good_as
 
 from dac_fast.ops import reference
@@ -30,7 +36,12 @@ def layer(channels, out, kernel, size, transposed=False, items=2, dtype=torch.fl
     shape = (channels, out, kernel) if transposed else (out, channels, kernel)
     x, weight, bias, alpha = make((items, channels, size), shape, (out,), (1, out, 1), dtype=dtype)
     fan_in = 2 * channels if transposed else channels * kernel
-    return innermost(x), innermost(weight, 0 if transposed else 1) * fan_in**-0.5, bias, alpha.abs() + 0.1
+    return (
+        innermost(x),
+        innermost(weight, 0 if transposed else 1) * fan_in**-0.5,
+        bias,
+        alpha.abs() + 0.1,
+    )
 
 
 def compare(op, *args, dtype=None, **options):
@@ -41,7 +52,9 @@ def compare(op, *args, dtype=None, **options):
 
     actual = {"conv1d": conv1d, "conv_transpose1d": conv_transpose1d}[op](*args, **options)
     same = getattr(reference, op)(*args, **options)
-    exact = getattr(reference, op)(*map(double, args), **{name: double(value) for name, value in options.items()})
+    exact = getattr(reference, op)(
+        *map(double, args), **{name: double(value) for name, value in options.items()}
+    )
     for a, s, e in zip(actual, same, exact):
         assert (a is None) == (s is None)
         if a is not None:
@@ -84,7 +97,16 @@ def test_every_kind_of_layer(name, dtype):
     (residual,) = make((2, out, time), dtype=dtype, seed=1)
     lengths = torch.tensor([(time + 2) // 3, time], device=DEVICE)
     y, snaked = compare(
-        "conv1d", x, weight, bias, stride, padding, dilation, alpha=alpha, residual=innermost(residual), lengths=lengths
+        "conv1d",
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        alpha=alpha,
+        residual=innermost(residual),
+        lengths=lengths,
     )
     y, snaked = compare("conv1d", x, weight, bias.float(), stride, padding, dilation, alpha=alpha.float(),
                         lengths=lengths, tanh=True)  # fmt: skip
@@ -93,14 +115,31 @@ def test_every_kind_of_layer(name, dtype):
     assert not snaked[0, :, past].any()
 
 
-@pytest.mark.parametrize(("stride", "dtype"), [*zip((2, 4, 5, 8), DTYPES * 2), (8, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("stride", "dtype"), [*zip((2, 4, 5, 8), DTYPES * 2), (8, torch.float16)], ids=str
+)
 def test_transposed(stride, dtype):
-    for channels, out, padding, size in ((40, 24, -(-stride // 2), 9), (16, 1, 0, 1), (16, 48, -(-stride // 2), 17)):
+    for channels, out, padding, size in (
+        (40, 24, -(-stride // 2), 9),
+        (16, 1, 0, 1),
+        (16, 48, -(-stride // 2), 17),
+    ):
         x, weight, bias, alpha = layer(channels, out, 2 * stride, size, True, dtype=dtype)
         lengths = torch.tensor([stride + 1, 2 * stride], device=DEVICE)
-        y, _ = compare("conv_transpose1d", x, weight, bias, stride, padding, alpha=alpha, lengths=lengths)
+        y, _ = compare(
+            "conv_transpose1d", x, weight, bias, stride, padding, alpha=alpha, lengths=lengths
+        )
         assert not y[0, :, stride + 1 :].any()
-        compare("conv_transpose1d", x, innermost(weight), bias.float(), stride, padding, alpha=alpha, keep=False)
+        compare(
+            "conv_transpose1d",
+            x,
+            innermost(weight),
+            bias.float(),
+            stride,
+            padding,
+            alpha=alpha,
+            keep=False,
+        )
 
 
 def test_any_strides():
@@ -109,8 +148,18 @@ def test_any_strides():
     wide, _ = make((4, 16, 120), (1,), seed=2)
     # as published, out innermost, every other element, one item for all
     weights = (weight.contiguous(), innermost(weight, 0), weight.repeat_interleave(2, 1)[:, ::2])
-    inputs = (x.contiguous(), innermost(wide)[::2, :, 7:57], wide[:2, :, ::2][..., :50], x[:1].expand(2, -1, -1))
-    residuals = (residual, innermost(wide)[1:3, :, 9:41], wide[:2, :, 3:35], residual[:1].expand(2, -1, -1))
+    inputs = (
+        x.contiguous(),
+        innermost(wide)[::2, :, 7:57],
+        wide[:2, :, ::2][..., :50],
+        x[:1].expand(2, -1, -1),
+    )
+    residuals = (
+        residual,
+        innermost(wide)[1:3, :, 9:41],
+        wide[:2, :, 3:35],
+        residual[:1].expand(2, -1, -1),
+    )
     for values in inputs:
         compare("conv1d", values, weight, bias, 1, 0, 3, residual=residual)
     for values in weights:
@@ -165,7 +214,16 @@ def test_every_tile(kind, monkeypatch):
     made = []
     for tile in range(len(module.TILES[kind])):
         monkeypatch.setattr(module, "tuned", lambda key, configs, run, tile=tile: configs[tile])
-        made += [compare("conv1d", x, weight, bias, dtype=torch.float16 if kind == "tf32" else None, **options)]
+        made += [
+            compare(
+                "conv1d",
+                x,
+                weight,
+                bias,
+                dtype=torch.float16 if kind == "tf32" else None,
+                **options,
+            )
+        ]
     if not launch.INTERPRETED:
         # what `launch.tuned` asks for
         assert all(torch.equal(a, b) for outputs in made[1:] for a, b in zip(outputs, made[0]))
@@ -174,7 +232,9 @@ def test_every_tile(kind, monkeypatch):
 def test_offsets_beyond_32_bits():
     """Two items 2^31 elements apart; the memory between them is never touched."""
     torch.use_deterministic_algorithms(False)
-    far = torch.empty(2**31 + 512, dtype=torch.float16, device=DEVICE).as_strided((2, 16, 32), (2**31, 1, 16))
+    far = torch.empty(2**31 + 512, dtype=torch.float16, device=DEVICE).as_strided(
+        (2, 16, 32), (2**31, 1, 16)
+    )
     x, weight, bias, _ = layer(16, 16, 7, 32, dtype=torch.float16)
     far.copy_(x)
     assert torch.equal(conv1d(far, weight, bias, 1, 3)[0], conv1d(x, weight, bias, 1, 3)[0])
@@ -198,21 +258,33 @@ def test_not_a_number_stays_in_its_item_and_passes():
 def test_registered():
     x, weight, bias, alpha = layer(16, 24, 7, 20)
     lengths = torch.tensor([5, 20], device=DEVICE)
-    torch.library.opcheck(_conv1d, (x, weight, bias, alpha, None, lengths, 1, 3, 1, False, False, True, False))
-    torch.library.opcheck(_conv1d, (x, weight, bias, None, None, None, 2, 3, 1, False, True, True, False))
+    torch.library.opcheck(
+        _conv1d, (x, weight, bias, alpha, None, lengths, 1, 3, 1, False, False, True, False)
+    )
+    torch.library.opcheck(
+        _conv1d, (x, weight, bias, None, None, None, 2, 3, 1, False, True, True, False)
+    )
     x, weight, bias, alpha = layer(16, 24, 10, 20, True)
-    torch.library.opcheck(_conv1d, (x, weight, bias, alpha, None, None, 5, 3, 1, True, False, False, False))
+    torch.library.opcheck(
+        _conv1d, (x, weight, bias, alpha, None, None, 5, 3, 1, True, False, False, False)
+    )
     compiled = torch.compile(conv_transpose1d, fullgraph=True, backend="aot_eager")
     outputs = conv_transpose1d(x, weight, bias, 5, 3, alpha=alpha)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(x, weight, bias, 5, 3, alpha=alpha), outputs))
+    assert all(
+        torch.equal(a, b) for a, b in zip(compiled(x, weight, bias, 5, 3, alpha=alpha), outputs)
+    )
 
 
 def test_refusals_name_the_value():
     x, weight, bias, alpha = layer(16, 24, 7, 20)
     assert conv1d_unsupported(x, weight, bias, 1, 3, alpha=alpha) is None
     assert "float64" in conv1d_unsupported(x.double(), weight, bias)
-    assert "weight has shape (24, 16, 7); accepted: (24, 8, 7)" in conv1d_unsupported(x[:, :8], weight, bias)
-    assert "bias is torch.float16; accepted: torch.float32" in conv1d_unsupported(x, weight, bias.half())
+    assert "weight has shape (24, 16, 7); accepted: (24, 8, 7)" in conv1d_unsupported(
+        x[:, :8], weight, bias
+    )
+    assert "bias is torch.float16; accepted: torch.float32" in conv1d_unsupported(
+        x, weight, bias.half()
+    )
     assert "weight is torch.float16" in conv1d_unsupported(x, weight.half(), bias)
     assert "no output" in conv1d_unsupported(x, weight, bias, keep=False)
     assert "2 x 0 output" in conv1d_unsupported(x[..., :6], weight, bias)
@@ -221,7 +293,9 @@ def test_refusals_name_the_value():
         x, weight, bias, lengths=torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
     )
     assert "gradient" in conv1d_unsupported(x, weight.clone().requires_grad_(), bias)
-    assert "kernel of 7 at stride 4; accepted: 8" in conv_transpose1d_unsupported(x, weight.transpose(0, 1), bias, 4)
+    assert "kernel of 7 at stride 4; accepted: 8" in conv_transpose1d_unsupported(
+        x, weight.transpose(0, 1), bias, 4
+    )
     with pytest.raises(ValueError, match="alpha has shape"):
         conv1d(x, weight, bias, alpha=alpha[0])
 
@@ -269,7 +343,9 @@ def test_items_of_more_than_2_31_elements():
     y, _ = conv1d(x, weight, bias, 1, 27, 9)
     for window, inner in ((x[..., :500], slice(0, 400)), (x[..., -500:], slice(100, 500))):
         expected, _ = conv1d(window, weight, bias, 1, 27, 9)
-        assert torch.equal(y[..., :400] if inner.start == 0 else y[..., -400:], expected[..., inner])
+        assert torch.equal(
+            y[..., :400] if inner.start == 0 else y[..., -400:], expected[..., inner]
+        )
 
 
 @pytest.mark.gpu

@@ -24,7 +24,9 @@ def fill_by_formula(module):
     """The weights of the golden maps (see golden/README.md)."""
     for key, parameter in module.state_dict().items():
         with np.errstate(over="ignore"):
-            x = np.arange(parameter.numel(), dtype=np.uint64) + np.uint64(zlib.crc32(key.encode()) * 2654435761 % 2**64)
+            x = np.arange(parameter.numel(), dtype=np.uint64) + np.uint64(
+                zlib.crc32(key.encode()) * 2654435761 % 2**64
+            )
             x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
             x ^= x >> np.uint64(30)
             x *= np.uint64(0x94D049BB133111EB)
@@ -59,18 +61,27 @@ def test_golden_maps(golden, name):
         scale = abs(e["mean"]) + e["std"]
         assert actual.mean().item() == pytest.approx(e["mean"], abs=1e-5 * scale)
         assert actual.std().item() == pytest.approx(e["std"], rel=1e-5)
-        torch.testing.assert_close(actual.flatten()[:64], torch.tensor(e["head"]), rtol=1e-4, atol=2e-5 * scale)
+        torch.testing.assert_close(
+            actual.flatten()[:64], torch.tensor(e["head"]), rtol=1e-4, atol=2e-5 * scale
+        )
 
 
 def test_golden_inputs(golden):
     discriminator = Discriminator(periods=[])
-    with np.load(golden / "bands.npz") as arrays, np.load(golden / "disc_preprocess.npz") as preprocess:
+    with (
+        np.load(golden / "bands.npz") as arrays,
+        np.load(golden / "disc_preprocess.npz") as preprocess,
+    ):
         for mrd in discriminator.discriminators:
             for b, band in enumerate(mrd.spectrogram(torch.from_numpy(arrays["audio"]))):
                 expected = torch.from_numpy(arrays[f"w{mrd.window_length}_b{b}"])
-                torch.testing.assert_close(band, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+                torch.testing.assert_close(
+                    band, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+                )
         spectra = discriminator.spectra(torch.from_numpy(preprocess["x"]))
-        torch.testing.assert_close(spectra.audio, torch.from_numpy(preprocess["y"]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            spectra.audio, torch.from_numpy(preprocess["y"]), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_published_keys_and_defaults():
@@ -93,7 +104,9 @@ def test_resampling(golden, name):
     old, new = map(int, name.split("_"))
     with np.load(golden / "resample.npz") as arrays:
         actual = SincResample(old, new)(torch.from_numpy(arrays[f"in_{name}"]))
-        torch.testing.assert_close(actual, torch.from_numpy(arrays[f"out_{name}"]), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            actual, torch.from_numpy(arrays[f"out_{name}"]), rtol=0, atol=2e-5
+        )
 
 
 def plain_maps(discriminator, x):
@@ -115,27 +128,36 @@ def plain_maps(discriminator, x):
     for d in discriminator.discriminators:
         state = dict(d.named_parameters())
         if isinstance(d, MPD):
-            folded = F.pad(x, (0, d.period - x.shape[-1] % d.period), mode="reflect").view(len(x), 1, -1, d.period)
+            folded = F.pad(x, (0, d.period - x.shape[-1] % d.period), mode="reflect").view(
+                len(x), 1, -1, d.period
+            )
             names = [*(f"convs.{i}.0" for i in range(5)), "conv_post"]
             strides, paddings = [(3, 1)] * 4 + [1, 1], [(2, 0)] * 5 + [(1, 0)]
             outputs.append(stack(names, folded, strides, paddings, F.conv2d, [1] * 6))
         elif isinstance(d, MSD):
             names = [*(f"convs.{i}.0" for i in range(6)), "conv_post"]
             strides, paddings = [1, 4, 4, 4, 4, 1, 1], [7, 20, 20, 20, 20, 2, 1]
-            outputs.append(stack(names, d.resample(x), strides, paddings, F.conv1d, [1, 4, 16, 64, 256, 1, 1]))
+            outputs.append(
+                stack(names, d.resample(x), strides, paddings, F.conv1d, [1, 4, 16, 64, 256, 1, 1])
+            )
         else:
             window = d.window_length
             hop = window // 4
             right = -x.shape[-1] % hop
             padded = F.pad(x, (3 * hop // 2, 3 * hop // 2 + right), mode="reflect")[:, 0]
-            hann = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(window, dtype=x.dtype) / window)
+            hann = 0.5 - 0.5 * torch.cos(
+                2 * torch.pi * torch.arange(window, dtype=x.dtype) / window
+            )
             spectrum = torch.fft.rfft(padded.unfold(1, window, hop) * hann)
             spectrum = torch.stack([spectrum.real, spectrum.imag], 1)
             maps = []
             for b, (low, high) in enumerate(d.bands):
                 bins = window // 2 + 1
                 band = spectrum[..., int(low * bins) : int(high * bins)]
-                names, strides = [f"band_convs.{b}.{i}.0" for i in range(5)], [1, (1, 2), (1, 2), (1, 2), 1]
+                names, strides = (
+                    [f"band_convs.{b}.{i}.0" for i in range(5)],
+                    [1, (1, 2), (1, 2), (1, 2), 1],
+                )
                 maps += stack(names, band, strides, [(1, 4)] * 4 + [1], F.conv2d, [1] * 5)
             joined = torch.cat(maps[4::5], -1)
             outputs.append(maps + stack(["conv_post"], joined, [1], [1], F.conv2d, [1]))
@@ -155,7 +177,10 @@ def test_step_gradients_equal_a_plain_composition(shared):
     fake = torch.randn(2, 1, 131, dtype=torch.float64, requires_grad=True)
 
     fakes, reals = plain_maps(discriminator, fake), plain_maps(discriminator, real)
-    loss = sum(f[-1].square().mean() + (1 - r[-1]).square().mean() for f, r in zip(fakes, reals, strict=True))
+    loss = sum(
+        f[-1].square().mean() + (1 - r[-1]).square().mean()
+        for f, r in zip(fakes, reals, strict=True)
+    )
     adversarial = sum((1 - f[-1]).square().mean() for f in fakes)
     feature = sum(
         (a - b.detach()).abs().mean()
@@ -173,7 +198,8 @@ def test_step_gradients_equal_a_plain_composition(shared):
     actual_adversarial, actual_feature = gan.generator_loss(*inputs)
     torch.testing.assert_close((actual_adversarial, actual_feature), (adversarial, feature))
     torch.testing.assert_close(
-        gradients(actual_adversarial + 2 * actual_feature, [fake]), gradients(adversarial + 2 * feature, [fake])
+        gradients(actual_adversarial + 2 * actual_feature, [fake]),
+        gradients(adversarial + 2 * feature, [fake]),
     )
 
 
@@ -191,7 +217,9 @@ def test_ablations(options):
     with torch.no_grad():
         outputs = discriminator(torch.randn(1, 1, 4001))
     bands = len(options.get("bands", range(5)))
-    expected = [7] * len(options.get("rates", [])) + [5 * bands + 1] * len(options.get("fft_sizes", range(3)))
+    expected = [7] * len(options.get("rates", [])) + [5 * bands + 1] * len(
+        options.get("fft_sizes", range(3))
+    )
     assert [len(maps) for maps in outputs] == expected
     assert all(m.isfinite().all() for maps in outputs for m in maps)
 
@@ -208,14 +236,22 @@ def test_bfloat16_audio_under_autocast():
     with torch.no_grad():
         expected = discriminator(x.float())
     for actual, exact in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(actual[0].float(), exact[0], rtol=0.05, atol=0.05 * exact[0].abs().max().item())
+        torch.testing.assert_close(
+            actual[0].float(), exact[0], rtol=0.05, atol=0.05 * exact[0].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Discriminator(**SMALL)(torch.zeros(1, 2, 500)), r"shape \[1, 2, 500\]; accepted: \[B, 1, T\]"),
-        (lambda: MPD(11)(torch.zeros(1, 1, 11)), "11 samples are too few for a period of 11: at least 12"),
+        (
+            lambda: Discriminator(**SMALL)(torch.zeros(1, 2, 500)),
+            r"shape \[1, 2, 500\]; accepted: \[B, 1, T\]",
+        ),
+        (
+            lambda: MPD(11)(torch.zeros(1, 1, 11)),
+            "11 samples are too few for a period of 11: at least 12",
+        ),
         (lambda: MRD(2048)(torch.zeros(1, 1, 700)), "700 samples are too few for a window of 2048"),
         (lambda: MRD(512, hop_factor=0.5), "hop_factor is 0.5; accepted: 0.25"),
         (lambda: MRD(510), "window_length is 510; accepted: multiples of 4"),

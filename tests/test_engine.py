@@ -18,17 +18,23 @@ from dac_fast.model.layers import zero_past
 def small(**changes) -> DAC:
     """A random codec with few channels, away from the initial alphas and biases, under which some errors vanish."""
     torch.manual_seed(0)
-    codec = DAC(**{"encoder_dim": 4, "decoder_dim": 32, "n_codebooks": 3, "codebook_size": 32, **changes})
+    codec = DAC(
+        **{"encoder_dim": 4, "decoder_dim": 32, "n_codebooks": 3, "codebook_size": 32, **changes}
+    )
     for name, parameter in codec.named_parameters():
         if name.endswith(("alpha", "bias")):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5) if "alpha" in name else torch.nn.init.normal_(parameter, 0, 0.1)
+            torch.nn.init.uniform_(
+                parameter, 0.5, 1.5
+            ) if "alpha" in name else torch.nn.init.normal_(parameter, 0, 0.1)
     return codec.eval()
 
 
 def scaled_down(preset: str) -> DAC:
     config = PRESETS[preset]
     latent = 12 if preset == "44khz_16kbps" else None
-    return small(encoder_rates=config.encoder_rates, decoder_rates=config.decoder_rates, latent_dim=latent)
+    return small(
+        encoder_rates=config.encoder_rates, decoder_rates=config.decoder_rates, latent_dim=latent
+    )
 
 
 def noise(*shape) -> torch.Tensor:
@@ -38,7 +44,9 @@ def noise(*shape) -> torch.Tensor:
 def decibels(actual, exact) -> float:
     """Signal to noise ratio of `actual`."""
     exact = exact.double().cpu()
-    return float(10 * torch.log10(exact.square().sum() / (actual.double().cpu() - exact).square().sum()))
+    return float(
+        10 * torch.log10(exact.square().sum() / (actual.double().cpu() - exact).square().sum())
+    )
 
 
 def assert_same(actual, expected, tolerance=1e-5):
@@ -54,7 +62,9 @@ def assert_same(actual, expected, tolerance=1e-5):
 def test_a_plan_is_the_module(preset):
     """In float64, where no order of additions matters: whole, ragged, and without padding."""
     codec, hop = scaled_down(preset).double(), PRESETS[preset].hop_length
-    encoder, decoder = (plans.Plan(f"{s}r", getattr(codec, f"{s}r"), torch.float64) for s in ("encode", "decode"))
+    encoder, decoder = (
+        plans.Plan(f"{s}r", getattr(codec, f"{s}r"), torch.float64) for s in ("encode", "decode")
+    )
     frames = torch.tensor([5, 1, 3])
     for lengths in (None, frames):
         audio = noise(3, 1, 5 * hop).double()
@@ -78,13 +88,16 @@ def test_fp32_gives_the_published_codes(golden, name):
     assert codec.engine.precision == {"encode": "fp32", "decode": "fp32"}
     encoded = codec.encode(expected["audio_in"])
     assert torch.equal(encoded.codes, expected["codes"])
-    assert torch.equal(codec.encode(expected["audio_in"], n_quantizers=2).codes, expected["codes_nq2"])
+    assert torch.equal(
+        codec.encode(expected["audio_in"], n_quantizers=2).codes, expected["codes_nq2"]
+    )
     assert_same(encoded.commitment_loss, expected["commitment_loss"], 1e-4)
     assert_same(codec(expected["audio_in"])["audio"], expected["audio_out"], 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("precision", "least"), [("fp32", 90), ("fp16", 40), ("bf16", 25), pytest.param("tf32", 50, marks=pytest.mark.gpu)]
+    ("precision", "least"),
+    [("fp32", 90), ("fp16", 40), ("bf16", 25), pytest.param("tf32", 50, marks=pytest.mark.gpu)],
 )
 @pytest.mark.parametrize("name", ["even", "odd", "tiny"])
 @torch.no_grad()
@@ -106,7 +119,9 @@ def test_signal_to_noise_ratio(golden, name, precision, least):
 def test_the_fused_kernels_are_the_same_codec(precision):
     """A small codec whole, with ragged items and odd strides, by Triton (on the CPU: in its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = small(encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16)
+    codec = small(
+        encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16
+    )
     audio, lengths = noise(2, 1, 30), torch.tensor([29, 11])
     expected = codec.encode(audio, lengths)
     restored = codec.decode_codes(expected.codes, expected.lengths)
@@ -188,7 +203,12 @@ def test_requests_of_any_size_are_exact_in_a_bucket(golden, name):
     eager = dac_fast.load(golden / f"weights_{name}.pth").fold_weight_norm()
     codec = with_graphs(dac_fast.load(golden / f"weights_{name}.pth"), [(4, 12), (2, 6), (1, 6)])
     hop, engine = codec.hop_length, codec.engine
-    requests = [(1, 6 * hop, None), (2, 6 * hop - 1, None), (3, 11 * hop + 1, [11 * hop, 7, hop]), (4, 12 * hop, None)]
+    requests = [
+        (1, 6 * hop, None),
+        (2, 6 * hop - 1, None),
+        (3, 11 * hop + 1, [11 * hop, 7, hop]),
+        (4, 12 * hop, None),
+    ]
     for hits, (batch, samples, lengths) in enumerate(requests):
         audio = noise(batch, 1, samples)
         expected = eager.encode(audio, lengths)
@@ -196,7 +216,9 @@ def test_requests_of_any_size_are_exact_in_a_bucket(golden, name):
         found = codec.encode(audio, lengths)
         assert torch.equal(found.codes, expected.codes)
         assert_same(found, expected, 1e-4)
-        assert_same(codec.decode_codes(found.codes, found.lengths if lengths else None), restored, 1e-4)
+        assert_same(
+            codec.decode_codes(found.codes, found.lengths if lengths else None), restored, 1e-4
+        )
         assert engine.hits == 2 * (hits + 1)
     # what one request leaves in a bucket is not seen by the next one
     assert_same(codec.encode(noise(1, 1, 6 * hop)), eager.encode(noise(1, 1, 6 * hop)), 1e-4)
@@ -209,7 +231,12 @@ def test_which_requests_no_bucket_serves():
     codec = with_graphs(small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8)])
     engine, codes = codec.engine, torch.zeros(2, 3, 8, dtype=torch.int64)
     # too long, too many, fewer codebooks, mostly padding
-    requests = torch.zeros(1, 3, 9).long(), torch.zeros(3, 3, 4).long(), codes[:, :2], codes[:1, :, :7]
+    requests = (
+        torch.zeros(1, 3, 9).long(),
+        torch.zeros(3, 3, 4).long(),
+        codes[:, :2],
+        codes[:1, :, :7],
+    )
     for misses, request in enumerate(requests, start=1):
         codec.decode_codes(request)
         assert (engine.hits, engine.misses) == (0, misses)
@@ -220,7 +247,9 @@ def test_which_requests_no_bucket_serves():
 
 
 def test_graphs_beyond_the_memory_are_left_out_and_said():
-    codec = with_graphs(small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8), (4, 1000)], memory=1000)
+    codec = with_graphs(
+        small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8), (4, 1000)], memory=1000
+    )
     assert [(b.batch, b.frames) for b in codec.engine.graphs.buckets["encode"]] == [(2, 8)]
     assert "not captured: encode of 4 × 1000, which needs" in str(codec.engine)
 
@@ -232,7 +261,9 @@ def test_recordings_go_through_the_engine(golden):
     recording = (noise(2, 30000).numpy(), codec.sample_rate)
     for padding in (True, False):
         file = codec.compress(recording, chunk_seconds=0.2, padding=padding)
-        assert torch.equal(file.codes, plain.compress(recording, chunk_seconds=0.2, padding=padding).codes)
+        assert torch.equal(
+            file.codes, plain.compress(recording, chunk_seconds=0.2, padding=padding).codes
+        )
         expected = torch.from_numpy(plain.decompress(file)[0])
         assert 40 <= decibels(torch.from_numpy(codec.decompress(file)[0]), expected) <= 90
 
@@ -270,7 +301,10 @@ def test_what_optimize_refuses():
     for arguments, message in (
         ({"precision": "fp8"}, "precision is 'fp8' for 'encode'; accepted: fp32, tf32, fp16, bf16"),
         ({"precision": {"train": "fp16"}}, "precision is 'fp16' for 'train'"),
-        ({"shapes": [(1, 0)]}, r"shapes has \(1, 0\) for 'encode'; accepted: pairs of positive integers"),
+        (
+            {"shapes": [(1, 0)]},
+            r"shapes has \(1, 0\) for 'encode'; accepted: pairs of positive integers",
+        ),
         ({"shapes": {"train": [(1, 2)]}}, r"shapes has \(1, 2\) for 'train'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -278,7 +312,9 @@ def test_what_optimize_refuses():
     assert codec.engine is engine
     with pytest.raises(ValueError, match=r"parameters are torch.float16; accepted: torch.float32"):
         copy.deepcopy(codec).half().optimize()
-    with pytest.raises(ValueError, match="activation is 'leaky_relu'; accepted by the engine: 'snake'"):
+    with pytest.raises(
+        ValueError, match="activation is 'leaky_relu'; accepted by the engine: 'snake'"
+    ):
         DAC(**{**dataclasses.asdict(codec.config), "activation": "leaky_relu"}).optimize()
 
 
@@ -290,7 +326,10 @@ def test_a_precision_without_the_range_is_found_at_the_first_call():
     codec.optimize({"decode": "bf16"}).decode_codes(codes)
     with_graphs(codec, [(1, 4)], precision={"decode": "fp16"})
     layer = "decoder.model.1.block.1"
-    with pytest.raises(PrecisionError, match=f"decode in fp16: {layer} gives infinity or NaN; try precision bf16 or"):
+    with pytest.raises(
+        PrecisionError,
+        match=f"decode in fp16: {layer} gives infinity or NaN; try precision bf16 or",
+    ):
         codec.decode_codes(codes)
     # an input that is not finite is no fault of the precision
     codec.optimize({"encode": "fp16"}).encode(torch.full((1, 1, 16), torch.nan))
@@ -311,7 +350,10 @@ def test_replays_are_what_eager_gives():
     for _ in range(2):
         for batch, samples, lengths in requests:
             audio = noise(batch, 1, samples)
-            found, expected = codec.encode(audio.cuda(), lengths), eager.encode(audio.cuda(), lengths)
+            found, expected = (
+                codec.encode(audio.cuda(), lengths),
+                eager.encode(audio.cuda(), lengths),
+            )
             reference = plain.encode(audio, lengths)
             assert (found.codes.cpu() == reference.codes).float().mean() > 0.998
             assert_same(found.commitment_loss, expected.commitment_loss, 1e-3)
@@ -320,7 +362,13 @@ def test_replays_are_what_eager_gives():
             codes = reference.codes.cuda()
             restored = codec.decode_codes(codes, valid)
             assert decibels(restored, eager.decode_codes(codes, valid)) > 45
-            assert decibels(restored, plain.decode_codes(reference.codes, reference.lengths if lengths else None)) > 40
+            assert (
+                decibels(
+                    restored,
+                    plain.decode_codes(reference.codes, reference.lengths if lengths else None),
+                )
+                > 40
+            )
     assert (codec.engine.hits, codec.engine.misses) == (4 * len(requests), 0)
     assert codec.engine.graphs.used > 0
     assert "decoder.model" in str(codec.engine)
@@ -336,7 +384,9 @@ def test_replays_are_what_eager_gives():
 def test_graph_memory_is_bounded():
     with use_backend("reference"):
         # nothing to compile and to time
-        codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(1, 10), (16, 800)], "memory": 256 << 20})
+        codec = dac_fast.load(
+            "tiny", device="cuda", engine={"shapes": [(1, 10), (16, 800)], "memory": 256 << 20}
+        )
     graphs = codec.engine.graphs
     assert [bucket.frames for bucket in graphs.buckets["decode"]] == [10]
     assert 0 < graphs.used <= 256 << 20
@@ -376,7 +426,9 @@ def test_fp32_is_strict_whatever_the_switches_say():
             switch.fp32_precision = "tf32"
         found = {
             precision: decibels(
-                dac_fast.load("tiny", device="cuda", engine={"precision": precision}).decode_codes(codes.cuda()),
+                dac_fast.load("tiny", device="cuda", engine={"precision": precision}).decode_codes(
+                    codes.cuda()
+                ),
                 expected,
             )
             for precision in PRECISIONS

@@ -23,7 +23,9 @@ def tone(hz, seconds=0.3, rate=RATE, channels=1):
     """Harmonics that fade, a little different in each channel: float32 [C, T]."""
     t = np.arange(int(seconds * rate)) / rate
     partials = sum(np.sin(2 * np.pi * hz * k * t) / k for k in (1, 2, 3))
-    return np.stack([0.3 * np.exp(-3 * t) * partials / (1 + c) for c in range(channels)]).astype(np.float32)
+    return np.stack([0.3 * np.exp(-3 * t) * partials / (1 + c) for c in range(channels)]).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,12 @@ def test_rows_are_the_metrics_of_each_file(evaluation, codec, recordings):
         restored, _ = codec.decompress(file)
         original, _ = read(recordings / "music/wide.flac")
         x, y = torch.from_numpy(original)[None], torch.from_numpy(restored)[None]
-        row = next(r for r in evaluation.files if (r["file"], r["codebooks"]) == ("music/wide.flac", count))
-        assert row["mel_distance"] == pytest.approx(metrics.mel_distance(x, y, RATE).item(), rel=1e-4)
+        row = next(
+            r for r in evaluation.files if (r["file"], r["codebooks"]) == ("music/wide.flac", count)
+        )
+        assert row["mel_distance"] == pytest.approx(
+            metrics.mel_distance(x, y, RATE).item(), rel=1e-4
+        )
         assert row["stft_distance"] == pytest.approx(metrics.stft_distance(x, y).item(), rel=1e-4)
         assert row["si_sdr"] == pytest.approx(metrics.si_sdr(x, y).item(), rel=1e-3)
         # 6 bits of 64 entries for every 32 samples
@@ -84,13 +90,17 @@ def test_summary(evaluation, codec, recordings):
     overall = evaluation.summary[-2]
     rows = [row for row in evaluation.files if row["codebooks"] == 1]
     assert overall["mel_distance"] == pytest.approx(np.mean([row["mel_distance"] for row in rows]))
-    assert overall["si_sdr"] == pytest.approx(np.mean([r["si_sdr"] for r in rows if r["si_sdr"] is not None]))
+    assert overall["si_sdr"] == pytest.approx(
+        np.mean([r["si_sdr"] for r in rows if r["si_sdr"] is not None])
+    )
     assert overall["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     # Efficiency is of all codes of the row together: not the mean of the files'.
     codes = [codec.compress(recordings / "music" / name).codes for name in ("low.wav", "wide.flac")]
     together = torch.cat([c.transpose(0, 1).flatten(1) for c in codes], dim=1)[None]
     for row, count in zip(evaluation.summary, (1, 5), strict=False):
-        assert row["bitrate_efficiency"] == pytest.approx(metrics.bitrate_efficiency(together[:, :count], 64), rel=1e-5)
+        assert row["bitrate_efficiency"] == pytest.approx(
+            metrics.bitrate_efficiency(together[:, :count], 64), rel=1e-5
+        )
 
 
 def test_files_that_fail_are_reported(evaluation):
@@ -107,13 +117,23 @@ def test_files_that_fail_are_reported(evaluation):
 def test_processes_change_nothing(evaluation, codec, recordings):
     done = []
     again = evaluate_codec(
-        codec, recordings, [1, 5], visqol=False, jobs=2, progress=lambda *progress: done.append(progress)
+        codec,
+        recordings,
+        [1, 5],
+        visqol=False,
+        jobs=2,
+        progress=lambda *progress: done.append(progress),
     )
     assert done == [(i, 6) for i in range(1, 7)]
     assert again.failures == evaluation.failures
     # Convolutions round differently with another number of threads.
-    for row, other in zip(again.files + again.summary, evaluation.files + evaluation.summary, strict=True):
-        near = [pytest.approx(value, rel=1e-2) if isinstance(value, float) else value for value in other.values()]
+    for row, other in zip(
+        again.files + again.summary, evaluation.files + evaluation.summary, strict=True
+    ):
+        near = [
+            pytest.approx(value, rel=1e-2) if isinstance(value, float) else value
+            for value in other.values()
+        ]
         assert list(row) == list(other)
         assert list(row.values()) == near
 
@@ -133,10 +153,14 @@ def test_written_files(evaluation, codec, recordings, tmp_path):
 
 
 def test_seconds_and_rate(codec, recordings):
-    result = evaluate_codec(codec, recordings / "music", seconds=0.1, sample_rate=32000, visqol=False)
+    result = evaluate_codec(
+        codec, recordings / "music", seconds=0.1, sample_rate=32000, visqol=False
+    )
     assert {(row["seconds"], row["sample_rate"]) for row in result.files} == {(0.1, 32000)}
     # Two files and no domain beside them: the halvings of five codebooks, overall.
-    assert [(row["domain"], row["codebooks"]) for row in result.summary] == [("overall", n) for n in (1, 2, 5)]
+    assert [(row["domain"], row["codebooks"]) for row in result.summary] == [
+        ("overall", n) for n in (1, 2, 5)
+    ]
 
 
 def test_folders(tmp_path):
@@ -174,7 +198,11 @@ def test_folders(tmp_path):
     assert result.without_reference == ["c/stranger.wav"]
     assert [row["domain"] for row in result.summary] == ["a", "b", "overall"]
     result.save(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["evaluation.json", "files.csv", "summary.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "evaluation.json",
+        "files.csv",
+        "summary.csv",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +234,9 @@ def test_visqol_that_is_not_installed(codec, recordings, monkeypatch):
         evaluate_codec(codec, recordings, visqol=True)
     result = evaluate_codec(codec, recordings / "music", [1])
     assert "visqol" not in result.summary[0]
-    assert result.notes == ["no ViSQOL: visqol-python is not installed (pip install 'dac-fast[metrics]')"]
+    assert result.notes == [
+        "no ViSQOL: visqol-python is not installed (pip install 'dac-fast[metrics]')"
+    ]
 
 
 def test_visqol(tmp_path):
@@ -242,6 +272,12 @@ def test_pictures_of_anything(tmp_path):
 
 def test_without_matplotlib(evaluation, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(PlotError, match=r"drawing needs matplotlib: pip install 'dac-fast\[plot\]'"):
+    with pytest.raises(
+        PlotError, match=r"drawing needs matplotlib: pip install 'dac-fast\[plot\]'"
+    ):
         evaluation.save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["evaluation.json", "files.csv", "summary.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "evaluation.json",
+        "files.csv",
+        "summary.csv",
+    ]

@@ -23,7 +23,10 @@ def random_audio(batch, samples):
 @torch.inference_mode()
 def test_programs_give_what_the_codec_gives(codec, tmp_path):
     before = {name: value.clone() for name, value in codec.state_dict().items()}
-    encoder, decoder = export(codec, "encoder", n_quantizers=3), export(codec, "decoder", n_quantizers=3)
+    encoder, decoder = (
+        export(codec, "encoder", n_quantizers=3),
+        export(codec, "decoder", n_quantizers=3),
+    )
     torch.export.save(decoder, tmp_path / "decoder.pt2")
     decoder = torch.export.load(tmp_path / "decoder.pt2")
     for batch, samples in SHAPES:
@@ -49,9 +52,14 @@ def test_onnx_models_give_what_the_codec_gives(codec, tmp_path):
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     encoder, decoder = (runtime.InferenceSession(path, options) for path in paths)
-    assert encoder.get_inputs()[0].shape == decoder.get_outputs()[0].shape == ["batch", 1, "samples"]
+    assert (
+        encoder.get_inputs()[0].shape == decoder.get_outputs()[0].shape == ["batch", 1, "samples"]
+    )
     assert decoder.get_inputs()[0].shape == encoder.get_outputs()[0].shape == ["batch", 4, "frames"]
-    assert encoder.get_modelmeta().custom_metadata_map == {"sample_rate": "16000", "hop_length": "10"}
+    assert encoder.get_modelmeta().custom_metadata_map == {
+        "sample_rate": "16000",
+        "hop_length": "10",
+    }
     for batch, samples in SHAPES:
         audio = random_audio(batch, samples)
         expected = codec.encode(audio).codes

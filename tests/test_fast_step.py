@@ -81,7 +81,9 @@ def _reference_backend(request):
 def test_losses_gradients_and_weights_are_the_published_ones(form):
     # An MPD takes most of the time, so one of the forms has it.
     periods = "discriminator.periods=[2]" if form == "channels last" else "discriminator.periods=[]"
-    ours = in_float64(fast_step(periods, f"trainer.gradient_checkpointing={form == 'checkpointed'}"))
+    ours = in_float64(
+        fast_step(periods, f"trainer.gradient_checkpointing={form == 'checkpointed'}")
+    )
     theirs = published_step(ours, periods)
     if form == "channels last":
         set_channels_last(ours.codec)
@@ -92,7 +94,9 @@ def test_losses_gradients_and_weights_are_the_published_ones(form):
     for name, network in theirs.networks.items():
         for a, b in zip(actual[name], expected[name], strict=True):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
-        torch.testing.assert_close(ours.state_dict()["networks"][name], network.state_dict(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            ours.state_dict()["networks"][name], network.state_dict(), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_a_checkpoint_goes_from_the_fast_step_to_the_published_one_and_back():
@@ -123,7 +127,13 @@ def test_nothing_is_fetched_from_the_device_and_nothing_computed_twice():
     step = fast_step()
     with Calls() as calls:
         step(some_audio(0), 0)
-    assert not calls.counts.keys() & {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"}
+    assert not calls.counts.keys() & {
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "masked_select",
+        "is_nonzero",
+    }
     codec, discriminator = (
         sum(isinstance(module, WeightNorm) for module in network.modules())
         for network in (step.codec, step.discriminator)
@@ -155,7 +165,9 @@ def test_checkpointing_keeps_less():
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             out = step.codec(some_audio(0))
-        assert sum(type(m) is Block and m.checkpointed for m in step.codec.modules()) == (4 if overrides else 0)
+        assert sum(type(m) is Block and m.checkpointed for m in step.codec.modules()) == (
+            4 if overrides else 0
+        )
         return sum(sizes), out["audio"]
 
     (everything, plain), (less, checkpointed) = kept(), kept("trainer.gradient_checkpointing=true")
@@ -164,12 +176,16 @@ def test_checkpointing_keeps_less():
 
 
 def test_a_graph_needs_a_gpu():
-    with pytest.raises(RecipeError, match="trainer.cuda_graph is true on cpu; accepted: on one CUDA device"):
+    with pytest.raises(
+        RecipeError, match="trainer.cuda_graph is true on cpu; accepted: on one CUDA device"
+    ):
         fast_step("trainer.cuda_graph=true")
 
 
 def one_of_four(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4
+    )
     step = fast_step("model.quantizer_dropout=0", "discriminator.fft_sizes=[128]")
     for number in range(2):
         step(some_audio(number)[rank : rank + 1], number)
@@ -179,7 +195,9 @@ def one_of_four(rank, folder):
 
 def test_four_processes_equal_one_with_the_same_batch(tmp_path):
     # Forked: four imports of PyTorch would take longer than all the rest.
-    torch.multiprocessing.start_processes(one_of_four, (str(tmp_path),), nprocs=4, start_method="fork")
+    torch.multiprocessing.start_processes(
+        one_of_four, (str(tmp_path),), nprocs=4, start_method="fork"
+    )
     alone = fast_step("model.quantizer_dropout=0", "discriminator.fft_sizes=[128]")
     for number in range(2):
         alone(some_audio(number), number)
@@ -193,15 +211,30 @@ def test_four_processes_equal_one_with_the_same_batch(tmp_path):
 
 def test_bench_counts_and_times_a_step(tmp_path):
     path = tmp_path / "train.json"
-    bench(["train", "--device", "cpu", "--quick", "--count-only", "--batch", "2", "--out", str(path)])
+    bench(
+        ["train", "--device", "cpu", "--quick", "--count-only", "--batch", "2", "--out", str(path)]
+    )
     theirs, ours = json.loads(path.read_text())["rows"]
     # The reference's Snake keeps more than those of the other backends.
     assert ours["saved_peak_bytes"] < 0.75 * theirs["saved_peak_bytes"]
     # Its own weights get no gradients in the generator's backward pass.
-    assert ours["work"]["generator backward"]["flops"] < theirs["work"]["generator backward"]["flops"]
+    assert (
+        ours["work"]["generator backward"]["flops"] < theirs["work"]["generator backward"]["flops"]
+    )
 
     bench(
-        ["train", "--device", "cpu", "--quick", "--implementation", "ours", "--precision", "fp32", "--out", str(path)]
+        [
+            "train",
+            "--device",
+            "cpu",
+            "--quick",
+            "--implementation",
+            "ours",
+            "--precision",
+            "fp32",
+            "--out",
+            str(path),
+        ]
     )
     (row,) = json.loads(path.read_text())["rows"]
     assert row["status"] == "timed"
@@ -230,7 +263,9 @@ def test_on_a_gpu_as_on_the_cpu(precision):
     # Quantizer dropout draws from each device's own generator: its losses are not compared.
     actual = run(ours, range(1), GPU, torch.float32)[0]
     for name in ("discriminator", "mel", "adversarial", "feature"):
-        assert actual[name] == pytest.approx(expected[0][name], rel=0.1 if precision == "bf16" else 0.05), name
+        assert actual[name] == pytest.approx(
+            expected[0][name], rel=0.1 if precision == "bf16" else 0.05
+        ), name
 
 
 @pytest.mark.gpu
@@ -251,12 +286,24 @@ def test_a_step_on_a_gpu_never_waits_for_it():
 def test_a_graph_does_what_the_step_does():
     # TF32 and atomics leave differences that grow from step to step.
     overrides = ("model.quantizer_dropout=0.5", "trainer.ema=0.9", "optimizer.learning_rate=1e-5")
-    plain, graphed = (fast_step(*overrides, *more, device=GPU) for more in ((), ("trainer.cuda_graph=true",)))
+    plain, graphed = (
+        fast_step(*overrides, *more, device=GPU) for more in ((), ("trainer.cuda_graph=true",))
+    )
     graphed.load_state_dict(plain.state_dict())
     expected, actual = (run(step, range(8), GPU, torch.float32) for step in (plain, graphed))
     assert_same(actual, expected, 0.02)
-    assert {name: int(count) for name, count in graphed.skipped.items()} == {"total": 0, "row": 0, "longest": 0}
+    assert {name: int(count) for name, count in graphed.skipped.items()} == {
+        "total": 0,
+        "row": 0,
+        "longest": 0,
+    }
     assert int(graphed.code_counts.sum()) == int(plain.code_counts.sum()) > 0
     # The learning rate of a replayed step is its own.
-    assert float(graphed.optimizers["generator"].param_groups[0]["lr"]) == pytest.approx(1e-5 * 0.999996**7, rel=1e-6)
-    assert_same(run(graphed, range(8, 10), GPU, torch.float32), run(plain, range(8, 10), GPU, torch.float32), 0.02)
+    assert float(graphed.optimizers["generator"].param_groups[0]["lr"]) == pytest.approx(
+        1e-5 * 0.999996**7, rel=1e-6
+    )
+    assert_same(
+        run(graphed, range(8, 10), GPU, torch.float32),
+        run(plain, range(8, 10), GPU, torch.float32),
+        0.02,
+    )

@@ -58,7 +58,9 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 def test_mel_filters(golden, name):
     with np.load(golden / "mel_filters.npz") as arrays:
-        torch.testing.assert_close(mel_filters(*FILTERS[name]), torch.from_numpy(arrays[name]), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            mel_filters(*FILTERS[name]), torch.from_numpy(arrays[name]), rtol=1e-6, atol=1e-9
+        )
 
 
 def test_windows_are_those_of_scipy():
@@ -66,7 +68,9 @@ def test_windows_are_those_of_scipy():
 
     for name in ("hann", "hamming", "blackman"):
         np.testing.assert_allclose(analysis_window(64, name), get_window(name, 64), atol=1e-7)
-    np.testing.assert_allclose(analysis_window(64, "sqrt_hann"), get_window("hann", 64) ** 0.5, atol=1e-7)
+    np.testing.assert_allclose(
+        analysis_window(64, "sqrt_hann"), get_window("hann", 64) ** 0.5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("samples", [20, 63, 1000])
@@ -90,7 +94,9 @@ def plain_mel_loss(x, y, sample_rate, n_mels, window, power):
     """One scale of the mel loss from torch's FFT and the filters alone."""
     mels = []
     for signal in (x, y):
-        frames = F.pad(signal, (window // 2, window // 2), mode="reflect").unfold(2, window, window // 4)
+        frames = F.pad(signal, (window // 2, window // 2), mode="reflect").unfold(
+            2, window, window // 4
+        )
         hann = torch.hann_window(window, dtype=torch.float64).float().double()
         spectrum = torch.fft.rfft(frames * hann)
         magnitude = (spectrum.real.square() + spectrum.imag.square()).sqrt()
@@ -107,7 +113,13 @@ def test_gradient_equals_a_plain_composition(pair):
     for compute in (
         loss,
         lambda x, y: loss(x, loss.spectra(y)),
-        lambda x, y: 15 * sum(plain_mel_loss(x, y, 24000, m, w, 1.5) for m, w in zip(*scales.values(), strict=True)),
+        lambda x, y: (
+            15
+            * sum(
+                plain_mel_loss(x, y, 24000, m, w, 1.5)
+                for m, w in zip(*scales.values(), strict=True)
+            )
+        ),
     ):
         leaf = x.clone().requires_grad_()
         value = compute(leaf, y)
@@ -139,19 +151,32 @@ def test_sisdr_options(pair):
     each = SISDRLoss(reduction="none")(*batch)
     assert each.shape == (2,)
     torch.testing.assert_close(each[0], each[1], rtol=1e-4, atol=0)
-    assert SISDRLoss(reduction="sum", weight=2.0)(*batch).item() == pytest.approx(2 * each.sum().item())
+    assert SISDRLoss(reduction="sum", weight=2.0)(*batch).item() == pytest.approx(
+        2 * each.sum().item()
+    )
     assert SISDRLoss(clip_min=-10)(*batch).item() == -10
     noise = x.square().sum() / (x - y).square().sum()
-    assert SISDRLoss(scaling=False, zero_mean=False)(x, y).item() == pytest.approx(-10 * noise.log10().item(), rel=1e-5)
+    assert SISDRLoss(scaling=False, zero_mean=False)(x, y).item() == pytest.approx(
+        -10 * noise.log10().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MelSpectrogramLoss(n_mels=[5]), "n_mels has 1 values; accepted: one per window length, that is 2"),
+        (
+            lambda: MelSpectrogramLoss(n_mels=[5]),
+            "n_mels has 1 values; accepted: one per window length, that is 2",
+        ),
         (lambda: MelSpectrogramLoss(mel_fmax=[100, 0]), "mel_fmin is 0.0 Hz and mel_fmax 0 Hz"),
-        (lambda: MultiScaleSTFTLoss([30]), "window length is 30; accepted: positive multiples of 4"),
-        (lambda: MultiScaleSTFTLoss(window_type="kaiser"), "window_type is 'kaiser'; accepted: hann"),
+        (
+            lambda: MultiScaleSTFTLoss([30]),
+            "window length is 30; accepted: positive multiples of 4",
+        ),
+        (
+            lambda: MultiScaleSTFTLoss(window_type="kaiser"),
+            "window_type is 'kaiser'; accepted: hann",
+        ),
         (
             lambda: MultiScaleSTFTLoss()(torch.zeros(1, 1, 1024), torch.zeros(1, 1, 1024)),
             "1024 samples .* at least 1025",

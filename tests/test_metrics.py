@@ -26,7 +26,9 @@ def test_bitrate_efficiency():
     counts = metrics.codebook_counts(codes, 16)
     assert counts.shape == (3, 16)
     assert counts.sum(1).tolist() == [96, 96, 96]
-    torch.testing.assert_close(metrics.codebook_entropy(counts), torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        metrics.codebook_entropy(counts), torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64)
+    )
     assert metrics.bitrate_efficiency(codes, 16) == pytest.approx(5 / 12)
 
 

@@ -19,13 +19,19 @@ def case(request, golden):
         {k: torch.from_numpy(v) for k, v in np.load(golden / f"{kind}_{name}.npz").items()}
         for kind in ("model", "grads")
     ]
-    return DAC.load(golden / f"weights_{name}.pth"), *tensors, json.loads((golden / f"config_{name}.json").read_text())
+    return (
+        DAC.load(golden / f"weights_{name}.pth"),
+        *tensors,
+        json.loads((golden / f"config_{name}.json").read_text()),
+    )
 
 
 def close(actual, expected, tolerance=1e-5):
     """Shapes are equal, and values relative to the largest one."""
     assert actual.shape == expected.shape
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance * expected.abs().max().item()
+    )
 
 
 @torch.no_grad()
@@ -62,7 +68,9 @@ def test_decode_gives_every_frame_its_samples(case):
         assert audio.shape[-1] == frames * codec.hop_length
         assert torch.equal(audio[..., : published.shape[-1]], published)
         assert not audio[..., published.shape[-1] :].any()
-    close(codec.decode_codes(golden["codes"])[..., : golden["decoded"].shape[-1]], golden["decoded"])
+    close(
+        codec.decode_codes(golden["codes"])[..., : golden["decoded"].shape[-1]], golden["decoded"]
+    )
 
 
 def test_gradients_are_the_published_ones(case):
@@ -70,9 +78,15 @@ def test_gradients_are_the_published_ones(case):
     codec.train()
     audio = golden["audio_in"].requires_grad_()
     outputs = codec(audio)
-    loss = outputs["audio"].square().mean() + 0.25 * outputs["vq/commitment_loss"] + outputs["vq/codebook_loss"]
+    loss = (
+        outputs["audio"].square().mean()
+        + 0.25 * outputs["vq/commitment_loss"]
+        + outputs["vq/codebook_loss"]
+    )
     loss.backward()
-    found = {name: parameter.grad for name, parameter in codec.named_parameters()} | {"audio_grad": audio.grad}
+    found = {name: parameter.grad for name, parameter in codec.named_parameters()} | {
+        "audio_grad": audio.grad
+    }
     assert found.keys() == gradients.keys()
     for name, expected in gradients.items():
         assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
@@ -119,7 +133,9 @@ def test_every_item_of_a_ragged_batch_gets_what_it_gets_alone(golden, name):
         assert not batch.codes[i, :, frames:].any()
         assert not batch.z[i, :, frames:].any()
         expected = codec.decode_codes(alone.codes)[0]
-        torch.testing.assert_close(restored[i, :, : expected.shape[-1]], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            restored[i, :, : expected.shape[-1]], expected, rtol=0, atol=1e-4
+        )
         assert not restored[i, :, expected.shape[-1] :].any()
     # the losses are those of the items alone, averaged
     alone = [codec.encode(audio[i : i + 1, :, :length]) for i, length in enumerate(lengths)]
@@ -162,7 +178,13 @@ def test_presets_have_the_published_sizes(name, parameters, delay, hop):
 
 @torch.no_grad()
 def test_leaky_relu_ablation_runs():
-    codec = DAC(encoder_dim=4, encoder_rates=[2, 3], decoder_dim=16, decoder_rates=[3, 2], activation="leaky_relu")
+    codec = DAC(
+        encoder_dim=4,
+        encoder_rates=[2, 3],
+        decoder_dim=16,
+        decoder_rates=[3, 2],
+        activation="leaky_relu",
+    )
     assert codec(torch.randn(2, 1, 50))["audio"].shape == (2, 1, 50)
     assert not any("alpha" in key for key in codec.state_dict())
 

@@ -53,7 +53,9 @@ def compare(op, spec, leaves):
 
     with poisoned():
         actual = results(op, leaves[0].dtype)
-    for a, same, exact in zip(actual, results(spec, leaves[0].dtype), results(spec, torch.float64), strict=True):
+    for a, same, exact in zip(
+        actual, results(spec, leaves[0].dtype), results(spec, torch.float64), strict=True
+    ):
         assert a.dtype == same.dtype
         if a.numel():
             assert_as_good_as(a.detach(), same.detach(), exact.detach().double())
@@ -70,7 +72,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(2, 40, 1), (3, 5, 63), (2, 3, 1000), (1, 600, 3), (2, 2, 40000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 40, 1), (3, 5, 63), (2, 3, 1000), (1, 600, 3), (2, 2, 40000)], ids=str
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_snake(layout, shape, dtype):
@@ -78,12 +82,31 @@ def test_snake(layout, shape, dtype):
     leaf_shape, view = LAYOUTS[layout]
     x = 3 * torch.randn(leaf_shape(*shape), dtype=dtype)
     alpha = torch.rand(1, shape[1], 1, dtype=dtype) + 0.1
-    compare(lambda x, a: [native.snake(view(x), a)], lambda x, a: [reference.snake(view(x), a)], [x, alpha])
+    compare(
+        lambda x, a: [native.snake(view(x), a)],
+        lambda x, a: [reference.snake(view(x), a)],
+        [x, alpha],
+    )
 
 
 def test_snake_of_extreme_values():
     """Arguments past the polynomial's range, infinities, NaN and alphas around zero give what PyTorch gives."""
-    x = torch.tensor([0.0, -0.0, 1e-30, 1e4, 24999.0, 25001.0, -3e6, 1e20, 3e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-30,
+            1e4,
+            24999.0,
+            25001.0,
+            -3e6,
+            1e20,
+            3e38,
+            torch.inf,
+            -torch.inf,
+            torch.nan,
+        ]
+    )
     x = torch.cat([x, torch.linspace(-3e4, 3e4, 5000)]).expand(1, 5, -1)
     alpha = torch.tensor([1.0, 0.0, -1e-9, 1e-6, -7.5]).view(1, 5, 1)
     expected = reference.snake(x, alpha)
@@ -94,7 +117,10 @@ def test_snake_of_extreme_values():
 
 
 def test_same_bits_with_any_number_of_threads():
-    x, alpha = torch.randn(3, 40, 9000, requires_grad=True), torch.rand(1, 40, 1, requires_grad=True)
+    x, alpha = (
+        torch.randn(3, 40, 9000, requires_grad=True),
+        torch.rand(1, 40, 1, requires_grad=True),
+    )
     audio = torch.randn(5, 20000, requires_grad=True)
 
     def everything():
@@ -140,7 +166,9 @@ def test_disc_preprocess(shape, device):
     torch.manual_seed(0)
     x = torch.randn(shape, device=device) + 0.3
     if x.numel():
-        compare(lambda x: [native.disc_preprocess(x)], lambda x: [reference.disc_preprocess(x)], [x])
+        compare(
+            lambda x: [native.disc_preprocess(x)], lambda x: [reference.disc_preprocess(x)], [x]
+        )
     assert native.disc_preprocess(x).shape == x.shape
 
 
@@ -158,11 +186,17 @@ def test_disc_preprocess_of_ties_silence_and_nan(device):
 def test_stft_bands_golden(golden, device):
     vectors = np.load(golden / "bands.npz")
     audio = torch.from_numpy(vectors["audio"]).to(device)
-    windows = sorted({int(name[1:].split("_")[0]) for name in vectors.files if name.startswith("w")})
-    for window, bands in zip(windows, native.stft_bands(audio.flatten(0, -2), windows), strict=True):
+    windows = sorted(
+        {int(name[1:].split("_")[0]) for name in vectors.files if name.startswith("w")}
+    )
+    for window, bands in zip(
+        windows, native.stft_bands(audio.flatten(0, -2), windows), strict=True
+    ):
         for i, band in enumerate(bands):
             expected = torch.from_numpy(vectors[f"w{window}_b{i}"]).to(device)
-            torch.testing.assert_close(band, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+            torch.testing.assert_close(
+                band, expected, rtol=0, atol=2e-6 * expected.abs().max().item()
+            )
 
 
 # Odd T, T no multiple of a hop, T below one window, the shortest T that reflects, many items, one item.
@@ -189,7 +223,11 @@ def test_stft_bands(items, samples, options, layout, device):
         [x],
     )
     actual, expected = (ops.stft_bands(x, **options, layout=layout) for ops in (native, reference))
-    assert all(a.stride() == e.stride() for a, e in zip(flat(actual), flat(expected), strict=True) if a.numel())
+    assert all(
+        a.stride() == e.stride()
+        for a, e in zip(flat(actual), flat(expected), strict=True)
+        if a.numel()
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -200,22 +238,36 @@ def test_stft_bands_in_bfloat16(layout, device):
     x = torch.randn(3, 9001, device=device)
     compare(
         lambda x: flat(native.stft_bands(x, **options)),
-        lambda x: flat(reference.stft_bands(x, **(options if x.dtype == torch.float32 else TRAINING))),
+        lambda x: flat(
+            reference.stft_bands(x, **(options if x.dtype == torch.float32 else TRAINING))
+        ),
         [x],
     )
 
 
 def test_stft_bands_refuses():
-    with pytest.raises(ValueError, match="800 samples are too few for a window of 2048: at least 993"):
+    with pytest.raises(
+        ValueError, match="800 samples are too few for a window of 2048: at least 993"
+    ):
         native.stft_bands(torch.zeros(1, 800), [512, 2048])
-    with pytest.raises(ValueError, match="layout is 'last'; accepted: channels_first, channels_last"):
+    with pytest.raises(
+        ValueError, match="layout is 'last'; accepted: channels_first, channels_last"
+    ):
         native.stft_bands(torch.zeros(1, 5000), [512], layout="last")
     assert "powers of two" in native.stft_bands_unsupported(torch.zeros(1, 5000), [600])
-    assert "overlap" in native.stft_bands_unsupported(torch.zeros(1, 5000), [512], [(0, 0.5), (0.4, 1)])
-    assert "float16" in native.stft_bands_unsupported(torch.zeros(1, 5000), [512], dtype=torch.float16)
-    assert "shapes [2, 3, 4] and [3]" in native.snake_unsupported(torch.zeros(2, 3, 4), torch.ones(3))
+    assert "overlap" in native.stft_bands_unsupported(
+        torch.zeros(1, 5000), [512], [(0, 0.5), (0.4, 1)]
+    )
+    assert "float16" in native.stft_bands_unsupported(
+        torch.zeros(1, 5000), [512], dtype=torch.float16
+    )
+    assert "shapes [2, 3, 4] and [3]" in native.snake_unsupported(
+        torch.zeros(2, 3, 4), torch.ones(3)
+    )
     with pytest.raises(RuntimeError, match="native snake cannot run: the dtype is torch.bfloat16"):
-        native.snake(torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.ones(1, 3, 1, dtype=torch.bfloat16))
+        native.snake(
+            torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.ones(1, 3, 1, dtype=torch.bfloat16)
+        )
 
 
 def test_gradients_numerically():
@@ -233,11 +285,18 @@ def test_registration(device):
     torch.library.opcheck(ops.disc_preprocess.default, (x,))
     for channels_last in (False, True):
         edges = native._edges([32, 64], native.BANDS)
-        torch.library.opcheck(ops.stft_bands.default, (x, [32, 64], edges, channels_last, torch.float32))
+        torch.library.opcheck(
+            ops.stft_bands.default, (x, [32, 64], edges, channels_last, torch.float32)
+        )
     if device == "cpu":
-        x, alpha = torch.randn(2, 3, 17, requires_grad=True), torch.rand(1, 3, 1, requires_grad=True)
+        x, alpha = (
+            torch.randn(2, 3, 17, requires_grad=True),
+            torch.rand(1, 3, 1, requires_grad=True),
+        )
         torch.library.opcheck(ops.snake.default, (x, alpha))
-        torch.library.opcheck(ops.snake.default, (torch.randn(2, 17, 3, requires_grad=True).transpose(1, 2), alpha))
+        torch.library.opcheck(
+            ops.snake.default, (torch.randn(2, 17, 3, requires_grad=True).transpose(1, 2), alpha)
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -264,7 +323,9 @@ def test_without_a_gpu():
         return
     assert "cannot run here" in native.status()
     with pytest.raises(RuntimeError, match=r"^disc_preprocess: .*(driver|device)"):
-        native._C.disc_preprocess_forward_cuda_float32(native._C.Signals(1, 8, 8, 8), 0, 0, 0, 0, 0, 0)
+        native._C.disc_preprocess_forward_cuda_float32(
+            native._C.Signals(1, 8, 8, 8), 0, 0, 0, 0, 0, 0
+        )
 
 
 @pytest.mark.gpu
@@ -273,7 +334,9 @@ def test_training_size_on_the_gpu():
     x = torch.randn(144, 16758, device="cuda", requires_grad=True)
     outputs = flat(native.stft_bands(native.disc_preprocess(x), **TRAINING))
     (grad,) = torch.autograd.grad(outputs, x, [torch.ones_like(o) for o in outputs])
-    expected = flat(reference.stft_bands(reference.disc_preprocess(x.detach().double()), **TRAINING))
+    expected = flat(
+        reference.stft_bands(reference.disc_preprocess(x.detach().double()), **TRAINING)
+    )
     for actual, exact in zip(outputs, expected, strict=True):
         assert (actual - exact).abs().max() <= 4e-6 * exact.abs().max()
     with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
@@ -287,4 +350,6 @@ def test_training_size_on_the_gpu():
     for other in (again, captured):
         assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
     repeated = flat(native.stft_bands(native.disc_preprocess(x), **TRAINING))
-    assert torch.equal(grad, torch.autograd.grad(repeated, x, [torch.ones_like(o) for o in repeated])[0])
+    assert torch.equal(
+        grad, torch.autograd.grad(repeated, x, [torch.ones_like(o) for o in repeated])[0]
+    )

@@ -25,7 +25,10 @@ def test_every_backend_has_the_reference_signature(op):
 
 
 def test_named_backends_raise_and_auto_falls_back():
-    with dac_fast.use_backend("native"), pytest.raises(RuntimeError, match="'native' cannot run rvq_decode: it has no"):
+    with (
+        dac_fast.use_backend("native"),
+        pytest.raises(RuntimeError, match="'native' cannot run rvq_decode: it has no"),
+    ):
         ops.rvq_decode(torch.zeros(1, 1, 4, dtype=torch.int64), [X[0]], [X[0]], [X[0]])
     with (
         dac_fast.use_backend("native"),
@@ -33,7 +36,9 @@ def test_named_backends_raise_and_auto_falls_back():
     ):
         ops.snake(X.half(), ALPHA.half())
     with dac_fast.use_backend("auto"):
-        assert torch.equal(ops.snake(X.half(), ALPHA.half()), reference.snake(X.half(), ALPHA.half()))
+        assert torch.equal(
+            ops.snake(X.half(), ALPHA.half()), reference.snake(X.half(), ALPHA.half())
+        )
         assert ops.choose("snake", X.half(), ALPHA.half())[0] == "reference"
 
 
@@ -51,7 +56,9 @@ def test_the_backend_is_set_for_a_block_or_for_good(monkeypatch):
     assert ops.backend() == "reference"
     monkeypatch.setattr(ops, "_backend", None)
     monkeypatch.setenv("DAC_FAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="DAC_FAST_BACKEND is 'fast'; accepted: auto, reference, native, triton"):
+    with pytest.raises(
+        ValueError, match="DAC_FAST_BACKEND is 'fast'; accepted: auto, reference, native, triton"
+    ):
         ops.backend()
     with pytest.raises(ValueError, match="backend is 'cuda'; accepted"):
         dac_fast.use_backend("cuda")

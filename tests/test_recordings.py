@@ -34,7 +34,9 @@ def test_published_files_are_read_and_reproduced(golden, tmp_path, name):
 
     seconds = float(expected["win_duration"])
     file = codec.compress(
-        (expected["audio_in"][0], rate), None if seconds < 0 else seconds, padding=bool(expected["padding"])
+        (expected["audio_in"][0], rate),
+        None if seconds < 0 else seconds,
+        padding=bool(expected["padding"]),
     )
     assert np.array_equal(file.codes, expected["codes"])
     assert file.chunk_length == expected["chunk_length"]
@@ -57,11 +59,15 @@ def test_length_rate_and_channels_come_back(codec, rate, channels):
 
 def test_silence_and_levels_come_back(codec):
     """The gains are taken back: a recording at a hundredth of the level gives the same, at a hundredth."""
-    silent, _ = codec.decompress(codec.compress((np.zeros((1, 5000), np.float32), codec.sample_rate)))
+    silent, _ = codec.decompress(
+        codec.compress((np.zeros((1, 5000), np.float32), codec.sample_rate))
+    )
     assert np.isfinite(silent).all()
     assert np.abs(silent).max() < 0.01
     t = np.arange(40000) / codec.sample_rate
-    loud = np.stack([0.5 * np.sin(2 * np.pi * 440 * t), 0.02 * np.sin(2 * np.pi * 300 * t)]).astype(np.float32)
+    loud = np.stack([0.5 * np.sin(2 * np.pi * 440 * t), 0.02 * np.sin(2 * np.pi * 300 * t)]).astype(
+        np.float32
+    )
     results = [codec.compress((level * loud, codec.sample_rate)) for level in (1, 0.01)]
     assert torch.equal(results[0].codes, results[1].codes)
     first, second = (codec.decompress(file)[0] for file in results)
@@ -73,7 +79,9 @@ def test_silence_and_levels_come_back(codec):
 def test_chunks_change_nothing(codec, frames, dtype):
     """Codes of any chunk size are those of the whole signal, and so is the audio; exactly so where nothing rounds."""
     codec, hop = copy.deepcopy(codec).to(dtype), codec.hop_length
-    audio = 0.3 * torch.randn(2, 150 * hop + 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    audio = 0.3 * torch.randn(2, 150 * hop + 5, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
     whole = codec.encode(audio[:, None])
     # pieces that have nothing to do with the chunks
     pieces = audio.split(37 * hop + 11, dim=1)
@@ -83,7 +91,9 @@ def test_chunks_change_nothing(codec, frames, dtype):
     assert (codes != whole.codes).float().mean() <= (1e-3 if dtype == torch.float32 else 0)
     expected = codec.decode_codes(whole.codes)[:, 0]
     restored = torch.cat(list(windows.decode(codec, whole.codes, frames)), dim=1)
-    torch.testing.assert_close(restored, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-10)
+    torch.testing.assert_close(
+        restored, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-10
+    )
 
 
 def test_long_recordings_pass_through_in_pieces(codec):
@@ -94,7 +104,10 @@ def test_long_recordings_pass_through_in_pieces(codec):
         return lambda _, inputs: seen.setdefault(name, []).append(inputs[0].shape[-1])
 
     rate, hop = codec.sample_rate, codec.hop_length
-    hooks = [getattr(codec, name).register_forward_pre_hook(record(name)) for name in ("encoder", "decoder")]
+    hooks = [
+        getattr(codec, name).register_forward_pre_hook(record(name))
+        for name in ("encoder", "decoder")
+    ]
     audio = np.random.default_rng(0).uniform(-0.5, 0.5, 25 * rate).astype(np.float32)
     codec.decompress(codec.compress((audio, rate)))
     for hook in hooks:
@@ -124,7 +137,9 @@ def test_compress_says_what_it_cannot_do(codec):
     with pytest.raises(ValueError, match="codebooks; accepted: 1 to"):
         codec.compress((audio, 44100), n_quantizers=99)
     with pytest.raises(ValueError, match="accepted without padding: at least"):
-        codec.compress((np.zeros(44100, np.float32), codec.sample_rate), chunk_seconds=0.001, padding=False)
+        codec.compress(
+            (np.zeros(44100, np.float32), codec.sample_rate), chunk_seconds=0.001, padding=False
+        )
     with pytest.raises(ValueError, match="finite"):
         codec.compress((np.full(100, np.nan, np.float32), 44100))
 

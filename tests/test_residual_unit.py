@@ -38,7 +38,10 @@ def compare(arguments, dilation, padding, dtype=None, **options):
     actual = residual_unit(*arguments, dilation, padding, **options)
     same = reference.residual_unit(*arguments, dilation, padding, **options)
     exact = reference.residual_unit(
-        *map(double, arguments), dilation, padding, **{name: double(value) for name, value in options.items()}
+        *map(double, arguments),
+        dilation,
+        padding,
+        **{name: double(value) for name, value in options.items()},
     )
     for a, s, e in zip(actual, same, exact):
         assert (a is None) == (s is None)
@@ -65,11 +68,19 @@ def test_as_accurate_as_pytorch(channels, size, dilation, padded, dtype):
     padding = 3 * dilation * padded
     time = size if padded else size - 6 * dilation
     valid = (time + 2) // 3
-    y, _ = compare(arguments, dilation, padding, alpha=alpha, lengths=torch.tensor([valid, time], device=DEVICE))
+    y, _ = compare(
+        arguments,
+        dilation,
+        padding,
+        alpha=alpha,
+        lengths=torch.tensor([valid, time], device=DEVICE),
+    )
     crop = 3 * dilation - padding
     assert torch.equal(y[0, :, valid:], arguments[0][0, :, crop + valid : crop + time])
     if dtype != torch.float32:
-        singles = [tensor if i in (0, 1, 2, 5) else tensor.float() for i, tensor in enumerate(arguments)]
+        singles = [
+            tensor if i in (0, 1, 2, 5) else tensor.float() for i, tensor in enumerate(arguments)
+        ]
         compare(singles, dilation, padding, alpha=alpha.float(), keep=False)
 
 
@@ -81,7 +92,13 @@ def test_any_strides():
     others = [
         [wide[..., 7:47], *arguments[1:]],
         [arguments[0].contiguous(), arguments[1].contiguous(), *arguments[2:]],
-        [*arguments[:2], arguments[2].contiguous(), *arguments[3:5], arguments[5].mT.contiguous().mT, arguments[6]],
+        [
+            *arguments[:2],
+            arguments[2].contiguous(),
+            *arguments[3:5],
+            arguments[5].mT.contiguous().mT,
+            arguments[6],
+        ],
     ]
     for other in others:
         for a, e in zip(residual_unit(*other, 3, 9, alpha=alpha), expected):
@@ -100,11 +117,15 @@ def test_tiles_past_the_length():
 
 @pytest.mark.parametrize("kind", module.TILES)
 def test_every_tile(kind, monkeypatch):
-    arguments, alpha = unit(50 if kind == "unaligned" else 96, 70, torch.float16 if kind == "half" else torch.float32)
+    arguments, alpha = unit(
+        50 if kind == "unaligned" else 96, 70, torch.float16 if kind == "half" else torch.float32
+    )
     tf32, made = kind == "tf32", []
     for tile in range(len(module.TILES[kind])):
         monkeypatch.setattr(module, "tuned", lambda key, configs, run, tile=tile: configs[tile])
-        made += [compare(arguments, 3, 9, dtype=torch.float16 if tf32 else None, alpha=alpha, tf32=tf32)]
+        made += [
+            compare(arguments, 3, 9, dtype=torch.float16 if tf32 else None, alpha=alpha, tf32=tf32)
+        ]
     if not launch.INTERPRETED:
         # what `launch.tuned` asks for
         assert all(torch.equal(a, b) for outputs in made[1:] for a, b in zip(outputs, made[0]))
@@ -129,7 +150,9 @@ def test_refusals_name_the_value():
     assert "snaked has shape (2, 16, 10)" in residual_unit_unsupported(arguments[0], arguments[1][..., :10],
                                                                       *arguments[2:], 3, 9)  # fmt: skip
     wide = torch.zeros(1, 256, 8, device=DEVICE)
-    assert "256 channels; accepted: up to 192" in residual_unit_unsupported(wide, wide, *arguments[2:], 3, 9)
+    assert "256 channels; accepted: up to 192" in residual_unit_unsupported(
+        wide, wide, *arguments[2:], 3, 9
+    )
     with pytest.raises(ValueError, match="alpha is torch.float16"):
         residual_unit(*arguments, 3, 9, alpha=alpha.half())
 

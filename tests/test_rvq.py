@@ -31,7 +31,9 @@ def random_weights(depth=24, stages=3, size=100, dim=5, dtype=torch.float32, see
 
 
 def random_input(items=2, depth=24, frames=17, dtype=torch.float32, seed=1):
-    return torch.randn(items, depth, frames, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return torch.randn(items, depth, frames, generator=torch.Generator().manual_seed(seed)).to(
+        DEVICE, dtype
+    )
 
 
 def golden_weights(golden, name, stages):
@@ -53,11 +55,15 @@ def golden_weights(golden, name, stages):
 
 def regret(z, weights, codes):
     """Per frame and stage, in float64: how much farther the chosen entry is than the nearest one."""
-    in_weights, in_biases, codebooks, out_weights, out_biases = ([w.double() for w in group] for group in weights)
+    in_weights, in_biases, codebooks, out_weights, out_biases = (
+        [w.double() for w in group] for group in weights
+    )
     residual, regrets = z.double(), []
     for i, codebook in enumerate(codebooks):
         latent = F.conv1d(residual, in_weights[i][:, :, None], in_biases[i])
-        distance = torch.cdist(F.normalize(latent.transpose(1, 2), dim=2), F.normalize(codebook)[None]).square()
+        distance = torch.cdist(
+            F.normalize(latent.transpose(1, 2), dim=2), F.normalize(codebook)[None]
+        ).square()
         chosen = distance.gather(2, codes[:, i, :, None])[..., 0]
         regrets.append(chosen - distance.amin(2))
         entry = codebook[codes[:, i]].transpose(1, 2)
@@ -67,7 +73,10 @@ def regret(z, weights, codes):
 
 def with_gradients(module, z, weights, counts=None, lengths=None):
     """Outputs of rvq_encode, and gradients of z and of every weight for fixed gradients of the outputs."""
-    z, weights = z.clone().requires_grad_(), [[w.clone().requires_grad_() for w in group] for group in weights]
+    z, weights = (
+        z.clone().requires_grad_(),
+        [[w.clone().requires_grad_() for w in group] for group in weights],
+    )
     outputs = module.rvq_encode(z, *weights, counts, lengths)
     quantised, _, latents, commitment, codebook = outputs
     generator = torch.Generator().manual_seed(2)
@@ -79,7 +88,10 @@ def with_gradients(module, z, weights, counts=None, lengths=None):
 
 
 def test_codes_of_the_published_codec(golden):
-    model = {name: torch.from_numpy(value).to(DEVICE) for name, value in np.load(golden / "model_even.npz").items()}
+    model = {
+        name: torch.from_numpy(value).to(DEVICE)
+        for name, value in np.load(golden / "model_even.npz").items()
+    }
     weights = golden_weights(golden, "even", 5)
     quantised, codes, latents, commitment, codebook = rvq.rvq_encode(model["enc"], *weights)
     assert torch.equal(codes, model["codes"])
@@ -87,7 +99,9 @@ def test_codes_of_the_published_codec(golden):
         torch.testing.assert_close(actual, model[expected], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(commitment, model["commitment_loss"])
     torch.testing.assert_close(codebook, model["codebook_loss"])
-    torch.testing.assert_close(rvq.rvq_decode(codes, *weights[2:]), model["z_from_codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rvq.rvq_decode(codes, *weights[2:]), model["z_from_codes"], rtol=1e-5, atol=1e-5
+    )
 
     two = [group[:2] for group in weights]
     quantised, codes, *_ = rvq.rvq_encode(model["enc"], *two)
@@ -107,11 +121,15 @@ def test_whole_model_with_this_backend(golden):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("items", "frames", "size", "dim"), [(2, 17, 100, 5), (1, 1, 3, 1), (2, 9, 130, 32)])
+@pytest.mark.parametrize(
+    ("items", "frames", "size", "dim"), [(2, 17, 100, 5), (1, 1, 3, 1), (2, 9, 130, 32)]
+)
 def test_random_codes_are_the_nearest(items, frames, size, dim, dtype):
     weights = random_weights(stages=2, size=size, dim=dim, dtype=dtype)
     z = random_input(items, frames=frames, dtype=dtype)
-    quantised, codes, latents, commitment, codebook = rvq.rvq_encode(z.transpose(1, 2).contiguous().mT, *weights)
+    quantised, codes, latents, commitment, codebook = rvq.rvq_encode(
+        z.transpose(1, 2).contiguous().mT, *weights
+    )
     assert codes.dtype == torch.int64
     assert regret(z, weights, codes).max() < 1e-5
     exact = [[w.double() for w in group] for group in weights]
@@ -122,11 +140,15 @@ def test_random_codes_are_the_nearest(items, frames, size, dim, dtype):
     assert {quantised.dtype, latents.dtype, commitment.dtype, codebook.dtype} == {dtype}
     entries = torch.cat([exact[2][i][codes[:, i]].transpose(1, 2) for i in range(2)], 1)
     loss = (latents.double() - entries).square().mean() * 2
-    torch.testing.assert_close(commitment.double(), loss, rtol=3e-2 if dtype == torch.bfloat16 else 4e-3, atol=0)
+    torch.testing.assert_close(
+        commitment.double(), loss, rtol=3e-2 if dtype == torch.bfloat16 else 4e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize(
-    ("counts", "lengths"), [(None, None), ([1, 3], None), (None, [17, 4]), ([2, 1], [9, 17])], ids=str
+    ("counts", "lengths"),
+    [(None, None), ([1, 3], None), (None, [17, 4]), ([2, 1], [9, 17])],
+    ids=str,
 )
 def test_losses_and_gradients(counts, lengths):
     counts, lengths = (v and torch.tensor(v, device=DEVICE) for v in (counts, lengths))
@@ -186,7 +208,9 @@ def test_tables_follow_the_weights(monkeypatch):
     weights[0] = [w[:, :, None].clone() for w in weights[0]]
     before, builds = len(rvq._encode_tables.entries), []
     build = rvq._encode_tables.build
-    monkeypatch.setattr(rvq._encode_tables, "build", lambda *groups: builds.append(1) or build(*groups))
+    monkeypatch.setattr(
+        rvq._encode_tables, "build", lambda *groups: builds.append(1) or build(*groups)
+    )
 
     first = rvq.rvq_encode(z, *views(weights))
     with torch.inference_mode():
@@ -199,7 +223,10 @@ def test_tables_follow_the_weights(monkeypatch):
     for factor in (1, 2):
         weights[3][0].data = weights[3][0].data * factor
         with torch.no_grad():
-            changed, expected = rvq.rvq_encode(z, *views(weights)), reference.rvq_encode(z, *views(weights))
+            changed, expected = (
+                rvq.rvq_encode(z, *views(weights)),
+                reference.rvq_encode(z, *views(weights)),
+            )
         assert torch.equal(changed[1], expected[1])
         torch.testing.assert_close(changed[0], expected[0])
     assert not torch.equal(changed[0], first[0])
@@ -247,16 +274,22 @@ def test_registered():
     tables = decoding.codebooks, encoding.units, encoding.half_norms
     torch.library.opcheck(search, (leaf(projections), leaf(encoding.cross), *tables, lengths))
     bias = leaf(decoding.out_bias.sum(0))
-    torch.library.opcheck(decode, (codes, leaf(decoding.codebooks), leaf(decoding.out_weight), bias, torch.float32))
+    torch.library.opcheck(
+        decode, (codes, leaf(decoding.codebooks), leaf(decoding.out_weight), bias, torch.float32)
+    )
 
 
 def test_compiles_into_one_graph():
     z, weights = random_input(frames=4), random_weights(stages=2, size=9)
 
     class Compiled:
-        rvq_encode = staticmethod(torch.compile(rvq.rvq_encode, fullgraph=True, backend="aot_eager"))
+        rvq_encode = staticmethod(
+            torch.compile(rvq.rvq_encode, fullgraph=True, backend="aot_eager")
+        )
 
-    (outputs, gradients), (expected, expected_gradients) = (with_gradients(m, z, weights) for m in (Compiled, rvq))
+    (outputs, gradients), (expected, expected_gradients) = (
+        with_gradients(m, z, weights) for m in (Compiled, rvq)
+    )
     for actual, eager in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
         torch.testing.assert_close(actual, eager)
 

@@ -36,14 +36,18 @@ def make(shape, layout, dtype, seed=0):
     else:
         x = torch.randn(shape, generator=generator)
     alpha = torch.rand(1, c, 1, generator=generator) * 4 - 1
-    return (3 * x).to(DEVICE, dtype).detach().requires_grad_(), alpha.to(DEVICE, dtype).requires_grad_()
+    return (3 * x).to(DEVICE, dtype).detach().requires_grad_(), alpha.to(
+        DEVICE, dtype
+    ).requires_grad_()
 
 
 def with_gradients(op, inputs, seed=1, dtype=None):
     """Output and gradients of the inputs, for one fixed gradient of the output."""
     inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     y = op(*inputs)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, inputs[0].detach().dtype)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(
+        DEVICE, inputs[0].detach().dtype
+    )
     return y, *torch.autograd.grad(y, inputs, g.to(y.dtype))
 
 
@@ -76,7 +80,9 @@ def test_snake_beta(log_scale):
         assert run(x, alpha, beta, log_scale).shape == x.shape
     actual = with_gradients(lambda *a: snake_beta(*a, log_scale), (x, alpha, beta))
     same = with_gradients(lambda *a: beta_reference(*a, log_scale), (x, alpha, beta))
-    exact = with_gradients(lambda *a: beta_reference(*a, log_scale), (x, alpha, beta), dtype=torch.float64)
+    exact = with_gradients(
+        lambda *a: beta_reference(*a, log_scale), (x, alpha, beta), dtype=torch.float64
+    )
     for a, s, e in zip(actual, same, exact, strict=True):
         assert_as_good_as(a, s, e)
 
@@ -88,7 +94,10 @@ def test_sine_is_accurate_to_its_stated_bound():
     alpha, beta = torch.ones(1, 1, 1, device=DEVICE), torch.full((1, 1, 1), 2.0**-20, device=DEVICE)
     gain = 1 / (beta.double() + 1e-9)
     error = ((snake_beta(x, alpha, beta).double() - x) / gain - x.double().sin().square()).abs()
-    fused = not launch.INTERPRETED or tuple(map(int, launch.triton.__version__.split(".")[:2])) >= (3, 9)
+    fused = not launch.INTERPRETED or tuple(map(int, launch.triton.__version__.split(".")[:2])) >= (
+        3,
+        9,
+    )
     # Rounding of the result itself, which is at most 2^20 + 1e4.
     rounding = 6e-8 * 1.01
     assert (error <= 4e-7 + rounding + (0 if fused else 1.2e-7) * x.abs()).all(), error.max()
@@ -121,7 +130,9 @@ def test_same_bits_every_time_and_strides_kept():
 def test_offsets_beyond_32_bits():
     """Two items 2^31 elements apart; the memory between them is never touched."""
     torch.use_deterministic_algorithms(False)
-    x = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided((2, 2, 32), (2**31, 32, 1))
+    x = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(
+        (2, 2, 32), (2**31, 32, 1)
+    )
     values = torch.randn(2, 2, 32, device=DEVICE).half()
     x.copy_(values)
     alpha = torch.ones(1, 2, 1, device=DEVICE)
@@ -135,7 +146,9 @@ def test_registered():
     torch.library.opcheck(_snake, (x, alpha, beta))
     torch.library.opcheck(_snake_backward, (x.detach(), x.detach(), alpha.detach(), None))
     compiled = torch.compile(snake, fullgraph=True, backend="aot_eager")
-    for a, b in zip(with_gradients(compiled, (x, alpha)), with_gradients(snake, (x, alpha)), strict=True):
+    for a, b in zip(
+        with_gradients(compiled, (x, alpha)), with_gradients(snake, (x, alpha)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -161,7 +174,9 @@ def test_imports_without_triton():
     script = "import sys; sys.modules['triton'] = None; from dac_kernels import launch, rvq, snake"
     script += "; print(launch.device_unsupported(None))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert result.stdout.strip() == "Triton is not installed", result.stderr
 
 
@@ -169,7 +184,9 @@ def test_configuration_is_chosen_once_and_never_during_capture(monkeypatch):
     timed, capturing = [], True
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_choices", {})
-    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda run, **_: timed.append(run()) or timed[-1])
+    monkeypatch.setattr(
+        launch.triton.testing, "do_bench", lambda run, **_: timed.append(run()) or timed[-1]
+    )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     configs = [{"time": 3}, {"time": 1}, {"time": 2}]
     pick = lambda: launch.tuned("key", configs, lambda config: config["time"])  # noqa: E731
@@ -185,7 +202,9 @@ def test_warmup():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(70_000, 1, 5), (1, 70_000, 5), (1, 2, 70_000 * 16), (2, 1, 2**30 + 8)])
+@pytest.mark.parametrize(
+    "shape", [(70_000, 1, 5), (1, 70_000, 5), (1, 2, 70_000 * 16), (2, 1, 2**30 + 8)]
+)
 def test_large(shape):
     torch.use_deterministic_algorithms(False)
     x = torch.randn(shape, device="cuda", dtype=torch.float16)
@@ -194,7 +213,9 @@ def test_large(shape):
     for part in (slice(0, 4096), slice(-4096, None)):
         head = x[..., part] if shape[2] > 4096 else x
         got = y[..., part] if shape[2] > 4096 else y
-        assert_as_good_as(got, reference.snake(head, alpha.half()), reference.snake(head.double(), alpha.double()))
+        assert_as_good_as(
+            got, reference.snake(head, alpha.half()), reference.snake(head.double(), alpha.double())
+        )
 
 
 @pytest.mark.gpu

@@ -36,7 +36,12 @@ def test_a_manifest_says_more(tmp_path):
         (str(tmp_path / "a.wav"), "speech"),
         (str(tmp_path / "x/b.wav"), "x"),
     ]
-    assert (files[2].rate, files[2].seconds, files[2].package, files[2].full_band) == (8000, 2.0, "p", False)
+    assert (files[2].rate, files[2].seconds, files[2].package, files[2].full_band) == (
+        8000,
+        2.0,
+        "p",
+        False,
+    )
     assert [file.name for file in files_below(tmp_path)] == ["unlisted.wav"]
 
 
@@ -54,7 +59,10 @@ def test_a_manifest_says_more(tmp_path):
 def test_a_damaged_manifest_is_one_line(tmp_path, line):
     manifest = tmp_path / "list.jsonl"
     manifest.write_text('{"file": "a.wav"}\n' + line)
-    with pytest.raises(SourceError, match=r"list.jsonl: line 2 is .*; accepted: a JSON object with at least \"file\"$"):
+    with pytest.raises(
+        SourceError,
+        match=r"list.jsonl: line 2 is .*; accepted: a JSON object with at least \"file\"$",
+    ):
         audio_files(manifest)
 
 

@@ -28,13 +28,20 @@ def codec(request, golden):
 
 
 def random_codes(codec, batch, frames, seed=0):
-    shape, generator = (batch, codec.config.n_codebooks, frames), torch.Generator().manual_seed(seed)
-    return torch.randint(0, codec.config.codebook_size, shape, generator=generator).to(device(codec))
+    shape, generator = (
+        (batch, codec.config.n_codebooks, frames),
+        torch.Generator().manual_seed(seed),
+    )
+    return torch.randint(0, codec.config.codebook_size, shape, generator=generator).to(
+        device(codec)
+    )
 
 
 def random_audio(codec, batch, samples, seed=0):
     parameter = next(codec.parameters())
-    return 0.3 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(seed)).to(parameter)
+    return 0.3 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(seed)).to(
+        parameter
+    )
 
 
 def device(codec):
@@ -75,7 +82,12 @@ def test_other_forms_of_the_codec():
     """A stride of 1, whose encoder gives a frame more; LeakyReLU; a quantizer without projections."""
     torch.manual_seed(0)
     rates = {"encoder_rates": [1, 3], "decoder_rates": [3, 1]}
-    options = {"activation": "leaky_relu", "quantizer": "unprojected", "codebook_size": 16, "n_codebooks": 2}
+    options = {
+        "activation": "leaky_relu",
+        "quantizer": "unprojected",
+        "codebook_size": 16,
+        "n_codebooks": 2,
+    }
     codec = DAC(encoder_dim=4, decoder_dim=16, **rates, **options).double().eval()
     assert_pieces_give_the_whole(codec, [1, 0, 30, 5, 1, 60], 2, 3)
 
@@ -127,7 +139,10 @@ def test_look_ahead_of_the_presets():
     for name, decoder, encoder in [("44khz", 4757, 3733), ("16khz", 3141, 2493)]:
         with torch.device("meta"):
             codec = DAC(**PRESETS[name].to_dict())
-        assert (StreamingDecoder(codec).look_ahead, StreamingEncoder(codec).look_ahead) == (decoder, encoder)
+        assert (StreamingDecoder(codec).look_ahead, StreamingEncoder(codec).look_ahead) == (
+            decoder,
+            encoder,
+        )
 
 
 def run_slots(streams, signals, unit, lag, seed):
@@ -146,7 +161,10 @@ def run_slots(streams, signals, unit, lag, seed):
         frames = int(torch.randint(1, 6, (), generator=generator))
         chosen = (torch.rand(streams.batch, generator=generator) < 0.7).tolist()
         # a signal may end between two pushes only
-        active = [chosen[i] and (i not in slots or not 0 < slots[i][1] < frames) for i in range(streams.batch)]
+        active = [
+            chosen[i] and (i not in slots or not 0 < slots[i][1] < frames)
+            for i in range(streams.batch)
+        ]
         # what is pushed where no signal is must not matter
         block = signals[0].new_ones(streams.batch, signals[0].shape[1], frames * unit)
         for i, (signal, left) in slots.items():
@@ -239,7 +257,10 @@ def test_captured_pushes_give_the_same(codec, fake_graphs):
             decoders.capture(frames)
             encoders.capture(frames)
         lag = -(-decoders.look_ahead // hop)
-        outputs.append(run_slots(decoders, codes, 1, lag, 0) + run_slots(encoders, audio, hop, encoders.delay, 0))
+        outputs.append(
+            run_slots(decoders, codes, 1, lag, 0)
+            + run_slots(encoders, audio, hop, encoders.delay, 0)
+        )
     for plain, captured in zip(*outputs):
         torch.testing.assert_close(captured, plain, rtol=0, atol=1e-12)
     assert recorded_on_the_cpu.replays > 10
@@ -252,7 +273,9 @@ def test_captured_pushes_give_the_same(codec, fake_graphs):
         codes, audio = random_codes(codec, 2, 60), random_audio(codec, 2, 60 * hop)
         restored = torch.cat([*map(decoder.push, codes.split(1, dim=2)), decoder.flush()], dim=2)
         torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
-        encoded = torch.cat([*map(encoder.push, audio.split(2 * hop + 1, dim=2)), encoder.flush()], dim=2)
+        encoded = torch.cat(
+            [*map(encoder.push, audio.split(2 * hop + 1, dim=2)), encoder.flush()], dim=2
+        )
         assert torch.equal(encoded, codec.encode(audio).codes)
         assert recorded_on_the_cpu.replays > before + 20
 
@@ -277,7 +300,9 @@ def test_streams_run_the_engines_layers(golden, fake_graphs, name, precision):
     decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
     decoder.capture(2, batch=2)
     encoder.capture(2, batch=2)
-    assert {kept.dtype for kept in decoder._of(2)._chain.tails} == {codec.engine.plans["decode"].dtype}
+    assert {kept.dtype for kept in decoder._of(2)._chain.tails} == {
+        codec.engine.plans["decode"].dtype
+    }
     streamed = torch.cat([*map(decoder.push, codes.split(2, dim=2)), decoder.flush()], dim=2)
     assert streamed.dtype == torch.float32
     whole, truth = codec.decode_codes(codes), exact.decode_codes(codes)
@@ -300,14 +325,19 @@ def test_streams_run_on_the_fused_kernels(golden):
         with dac_fast.use_backend(backend):
             # as in the steady state
             audios = [decoder._compute(block, None) for block in codes.split(2, dim=2)]
-            encoded = [encoder._chain(block, None, None)[0] for block in audio.split(codec.hop_length, dim=2)]
+            encoded = [
+                encoder._chain(block, None, None)[0]
+                for block in audio.split(codec.hop_length, dim=2)
+            ]
         results.append((torch.cat(audios, dim=2), torch.cat(encoded, dim=2)))
     for fused, expected in zip(*results):
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
 
 
 def snr(actual, exact):
-    return 10 * torch.log10(exact.square().mean() / (actual.double() - exact).square().mean()).item()
+    return (
+        10 * torch.log10(exact.square().mean() / (actual.double() - exact).square().mean()).item()
+    )
 
 
 @pytest.mark.gpu
@@ -328,7 +358,12 @@ def test_graphs_replay_what_runs_without_them(golden, precision):
             decoders.capture(frames)
             encoders.capture(frames)
         lag = -(-decoders.look_ahead // hop)
-        outputs.append((run_slots(decoders, codes, 1, lag, 0), run_slots(encoders, audio, hop, encoders.delay, 0)))
+        outputs.append(
+            (
+                run_slots(decoders, codes, 1, lag, 0),
+                run_slots(encoders, audio, hop, encoders.delay, 0),
+            )
+        )
     for plain, captured in zip(*(decoded for decoded, _ in outputs)):
         # other kernels may be chosen for a recording, or by it
         assert snr(captured, plain.double()) > (50 if precision == "fp16" else 80)
@@ -346,7 +381,9 @@ def test_a_flush_ends_a_signal(codec):
         with torch.inference_mode():
             restored = torch.cat([decoder.push(codes), decoder.flush()], dim=2)
             torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
-            assert torch.equal(torch.cat([encoder.push(audio), encoder.flush()], dim=2), codec.encode(audio).codes)
+            assert torch.equal(
+                torch.cat([encoder.push(audio), encoder.flush()], dim=2), codec.encode(audio).codes
+            )
 
 
 def test_bad_arguments_say_what_is_accepted(codec):
@@ -358,11 +395,15 @@ def test_bad_arguments_say_what_is_accepted(codec):
         r"codes of shape \[1, \d, 3\]; accepted: \[2, 1 to": lambda: decoder.push(codes[:1]),
         "codes of shape": lambda: StreamingDecoder(codec).push(codes[0]),
         "code -1; accepted: 0 to": lambda: decoder.push(codes - codes.amin() - 1),
-        r"audio of shape \[2, 2, 3\]; accepted: \[2, 1, T\]": lambda: encoder.push(audio.repeat(1, 2, 1)),
+        r"audio of shape \[2, 2, 3\]; accepted: \[2, 1, T\]": lambda: encoder.push(
+            audio.repeat(1, 2, 1)
+        ),
         "0 codebooks; accepted: 1 to": lambda: StreamingEncoder(codec, n_quantizers=0),
         r"accepted: \[2, 1, a multiple of": lambda: EncoderStreams(codec, 2).push(audio),
         "batch is 0": lambda: DecoderStreams(codec, 0),
-        r"active is \[True\]; accepted: 2 booleans": lambda: DecoderStreams(codec, 2).push(codes, [True]),
+        r"active is \[True\]; accepted: 2 booleans": lambda: DecoderStreams(codec, 2).push(
+            codes, [True]
+        ),
         "active is": lambda: DecoderStreams(codec, 2).push(codes, torch.tensor([0, 1])),
     }
     for message, call in cases.items():

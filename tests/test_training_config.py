@@ -15,7 +15,11 @@ def test_the_recipes_are_the_published_ones():
     assert (full.trainer.steps, full.trainer.batch_size, full.data.seconds) == (400_000, 72, 0.38)
     assert (full.losses.mel, full.losses.feature, full.losses.adversarial) == (15, 2, 1)
     assert (full.losses.codebook, full.losses.commitment) == (1, 0.25)
-    assert (full.optimizer.learning_rate, full.optimizer.betas, full.optimizer.decay) == (1e-4, (0.8, 0.99), 0.999996)
+    assert (full.optimizer.learning_rate, full.optimizer.betas, full.optimizer.decay) == (
+        1e-4,
+        (0.8, 0.99),
+        0.999996,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("ablations/")])
@@ -27,14 +31,21 @@ def test_an_ablation_is_its_baseline_with_one_part_changed(name):
         assert baseline["model"]["quantizer_dropout"] == 1.0
     else:
         # Where discriminators or mel scales go, a weight makes up for them.
-        assert changed in ({"model"}, {"data"}, {"losses"}, {"discriminator"}, {"discriminator", "losses"})
+        assert changed in (
+            {"model"},
+            {"data"},
+            {"losses"},
+            {"discriminator"},
+            {"discriminator", "losses"},
+        )
 
 
 def test_overrides_and_bases(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: tiny\nmodel:\n  encoder_dim: 8\noptimizer:\n  learning_rate: 3e-4\n")
     recipe = load_recipe(
-        str(path), ["trainer.steps=1e3", "data.train={speech: a, music: [b, c]}", "data.loudness=null"]
+        str(path),
+        ["trainer.steps=1e3", "data.train={speech: a, music: [b, c]}", "data.loudness=null"],
     )
     assert recipe.name == "mine"
     assert recipe.model.latent_dim == 8 * 16  # follows from encoder_dim
@@ -77,5 +88,10 @@ def test_an_unknown_recipe_suggests_a_known_one():
 
 
 def test_quantizer_forms_reach_the_model():
-    recipe = load_recipe("ablations/ema", ["model.encoder_dim=4", "model.decoder_dim=16", "model.n_codebooks=1"])
-    assert DAC(**vars(recipe.model)).quantizer.quantizers[0].codebook.embedding_dim == recipe.model.latent_dim
+    recipe = load_recipe(
+        "ablations/ema", ["model.encoder_dim=4", "model.decoder_dim=16", "model.n_codebooks=1"]
+    )
+    assert (
+        DAC(**vars(recipe.model)).quantizer.quantizers[0].codebook.embedding_dim
+        == recipe.model.latent_dim
+    )

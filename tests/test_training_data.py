@@ -20,7 +20,12 @@ RATE = 8000
 def write_tone(path, seconds=2.0, rate=RATE, frequency=440.0, channels=1):
     path.parent.mkdir(parents=True, exist_ok=True)
     tone = 0.3 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)
-    soundfile.write(path, np.stack([tone] * channels, axis=1), rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+    soundfile.write(
+        path,
+        np.stack([tone] * channels, axis=1),
+        rate,
+        subtype="FLOAT" if path.suffix == ".wav" else None,
+    )
 
 
 @pytest.fixture
@@ -28,7 +33,12 @@ def library(tmp_path):
     """Three domains of different sizes; speech has half the rate."""
     for domain, count, rate in (("speech", 7, RATE // 2), ("music", 3, RATE), ("effects", 2, RATE)):
         for i in range(count):
-            write_tone(tmp_path / domain / f"{i}.wav", rate=rate, frequency=200.0 + 50 * i, channels=1 + i % 2)
+            write_tone(
+                tmp_path / domain / f"{i}.wav",
+                rate=rate,
+                frequency=200.0 + 50 * i,
+                channels=1 + i % 2,
+            )
     return tmp_path
 
 
@@ -67,7 +77,9 @@ def test_items_depend_on_seed_and_number_only(library):
 
     alone = run(workers=0)
     assert all(torch.equal(a, b) for a, b in zip(alone, run(workers=2), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(alone[2:], run(workers=1, first_step=2), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(alone[2:], run(workers=1, first_step=2), strict=True)
+    )
     halves = zip(run(0, processes=2), run(0, rank=1, processes=2), strict=True)
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(alone, halves, strict=True))
 
@@ -102,7 +114,9 @@ def test_unreadable_files_are_skipped_counted_and_listed(library):
     assert len(files) == 12
     assert {path.rpartition("/")[2] for path in unreadable} == {"noise.mp3", "empty.wav"}
     # One whose header is good and whose samples are not turns up when it is drawn.
-    soundfile.write(library / "speech" / "bad.wav", np.full(2 * RATE, np.nan), RATE, subtype="FLOAT")
+    soundfile.write(
+        library / "speech" / "bad.wav", np.full(2 * RATE, np.nan), RATE, subtype="FLOAT"
+    )
     data = excerpts(library, batch_size=3)
     seen = {}
     for batch in loader(data, Batches(range(10), 3), workers=1):
@@ -117,10 +131,14 @@ def test_nothing_to_train_on_is_one_line(tmp_path):
     with pytest.raises(DataError, match="no such folder or .jsonl manifest"):
         find_files(tmp_path / "missing", RATE)
     (tmp_path / "broken.wav").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of 1 files can be read, for example .*broken.wav: not an audio file"):
+    with pytest.raises(
+        DataError, match="none of 1 files can be read, for example .*broken.wav: not an audio file"
+    ):
         find_files(tmp_path, RATE)
     soundfile.write(tmp_path / "broken.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
-    with pytest.raises(DataError, match="^20 draws in a row cannot be read.*samples that are not finite$"):
+    with pytest.raises(
+        DataError, match="^20 draws in a row cannot be read.*samples that are not finite$"
+    ):
         list(loader(excerpts(tmp_path), Batches(range(1), 6), workers=1))
 
 
@@ -128,7 +146,9 @@ def test_manifest_and_hold_out(tmp_path):
     lines = []
     for i in range(8):
         write_tone(tmp_path / f"{i}.wav", seconds=1.0)
-        lines.append({"file": f"{i}.wav", "domain": "speech" if i < 6 else "music", "package": f"p{i // 2}"})
+        lines.append(
+            {"file": f"{i}.wav", "domain": "speech" if i < 6 else "music", "package": f"p{i // 2}"}
+        )
     lines[0]["full_band"] = False
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
@@ -140,10 +160,14 @@ def test_manifest_and_hold_out(tmp_path):
     assert len(training) == 6
     assert hold_out(files[::-1], 0.2)[1] == validation[::-1]
     manifest.write_text('{"file": "0.wav"}\nnonsense\n')
-    with pytest.raises(DataError, match="manifest.jsonl: line 2 is 'nonsense'; accepted: a JSON object"):
+    with pytest.raises(
+        DataError, match="manifest.jsonl: line 2 is 'nonsense'; accepted: a JSON object"
+    ):
         find_files(manifest, RATE)
 
 
 def test_full_band_domains_of_the_recipe_count(library):
-    files, _ = find_files({"voice": str(library / "speech"), "rest": [str(library / "music")]}, RATE, ["voice"])
+    files, _ = find_files(
+        {"voice": str(library / "speech"), "rest": [str(library / "music")]}, RATE, ["voice"]
+    )
     assert {(f.domain, f.full_band) for f in files} == {("voice", True), ("rest", False)}

@@ -67,7 +67,9 @@ def tones(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tones")
     time = np.arange(2 * RATE) / RATE
     for i in range(4):
-        tone = np.sin(2 * np.pi * (150 + 90 * i) * time) + 0.5 * np.sin(2 * np.pi * (700 + 310 * i) * time)
+        tone = np.sin(2 * np.pi * (150 + 90 * i) * time) + 0.5 * np.sin(
+            2 * np.pi * (700 + 310 * i) * time
+        )
         soundfile.write(folder / f"{i}.wav", 0.3 * tone, RATE)
     return folder
 
@@ -83,7 +85,9 @@ def quiet_train(*arguments):
 def start(arguments, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "DAC_FAST_BACKEND": "reference", **environment}
-    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def logged(folder, part="train"):
@@ -104,9 +108,15 @@ def wait_for(condition):
 def weights(folder):
     """All tensors of both networks and their optimizers in the newest checkpoint."""
     content = torch.load(state.checkpoints(folder)[-1], weights_only=True)
-    tensors = {f"{n}.{k}": v for n, network in content["networks"].items() for k, v in network.items()}
+    tensors = {
+        f"{n}.{k}": v for n, network in content["networks"].items() for k, v in network.items()
+    }
     for name, optimizer in content["optimizers"].items():
-        tensors |= {f"{name}.{i}.{k}": v for i, values in optimizer["state"].items() for k, v in values.items()}
+        tensors |= {
+            f"{name}.{i}.{k}": v
+            for i, values in optimizer["state"].items()
+            for k, v in values.items()
+        }
     return content["step"], tensors
 
 
@@ -139,9 +149,16 @@ def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     arguments = settings(tones, tmp_path / "two", *overrides)
-    processes = [start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    processes = [
+        start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)
+    ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     quiet_train(tones, tmp_path / "one", *overrides)
@@ -197,11 +214,22 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tones, tmp_path, monkeypatc
 
 def test_old_checkpoints_go_and_the_codec_can_be_loaded(tones, tmp_path):
     summary = quiet_train(
-        tones, tmp_path, "trainer.steps=5", "trainer.save_every=1", "trainer.keep_last=2", "trainer.keep_steps=[1]"
+        tones,
+        tmp_path,
+        "trainer.steps=5",
+        "trainer.save_every=1",
+        "trainer.keep_last=2",
+        "trainer.keep_steps=[1]",
     )
-    assert [path.stem for path in state.checkpoints(tmp_path)] == ["step_00000001", "step_00000004", "step_00000005"]
+    assert [path.stem for path in state.checkpoints(tmp_path)] == [
+        "step_00000001",
+        "step_00000004",
+        "step_00000005",
+    ]
     newest, best = (dac_fast.load(tmp_path / f"{name}.safetensors") for name in ("codec", "best"))
-    expected = torch.load(state.checkpoints(tmp_path)[-1], weights_only=True)["networks"]["generator"]
+    expected = torch.load(state.checkpoints(tmp_path)[-1], weights_only=True)["networks"][
+        "generator"
+    ]
     assert all(torch.equal(tensor, expected[key]) for key, tensor in newest.state_dict().items())
     assert best.config == newest.config
     assert summary.best == min(entry["mel_distance"] for entry in logged(tmp_path, "validation"))
@@ -217,7 +245,10 @@ def test_another_architecture_is_refused(tones, tmp_path):
         quiet_train(tones, tmp_path, "model.decoder_dim=8")
     with pytest.raises(ValueError, match=r"codec\.safetensors: .*expected"):
         quiet_train(
-            tones, tmp_path / "other", f"trainer.init_from={tmp_path / 'codec.safetensors'}", "model.decoder_dim=8"
+            tones,
+            tmp_path / "other",
+            f"trainer.init_from={tmp_path / 'codec.safetensors'}",
+            "model.decoder_dim=8",
         )
     assert not (tmp_path / "other").exists()
 
@@ -242,7 +273,14 @@ def test_it_learns_and_continues_from_a_codec(tones, tmp_path):
     # A run that has all its steps stays as it is.
     assert quiet_train(tones, tmp_path / "a", "trainer.steps=120", *alone, *overrides).step == 120
     start_from = f"trainer.init_from={tmp_path / 'a' / 'codec.safetensors'}"
-    quiet_train(tones, tmp_path / "b", "trainer.steps=2", start_from, "trainer.discriminator_warmup=1", *overrides)
+    quiet_train(
+        tones,
+        tmp_path / "b",
+        "trainer.steps=2",
+        start_from,
+        "trainer.discriminator_warmup=1",
+        *overrides,
+    )
     assert "mel" not in logged(tmp_path / "b")[0]
     assert logged(tmp_path / "b")[1]["mel"] < 0.6 * mel[0]
 

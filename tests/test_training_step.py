@@ -47,7 +47,9 @@ def plain_step(codec, discriminator, audio):
     fake = out["audio"]
 
     loss_d = 0
-    for maps_fake, maps_real in zip(discriminator(fake.clone().detach()), discriminator(audio), strict=True):
+    for maps_fake, maps_real in zip(
+        discriminator(fake.clone().detach()), discriminator(audio), strict=True
+    ):
         loss_d += torch.mean(maps_fake[-1] ** 2) + torch.mean((1 - maps_real[-1]) ** 2)
     optimizer_d.zero_grad()
     loss_d.backward()
@@ -57,11 +59,20 @@ def plain_step(codec, discriminator, audio):
 
     def log_mel(x, window, bins):
         spectrum = torch.stft(
-            x[:, 0], window, window // 4, window=torch.hann_window(window), center=True, return_complex=True
+            x[:, 0],
+            window,
+            window // 4,
+            window=torch.hann_window(window),
+            center=True,
+            return_complex=True,
         )
         return torch.log10((mel_filters(8000, window, bins) @ spectrum.abs()).clamp(min=1e-5))
 
-    losses = {"mel": sum(F.l1_loss(log_mel(fake, w, n), log_mel(audio, w, n)) for w, n in ((64, 5), (128, 10)))}
+    losses = {
+        "mel": sum(
+            F.l1_loss(log_mel(fake, w, n), log_mel(audio, w, n)) for w, n in ((64, 5), (128, 10))
+        )
+    }
     losses["adversarial"] = losses["feature"] = 0
     for maps_fake, maps_real in zip(discriminator(fake), discriminator(audio), strict=True):
         losses["adversarial"] += torch.mean((1 - maps_fake[-1]) ** 2)
@@ -106,7 +117,12 @@ def test_losses_gradients_and_update_are_those_of_a_plain_composition():
 
 
 def test_learning_rate_decays_with_every_step():
-    step = small_step("optimizer.learning_rate=1e-3", "optimizer.decay=0.5", "losses.adversarial=0", "losses.feature=0")
+    step = small_step(
+        "optimizer.learning_rate=1e-3",
+        "optimizer.decay=0.5",
+        "losses.adversarial=0",
+        "losses.feature=0",
+    )
     step(some_audio(), 3)
     assert step.discriminator is None
     assert step.optimizers["generator"].param_groups[0]["lr"] == 1e-3 / 8
@@ -125,10 +141,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
         for key, value in before["networks"][name].items():
             assert torch.equal(value, after["networks"][name][key]), key
         states = [content["optimizers"][name]["state"] for content in (before, after)]
-        assert all(torch.equal(value, states[1][i][key]) for i, s in states[0].items() for key, value in s.items())
-    assert {name: int(count) for name, count in step.skipped.items()} == {"total": 2, "row": 2, "longest": 2}
+        assert all(
+            torch.equal(value, states[1][i][key])
+            for i, s in states[0].items()
+            for key, value in s.items()
+        )
+    assert {name: int(count) for name, count in step.skipped.items()} == {
+        "total": 2,
+        "row": 2,
+        "longest": 2,
+    }
     step(some_audio(2), 3)
-    assert {name: int(count) for name, count in step.skipped.items()} == {"total": 2, "row": 0, "longest": 2}
+    assert {name: int(count) for name, count in step.skipped.items()} == {
+        "total": 2,
+        "row": 0,
+        "longest": 2,
+    }
 
 
 def test_discriminator_warmup_leaves_the_generator_as_it_is():
@@ -137,8 +165,13 @@ def test_discriminator_warmup_leaves_the_generator_as_it_is():
     losses = step(some_audio(), 0)
     assert set(losses) == {"discriminator", "grad_norm/discriminator"}
     after = step.state_dict()["networks"]
-    assert all(torch.equal(value, after["generator"][key]) for key, value in before["generator"].items())
-    assert not all(torch.equal(value, after["discriminator"][key]) for key, value in before["discriminator"].items())
+    assert all(
+        torch.equal(value, after["generator"][key]) for key, value in before["generator"].items()
+    )
+    assert not all(
+        torch.equal(value, after["discriminator"][key])
+        for key, value in before["discriminator"].items()
+    )
     assert "mel" in step(some_audio(), 1)
 
 
@@ -199,14 +232,20 @@ def test_every_form_of_the_quantizer_decodes_what_it_encodes_and_learns(form, tm
 def test_stage_by_stage_equals_the_op():
     torch.manual_seed(0)
     codec = DAC(4, (2, 4), None, 16, (4, 2), n_codebooks=3, codebook_size=16)
-    z, lengths, counts = torch.randn(4, 16, 20), torch.tensor([20, 7, 1, 13]), torch.tensor([3, 1, 2, 3])
+    z, lengths, counts = (
+        torch.randn(4, 16, 20),
+        torch.tensor([20, 7, 1, 13]),
+        torch.tensor([3, 1, 2, 3]),
+    )
     quantizer = codec.quantizer
     from dac_fast.ops.reference import rvq_encode
 
     weights = [[q.in_proj.normed_weight().squeeze(2) for q in quantizer.quantizers]]
     weights += [[q.in_proj.bias for q in quantizer.quantizers], *quantizer._decode_weights(3)]
     expected = rvq_encode(z, *weights, counts, lengths)
-    for actual, wanted in zip(quantizer._encode_stages(z, 3, counts, lengths), expected, strict=True):
+    for actual, wanted in zip(
+        quantizer._encode_stages(z, 3, counts, lengths), expected, strict=True
+    ):
         assert torch.allclose(actual, wanted, atol=1e-6)
 
 

@@ -14,5 +14,8 @@ def assert_as_good_as(actual, same_dtype, exact, dtype=None):
     dtype = dtype or actual.dtype
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (same_dtype.double() - exact).abs().max().item() + FLOOR[dtype] * exact.abs().max().item()
+    allowed = (
+        2 * (same_dtype.double() - exact).abs().max().item()
+        + FLOOR[dtype] * exact.abs().max().item()
+    )
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} ({dtype})"

@@ -46,10 +46,24 @@ class Layer:
 
 def units(place: str, hop: int, channels: int) -> list[Layer]:
     """A residual unit of that width."""
-    seven = Layer(f"{place}-conv7", hop, channels, channels, 7, 1, 3 * DILATION, DILATION, keep=False)
+    seven = Layer(
+        f"{place}-conv7", hop, channels, channels, 7, 1, 3 * DILATION, DILATION, keep=False
+    )
     if channels > FUSED:
         return [seven, Layer(f"{place}-conv1", hop, channels, channels, 1, residual=True)]
-    return [Layer(f"{place}-unit", hop, channels, channels, 7, 1, 3 * DILATION, DILATION, op="residual_unit")]
+    return [
+        Layer(
+            f"{place}-unit",
+            hop,
+            channels,
+            channels,
+            7,
+            1,
+            3 * DILATION,
+            DILATION,
+            op="residual_unit",
+        )
+    ]
 
 
 def layers(config: Config) -> list[Layer]:
@@ -58,7 +72,9 @@ def layers(config: Config) -> list[Layer]:
     found = [Layer("encoder-first", 1, 1, channels, 7, padding=3)]
     for rate in config.encoder_rates:
         found += units("encoder", hop, channels)
-        found.append(Layer("encoder-down", hop, channels, 2 * channels, 2 * rate, rate, -(-rate // 2)))
+        found.append(
+            Layer("encoder-down", hop, channels, 2 * channels, 2 * rate, rate, -(-rate // 2))
+        )
         channels, hop = 2 * channels, hop * rate
     found.append(Layer("encoder-last", hop, channels, config.latent_dim, 3, padding=1, snake=False))
     channels = config.decoder_dim
@@ -109,7 +125,13 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
         args = [x, reference.snake(x, alpha), *weights, layer.dilation, layer.padding]
         flops = flops * size * 8 // 7
     elif layer.op == "conv_transpose1d":
-        args = [x, innermost(layer.channels, layer.out, layer.kernel, scale), bias, layer.stride, layer.padding]
+        args = [
+            x,
+            innermost(layer.channels, layer.out, layer.kernel, scale),
+            bias,
+            layer.stride,
+            layer.padding,
+        ]
         flops *= size
     else:
         weight = innermost(layer.out, layer.channels, layer.kernel, scale)
@@ -118,17 +140,25 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
         flops *= size // layer.stride
 
     same = wanted(getattr(reference, layer.op)(*args, **options))
-    check = checks.as_good_as(same, wanted(getattr(reference, layer.op)(*doubles(args), **doubles(options))))
+    check = checks.as_good_as(
+        same, wanted(getattr(reference, layer.op)(*doubles(args), **doubles(options)))
+    )
     tensors = [value for value in (*args, *options.values(), *same) if isinstance(value, Tensor)]
     # The residual is x itself: what is listed twice is read once.
     memory = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return Prepared(peers.forward(functions(layer.op, args, options)), check, sum(memory.values()), flops)
+    return Prepared(
+        peers.forward(functions(layer.op, args, options)), check, sum(memory.values()), flops
+    )
 
 
 def functions(op: str, args: list, options: dict) -> dict:
     """PyTorch's way layer by layer, torch.compile of it, and ours; without arguments."""
     module = ops.IMPLEMENTATIONS[op]["triton"]
-    unfused = {"conv1d": conv1d, "conv_transpose1d": conv_transpose1d, "residual_unit": residual_unit}[op]
+    unfused = {
+        "conv1d": conv1d,
+        "conv_transpose1d": conv_transpose1d,
+        "residual_unit": residual_unit,
+    }[op]
     compiled = torch.compile(unfused, dynamic=False)
     return {
         "cudnn": lambda: wanted(unfused(ops.snake, *args, **options)),
@@ -150,7 +180,9 @@ def doubles(values):
     return [value.double() if isinstance(value, Tensor) else value for value in values]
 
 
-def conv1d(snake, x, weight, bias, stride, padding, dilation, *, alpha, keep, residual=None, tanh=False):
+def conv1d(
+    snake, x, weight, bias, stride, padding, dilation, *, alpha, keep, residual=None, tanh=False
+):
     """`ops.conv1d`, a pass for each step."""
     y = folded.conv1d(x, weight, bias, stride, padding, dilation)
     y = y.tanh() if tanh else y
@@ -164,7 +196,11 @@ def conv_transpose1d(snake, x, weight, bias, stride, padding, *, alpha, keep):
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
-def residual_unit(snake, x, snaked, weight1, bias1, alpha1, weight2, bias2, dilation, padding, *, alpha, keep):
+def residual_unit(
+    snake, x, snaked, weight1, bias1, alpha1, weight2, bias2, dilation, padding, *, alpha, keep
+):
     """`ops.residual_unit`, a pass for each step."""
-    hidden = conv1d(snake, snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False)[1]
+    hidden = conv1d(snake, snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False)[
+        1
+    ]
     return conv1d(snake, hidden, weight2, bias2, 1, 0, 1, alpha=alpha, keep=keep, residual=x)

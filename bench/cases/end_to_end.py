@@ -50,18 +50,26 @@ def cases(device: str, quick: bool) -> list[Case]:
             priority = -3 if first else -1 if direction == "both" else 1
             run = partial(prepare, preset, batch, seconds, direction)
             shape = f"{preset}-{batch}x{seconds:g}s"
-            found.append(Case("codec", direction, device, "float32", shape, run, priority, requests=True))
+            found.append(
+                Case("codec", direction, device, "float32", shape, run, priority, requests=True)
+            )
     return found
 
 
-def prepare(preset: str, batch: int, seconds: float, direction: str, settings: Settings) -> Prepared:
+def prepare(
+    preset: str, batch: int, seconds: float, direction: str, settings: Settings
+) -> Prepared:
     """Model, input, providers and check."""
     config = PRESETS[preset]
     codec = random_codec(preset, settings.device)
     frames = math.ceil(seconds * config.sample_rate / config.hop_length)
     generator = torch.Generator().manual_seed(1)
-    audio = 0.1 * torch.randn(batch, 1, frames * config.hop_length, generator=generator).to(settings.device)
-    codes = torch.randint(config.codebook_size, (batch, config.n_codebooks, frames), generator=generator)
+    audio = 0.1 * torch.randn(batch, 1, frames * config.hop_length, generator=generator).to(
+        settings.device
+    )
+    codes = torch.randint(
+        config.codebook_size, (batch, config.n_codebooks, frames), generator=generator
+    )
     source = codes.to(settings.device) if direction == "decode" else audio
     truth = Truth(codec, audio)
 
@@ -85,10 +93,20 @@ def _published(codec: DAC, direction: str, source: Tensor, settings: Settings):
     if not settings.published_python:
         return "no --published-python was given"
     # Its constructor knows no choice of activation or quantizer.
-    kwargs = {key: value for key, value in codec.config.to_dict().items() if key not in ("activation", "quantizer")}
+    kwargs = {
+        key: value
+        for key, value in codec.config.to_dict().items()
+        if key not in ("activation", "quantizer")
+    }
     kwargs["quantizer_dropout"] = bool(kwargs["quantizer_dropout"])
     state = {key: tensor.cpu() for key, tensor in codec.state_dict().items()}
-    job = {"kwargs": kwargs, "state": state, "direction": direction, "input": source.cpu(), "device": settings.device}
+    job = {
+        "kwargs": kwargs,
+        "state": state,
+        "direction": direction,
+        "input": source.cpu(),
+        "device": settings.device,
+    }
     precision = "tf32" if settings.device == "cuda" else "float32"
     return partial(Peer, settings.published_python, job, precision)
 
@@ -104,7 +122,9 @@ def _cpu_providers(codec: DAC, direction: str, source: Tensor, _size) -> dict:
     }
 
 
-def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int, float, int]) -> dict:
+def _cuda_providers(
+    codec: DAC, direction: str, source: Tensor, size: tuple[int, float, int]
+) -> dict:
     """The baseline first, then what matters most: a case may run out of time."""
     batch, seconds, frames = size
     start = {
@@ -114,7 +134,10 @@ def _cuda_providers(codec: DAC, direction: str, source: Tensor, size: tuple[int,
     full, shapes = direction == "both" and (batch, seconds) in FULL, ((batch, frames),)
     captured = partial(start["engine"], shapes=shapes, memory=GRAPH_BYTES)
     uncaptured = partial(start["engine"], shapes=shapes, memory=0)
-    found = {"published-equivalent": start["published_equivalent"], "transformers": start["transformers"]}
+    found = {
+        "published-equivalent": start["published_equivalent"],
+        "transformers": start["transformers"],
+    }
     # Compilation takes a minute or so.
     if direction == "both" or (direction, batch, seconds) in FIRST:
         found["recipe"] = start["recipe"]

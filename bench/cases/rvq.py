@@ -62,7 +62,9 @@ def _inputs(config: Config, batch: int, frames: int, device: str):
 def _flops(config: Config, frames: int) -> tuple[int, int]:
     """Of encoding and decoding: projection, search and projection; the last alone."""
     d = sum(config.codebook_dims)
-    return 2 * frames * d * (2 * config.latent_dim + config.codebook_size), 2 * frames * d * config.latent_dim
+    return 2 * frames * d * (
+        2 * config.latent_dim + config.codebook_size
+    ), 2 * frames * d * config.latent_dim
 
 
 def _doubles(weights):
@@ -102,10 +104,14 @@ def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) 
 
     functions = peers.functions("rvq_encode", z, *weights)
     bytes_moved = 2 * z.numel() * 4 + batch * frames * config.n_codebooks * 8
-    return Prepared(peers.forward(functions, z, *weights), check, bytes_moved, _flops(config, batch * frames)[0])
+    return Prepared(
+        peers.forward(functions, z, *weights), check, bytes_moved, _flops(config, batch * frames)[0]
+    )
 
 
-def prepare_encode_backward(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
+def prepare_encode_backward(
+    config: Config, batch: int, frames: int, settings: Settings
+) -> Prepared:
     """Gradients of the latent and every weight, for a random gradient of the quantised latent and both losses' own."""
     z, weights = _inputs(config, batch, frames, settings.device)
     gradient = torch.randn_like(z)
@@ -131,18 +137,26 @@ def prepare_encode_backward(config: Config, batch: int, frames: int, settings: S
 
     def check(outputs, _precision=None):
         # In the root mean square: a near tie that rounding decides the other way changes one frame's gradient.
-        errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(outputs, exact, strict=True)]
+        errors = [
+            ((a.double() - e).norm() / e.norm()).item() for a, e in zip(outputs, exact, strict=True)
+        ]
         assert errors[0] <= 1e-3, f"gradient of z off by {errors[0]:.3g}, allowed 1e-3"
         assert max(errors) <= 5e-2, f"gradient of a weight off by {max(errors):.3g}, allowed 5e-2"
         return max(errors)
 
-    return Prepared(peers.backward(functions, (z, *weights), leaves, [gradient, one, one]), check, 2 * z.numel() * 4)
+    return Prepared(
+        peers.backward(functions, (z, *weights), leaves, [gradient, one, one]),
+        check,
+        2 * z.numel() * 4,
+    )
 
 
 def prepare_decode(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
     """Decoding random codes."""
     z, weights = _inputs(config, batch, frames, settings.device)
-    codes = torch.randint(config.codebook_size, (batch, config.n_codebooks, frames), device=settings.device)
+    codes = torch.randint(
+        config.codebook_size, (batch, config.n_codebooks, frames), device=settings.device
+    )
     same = reference.rvq_decode(codes, *weights[2:])
     check = checks.as_good_as([same], [reference.rvq_decode(codes, *_doubles(weights)[2:])])
     functions = peers.functions("rvq_decode", codes, *weights[2:])

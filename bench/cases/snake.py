@@ -44,7 +44,13 @@ def cases(device: str, quick: bool) -> list[Case]:
     found = []
     for layer in layers(config):
         place, channels, hop = layer
-        dtypes = ["float32"] if device == "cpu" else ["float16", "float32"] if layer in widest else ["float16"]
+        dtypes = (
+            ["float32"]
+            if device == "cpu"
+            else ["float16", "float32"]
+            if layer in widest
+            else ["float16"]
+        )
         for dtype in dtypes:
             for batch, latent_frames in [single] if device == "cpu" else [training, single]:
                 directions = ["forward"]
@@ -61,7 +67,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     return found
 
 
-def prepare(shape: tuple[int, int, int], dtype: str, direction: str, settings: Settings) -> Prepared:
+def prepare(
+    shape: tuple[int, int, int], dtype: str, direction: str, settings: Settings
+) -> Prepared:
     """Inputs, providers and check for one shape [B, C, T]."""
     torch.manual_seed(0)
     x = torch.randn(shape, device=settings.device).to(getattr(torch, dtype))
@@ -69,7 +77,9 @@ def prepare(shape: tuple[int, int, int], dtype: str, direction: str, settings: S
     functions = peers.functions("snake", x, alpha, scripted=x.is_cuda)
     size = x.numel() * x.element_size()
     if direction == "forward":
-        check = checks.as_good_as([reference.snake(x, alpha)], [reference.snake(x.double(), alpha.double())])
+        check = checks.as_good_as(
+            [reference.snake(x, alpha)], [reference.snake(x.double(), alpha.double())]
+        )
         return Prepared(peers.forward(functions, x, alpha), check, bytes_moved=2 * size)
 
     gradient = torch.randn_like(x)
@@ -80,4 +90,6 @@ def prepare(shape: tuple[int, int, int], dtype: str, direction: str, settings: S
 
     check = checks.as_good_as(gradients(x.dtype), gradients(torch.float64))
     leaves = [x.requires_grad_(), alpha.requires_grad_()]
-    return Prepared(peers.backward(functions, leaves, leaves, [gradient]), check, bytes_moved=3 * size)
+    return Prepared(
+        peers.backward(functions, leaves, leaves, [gradient]), check, bytes_moved=3 * size
+    )

@@ -20,7 +20,9 @@ WINDOWS = (2048, 1024, 512)
 
 def cases(device: str, quick: bool) -> list[Case]:
     """Forward and backward; on the CPU a twelfth of the batch."""
-    signals, samples = (2, 2000) if quick else (144 if device == "cuda" else 12, round(0.38 * 44100))
+    signals, samples = (
+        (2, 2000) if quick else (144 if device == "cuda" else 12, round(0.38 * 44100))
+    )
     return [
         Case(
             "stft_bands", direction, device, "float32", f"{signals}x{samples}",

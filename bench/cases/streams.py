@@ -52,7 +52,9 @@ def prepare(preset: str, batch: int, direction: str, settings: Settings) -> Prep
         (output,) = outputs
         if direction == "decode":
             value = decibels(output, truth.expand_as(output))
-            assert value >= LEAST_SNR[precision], f"{value:.1f} dB, at least {LEAST_SNR[precision]} expected"
+            assert value >= LEAST_SNR[precision], (
+                f"{value:.1f} dB, at least {LEAST_SNR[precision]} expected"
+            )
             return {"snr_db": value}
         share = agreement(output, truth.expand_as(output))
         # of one frame only: in the other precisions a near tie would decide all of it

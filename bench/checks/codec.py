@@ -46,9 +46,19 @@ class Truth:
         self._hop, self._codec = codec.hop_length, copy.deepcopy(codec).double()
         frames = audio.shape[2] // self._hop
         whole = frames <= 2 * PIECE and audio.shape[0] == 1
-        spans = [(0, 0, frames)] if whole else [(0, 0, min(PIECE, frames)), (-1, max(frames - PIECE, 0), frames)]
+        spans = (
+            [(0, 0, frames)]
+            if whole
+            else [(0, 0, min(PIECE, frames)), (-1, max(frames - PIECE, 0), frames)]
+        )
         self._pieces = [
-            (item, begin, end, MARGIN if begin else 0, end - begin - (MARGIN if end < frames else 0))
+            (
+                item,
+                begin,
+                end,
+                MARGIN if begin else 0,
+                end - begin - (MARGIN if end < frames else 0),
+            )
             for item, begin, end in spans
         ]
         self._audio, self._decoded = audio, {}
@@ -77,11 +87,15 @@ class Truth:
         Raises:
             AssertionError: fewer agree than the precision should have.
         """
-        pieces = [codes[item, :, begin + a : begin + b][None] for item, begin, _, a, b in self._pieces]
+        pieces = [
+            codes[item, :, begin + a : begin + b][None] for item, begin, _, a, b in self._pieces
+        ]
         share = agreement(torch.cat(pieces, dim=2), torch.cat(self._codes, dim=2))
         # near ties make single codes differ: twice what the reference has, and half a percent
         least = LEAST_AGREEMENT.get(precision, 1 - 2 * (1 - self._float32) - 0.005)
-        assert share >= least, f"{share:.2%} of the codes are float64's, at least {least:.2%} expected"
+        assert share >= least, (
+            f"{share:.2%} of the codes are float64's, at least {least:.2%} expected"
+        )
         return {"agreement": share}
 
     def check_audio(self, codes: Tensor, audio: Tensor, precision: str) -> dict:
@@ -99,5 +113,7 @@ class Truth:
             exact.append(truth[..., : inside.shape[2]])
         assert all(t.shape[2] for t in actual), f"audio of shape {list(audio.shape)}"
         value = decibels(torch.cat(actual, dim=2), torch.cat(exact, dim=2))
-        assert value >= LEAST_SNR[precision], f"{value:.1f} dB, at least {LEAST_SNR[precision]} expected"
+        assert value >= LEAST_SNR[precision], (
+            f"{value:.1f} dB, at least {LEAST_SNR[precision]} expected"
+        )
         return {"snr_db": value}

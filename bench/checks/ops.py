@@ -23,7 +23,9 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
 
 
-def as_good_as(same_dtype: Sequence[Tensor], exact: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], float]:
+def as_good_as(
+    same_dtype: Sequence[Tensor], exact: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], float]:
     """A check of outputs against float64 ones, allowing for what PyTorch in the same dtype gets wrong.
 
     Args:

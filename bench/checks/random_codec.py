@@ -35,7 +35,11 @@ def random_codec(preset: str, device: str = "cpu") -> DAC:
             if isinstance(module, (Conv1d, ConvTranspose1d)):
                 weight = module.weight_v
                 # a transposed convolution's output sees two taps
-                terms = 2 * weight.shape[0] if isinstance(module, ConvTranspose1d) else weight[0].numel()
+                terms = (
+                    2 * weight.shape[0]
+                    if isinstance(module, ConvTranspose1d)
+                    else weight[0].numel()
+                )
                 _set_weight(module, normal(weight.shape) * GAIN / math.sqrt(terms))
                 module.bias.copy_(0.01 * normal(module.bias.shape))
             elif isinstance(module, Snake):
@@ -73,7 +77,11 @@ def _set_weight(conv: WeightNorm, weight: torch.Tensor):
 
 def convolution_flops(config: Config, direction: str, frames: int) -> int:
     """Of one item's convolutions in encode, decode or both, counted on a model without data."""
-    with torch.device("meta"), ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
+    with (
+        torch.device("meta"),
+        ops.use_backend("reference"),
+        FlopCounterMode(display=False) as counter,
+    ):
         codec = DAC(**config.to_dict())
         if direction != "decode":
             codec.encoder(torch.empty(1, 1, frames * config.hop_length))

@@ -30,7 +30,10 @@ class Peer:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._outputs = folder / "outputs.pt"
-        torch.save(job | {"threads": torch.get_num_threads(), "outputs": str(self._outputs)}, folder / "job.pt")
+        torch.save(
+            job | {"threads": torch.get_num_threads(), "outputs": str(self._outputs)},
+            folder / "job.pt",
+        )
         worker = Path(__file__).with_name("published.py")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self._log = (folder / "log").open("w+")

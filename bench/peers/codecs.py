@@ -36,14 +36,20 @@ class Run:
             return self.call()
 
 
-def in_turn(encode: Callable, decode: Callable, direction: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def in_turn(
+    encode: Callable, decode: Callable, direction: str
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """What a direction asks for, of the source."""
 
     def both(audio):
         codes = encode(audio)
         return codes, decode(codes)
 
-    return {"encode": lambda audio: (encode(audio),), "decode": lambda codes: (decode(codes),), "both": both}[direction]
+    return {
+        "encode": lambda audio: (encode(audio),),
+        "decode": lambda codes: (decode(codes),),
+        "both": both,
+    }[direction]
 
 
 def modules(codec: DAC, direction: str, source: Tensor, backend: str) -> Run:
@@ -140,7 +146,12 @@ def recipe(codec: DAC, direction: str, source: Tensor) -> Run:
 
 
 def engine(
-    codec: DAC, direction: str, source: Tensor, precision: str | None = None, shapes: tuple = (), memory: int = 0
+    codec: DAC,
+    direction: str,
+    source: Tensor,
+    precision: str | None = None,
+    shapes: tuple = (),
+    memory: int = 0,
 ) -> Run:
     """`codec.optimize`; with `memory` 0 the layers' choices are made for the shapes, and nothing is captured."""
     stages = {"encode": ("encode",), "decode": ("decode",), "both": ("encode", "decode")}[direction]

@@ -23,13 +23,17 @@ class Recipe:
         dtype: of encoder and decoder.
     """
 
-    def __init__(self, config: Config, state: dict[str, Tensor], dtype: torch.dtype = torch.float16):
+    def __init__(
+        self, config: Config, state: dict[str, Tensor], dtype: torch.dtype = torch.float16
+    ):
         self.config, self.dtype, self.weights = config, dtype, {}
         for key, tensor in folded(state).items():
             if key.startswith("quantizer.") or key.endswith("alpha"):
                 self.weights[key] = tensor.detach().float()
             elif tensor.dim() == 3:
-                self.weights[key] = tensor[:, :, None].to(dtype).contiguous(memory_format=torch.channels_last)
+                self.weights[key] = (
+                    tensor[:, :, None].to(dtype).contiguous(memory_format=torch.channels_last)
+                )
             else:
                 self.weights[key] = tensor.to(dtype)
 
@@ -41,9 +45,13 @@ class Recipe:
             name = f"encoder.block.{i}.block"
             for j, dilation in enumerate((1, 3, 9)):
                 x = self._unit(x, f"{name}.{j}", dilation)
-            x = self._conv(self._snake(x, f"{name}.3"), f"{name}.4", stride=stride, padding=-(-stride // 2))
+            x = self._conv(
+                self._snake(x, f"{name}.3"), f"{name}.4", stride=stride, padding=-(-stride // 2)
+            )
         last = len(self.config.encoder_rates) + 1
-        x = self._conv(self._snake(x, f"encoder.block.{last}"), f"encoder.block.{last + 1}", padding=1)
+        x = self._conv(
+            self._snake(x, f"encoder.block.{last}"), f"encoder.block.{last + 1}", padding=1
+        )
         return self._quantise(x[:, :, 0].float())
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -59,7 +67,9 @@ class Recipe:
             for j, dilation in enumerate((1, 3, 9), start=2):
                 x = self._unit(x, f"{name}.{j}", dilation)
         last = len(self.config.decoder_rates) + 1
-        x = self._conv(self._snake(x, f"decoder.model.{last}"), f"decoder.model.{last + 1}", padding=3)
+        x = self._conv(
+            self._snake(x, f"decoder.model.{last}"), f"decoder.model.{last + 1}", padding=3
+        )
         return x[:, :, 0].tanh().float()
 
     def _conv(self, x, name, stride=1, padding=0, dilation=1):
@@ -71,11 +81,19 @@ class Recipe:
         return (x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()).to(x.dtype)
 
     def _unit(self, x, name, dilation):
-        y = self._conv(self._snake(x, f"{name}.block.0"), f"{name}.block.1", padding=3 * dilation, dilation=dilation)
+        y = self._conv(
+            self._snake(x, f"{name}.block.0"),
+            f"{name}.block.1",
+            padding=3 * dilation,
+            dilation=dilation,
+        )
         return x + self._conv(self._snake(y, f"{name}.block.2"), f"{name}.block.3")
 
     def _projected(self, x, name):
-        return torch.matmul(self.weights[f"{name}.weight"][:, :, 0], x) + self.weights[f"{name}.bias"][:, None]
+        return (
+            torch.matmul(self.weights[f"{name}.weight"][:, :, 0], x)
+            + self.weights[f"{name}.bias"][:, None]
+        )
 
     def _entries(self, stage, codes):
         entries = F.embedding(codes, self.weights[f"quantizer.quantizers.{stage}.codebook.weight"])
@@ -87,7 +105,9 @@ class Recipe:
             latent = self._projected(residual, f"quantizer.quantizers.{i}.in_proj")
             entries = F.normalize(self.weights[f"quantizer.quantizers.{i}.codebook.weight"])
             # the nearest of unit vectors has the largest product
-            codes.append(torch.matmul(F.normalize(latent.transpose(1, 2), dim=2), entries.t()).argmax(2))
+            codes.append(
+                torch.matmul(F.normalize(latent.transpose(1, 2), dim=2), entries.t()).argmax(2)
+            )
             residual = residual - self._entries(i, codes[-1])
         return torch.stack(codes, dim=1)
 

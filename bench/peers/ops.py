@@ -46,7 +46,10 @@ def forward(functions: dict[str, Callable | str], *args) -> dict[str, Provider]:
 
 
 def backward(
-    functions: dict[str, Callable | str], args: Sequence, leaves: Sequence[Tensor], gradients: Sequence[Tensor]
+    functions: dict[str, Callable | str],
+    args: Sequence,
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor],
 ) -> dict[str, Provider]:
     """Providers of the backward pass alone: the forward runs once, its graph is kept, each run is one `autograd.grad`.
 

@@ -108,7 +108,10 @@ class Quantizer(nn.Module):
         self.quantizers = nn.ModuleList()
         for dim in config.codebook_dims:
             stage = nn.Module()
-            stage.in_proj, stage.out_proj = conv(config.latent_dim, dim, 1), conv(dim, config.latent_dim, 1)
+            stage.in_proj, stage.out_proj = (
+                conv(config.latent_dim, dim, 1),
+                conv(dim, config.latent_dim, 1),
+            )
             stage.codebook = nn.Embedding(config.codebook_size, dim)
             self.quantizers.append(stage)
 
@@ -122,12 +125,23 @@ class Quantizer(nn.Module):
         for i, stage in enumerate(self.quantizers):
             keep = i < stages
             latent = stage.in_proj(residual)
-            rows, entries = F.normalize(latent.transpose(1, 2).flatten(0, 1)), F.normalize(stage.codebook.weight)
-            distance = rows.pow(2).sum(1, keepdim=True) - 2 * rows @ entries.t() + entries.pow(2).sum(1)
+            rows, entries = (
+                F.normalize(latent.transpose(1, 2).flatten(0, 1)),
+                F.normalize(stage.codebook.weight),
+            )
+            distance = (
+                rows.pow(2).sum(1, keepdim=True) - 2 * rows @ entries.t() + entries.pow(2).sum(1)
+            )
             code = (-distance).max(1)[1].view(len(z), -1)
             entry = F.embedding(code, stage.codebook.weight).transpose(1, 2)
-            commitment = commitment + (F.mse_loss(latent, entry.detach(), reduction="none").mean((1, 2)) * keep).mean()
-            codebook = codebook + (F.mse_loss(entry, latent.detach(), reduction="none").mean((1, 2)) * keep).mean()
+            commitment = (
+                commitment
+                + (F.mse_loss(latent, entry.detach(), reduction="none").mean((1, 2)) * keep).mean()
+            )
+            codebook = (
+                codebook
+                + (F.mse_loss(entry, latent.detach(), reduction="none").mean((1, 2)) * keep).mean()
+            )
             output = stage.out_proj(latent + (entry - latent).detach())
             quantised = quantised + output * keep[:, None, None]
             residual = residual - output
@@ -149,14 +163,19 @@ class Codec(nn.Module):
         self.encoder = Block(*layers, Snake(width), conv(width, config.latent_dim, 3, padding=1))
         self.quantizer = Quantizer(config)
 
-        width, layers = config.decoder_dim, [conv(config.latent_dim, config.decoder_dim, 7, padding=3)]
+        width, layers = (
+            config.decoder_dim,
+            [conv(config.latent_dim, config.decoder_dim, 7, padding=3)],
+        )
         for stride in config.decoder_rates:
             shape, padding = (width, width // 2, 2 * stride), math.ceil(stride / 2)
             up = Conv(shape, width // 2, F.conv_transpose1d, stride=stride, padding=padding)
             layers.append(Block(Snake(width), up, *residual_units(width // 2)))
             width //= 2
         self.decoder = nn.Module()
-        self.decoder.model = nn.Sequential(*layers, Snake(width), conv(width, 1, 7, padding=3), nn.Tanh())
+        self.decoder.model = nn.Sequential(
+            *layers, Snake(width), conv(width, 1, 7, padding=3), nn.Tanh()
+        )
 
     def forward(self, audio):
         """Audio [B, 1, T] restored, codes, commitment loss, codebook loss."""
@@ -174,7 +193,9 @@ class PeriodDiscriminator(nn.Module):
         self.period = period
         channels, layers = (1, 32, 128, 512, 1024, 1024), []
         for inputs, outputs, stride in zip(channels, channels[1:], (3, 3, 3, 3, 1), strict=False):
-            layer = Conv((outputs, inputs, 5, 1), outputs, F.conv2d, stride=(stride, 1), padding=(2, 0))
+            layer = Conv(
+                (outputs, inputs, 5, 1), outputs, F.conv2d, stride=(stride, 1), padding=(2, 0)
+            )
             layers.append(nn.Sequential(layer, nn.LeakyReLU(0.1)))
         self.convs = nn.ModuleList(layers)
         self.conv_post = Conv((1, 1024, 3, 1), 1, F.conv2d, padding=(1, 0))
@@ -218,7 +239,9 @@ class ResolutionDiscriminator(nn.Module):
         side = (self.window - hop) // 2
         padded = F.pad(audio, (side, side + -audio.shape[-1] % hop), mode="reflect")
         hann = torch.hann_window(self.window, dtype=audio.dtype, device=audio.device)
-        spectrum = torch.stft(padded[:, 0], self.window, hop, window=hann, center=True, return_complex=True)
+        spectrum = torch.stft(
+            padded[:, 0], self.window, hop, window=hann, center=True, return_complex=True
+        )
         # The two frames at each end see nothing but padding.
         return torch.view_as_real(spectrum[..., 2:-2]).permute(0, 3, 2, 1)
 
@@ -240,7 +263,9 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         if config.rates:
-            raise ValueError(f"discriminator.rates is {list(config.rates)}; accepted: none, as published")
+            raise ValueError(
+                f"discriminator.rates is {list(config.rates)}; accepted: none, as published"
+            )
         self.discriminators = nn.ModuleList(
             [
                 *(PeriodDiscriminator(period) for period in config.periods),
@@ -275,14 +300,22 @@ class PublishedStep:
         self.networks = {"generator": self.codec, "discriminator": self.discriminator}
         settings = {"betas": recipe.optimizer.betas, "weight_decay": recipe.optimizer.weight_decay}
         self.optimizers = {
-            name: torch.optim.AdamW(network.parameters(), lr=recipe.optimizer.learning_rate, **settings)
+            name: torch.optim.AdamW(
+                network.parameters(), lr=recipe.optimizer.learning_rate, **settings
+            )
             for name, network in self.networks.items()
         }
         # Replaced by `compile`.
-        self.run_codec, self.run_discriminator, self.run_mel_loss = self.codec, self.discriminator, self.mel_loss
+        self.run_codec, self.run_discriminator, self.run_mel_loss = (
+            self.codec,
+            self.discriminator,
+            self.mel_loss,
+        )
         rate, losses = recipe.model.sample_rate, recipe.losses
         scales = zip(losses.mel_windows, losses.mel_bins, strict=True)
-        self.filters = {window: mel_filters(rate, window, bins).to(device) for window, bins in scales}
+        self.filters = {
+            window: mel_filters(rate, window, bins).to(device) for window, bins in scales
+        }
         # Told each part of the step as it begins.
         self.mark = lambda part: None
 
@@ -297,13 +330,17 @@ class PublishedStep:
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
             optimizer = self.optimizers[name]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
+            optimizer.load_state_dict(
+                optimizer.state_dict() | {"state": state["optimizers"][name]["state"]}
+            )
 
     def state_dict(self) -> dict:
         """The part of `TrainingStep.state_dict()` that this step knows."""
         return {
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {
+                name: optimizer.state_dict() for name, optimizer in self.optimizers.items()
+            },
         }
 
     def mel_loss(self, fake: Tensor, real: Tensor) -> Tensor:
@@ -311,10 +348,15 @@ class PublishedStep:
 
         def log_mel(x, window, filters):
             hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
-            spectrum = torch.stft(x[:, 0], window, window // 4, window=hann, center=True, return_complex=True)
+            spectrum = torch.stft(
+                x[:, 0], window, window // 4, window=hann, center=True, return_complex=True
+            )
             return (filters.to(x.dtype) @ spectrum.abs()).clamp(1e-5).log10()
 
-        return sum(F.l1_loss(log_mel(fake, *scale), log_mel(real, *scale)) for scale in self.filters.items())
+        return sum(
+            F.l1_loss(log_mel(fake, *scale), log_mel(real, *scale))
+            for scale in self.filters.items()
+        )
 
     def run_both(self, fake: Tensor, real: Tensor):
         """The discriminator's maps of generated and of real audio, from the waveforms on."""
@@ -338,7 +380,9 @@ class PublishedStep:
     def __call__(self, audio: Tensor, step: int) -> dict[str, float]:
         """Step number `step` (from 0) on audio [B, 1, T]: every loss before its weight, and the gradient norms."""
         for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = self.recipe.optimizer.learning_rate * self.recipe.optimizer.decay**step
+            optimizer.param_groups[0]["lr"] = (
+                self.recipe.optimizer.learning_rate * self.recipe.optimizer.decay**step
+            )
         self.mark("generator forward")
         with self.autocast():
             fake, _, commitment, codebook = self.run_codec(audio)
@@ -347,7 +391,10 @@ class PublishedStep:
         fakes, reals = self.run_both(fake.clone().detach(), audio)
         scores = [[full_precision(maps[-1]) for maps in signal] for signal in (fakes, reals)]
         loss = sum(f.pow(2).mean() + (1 - r).pow(2).mean() for f, r in zip(*scores, strict=True))
-        values = {"discriminator": loss, "grad_norm/discriminator": self.update("discriminator", loss)}
+        values = {
+            "discriminator": loss,
+            "grad_norm/discriminator": self.update("discriminator", loss),
+        }
         del fakes, reals, scores
 
         fakes, reals = self.run_both(fake, audio)

@@ -30,8 +30,20 @@ RUNS = {
     "published, fp32, seed 0": ("published", "fp32", 0, 0.0, "published, fp32, seed 0"),
     "published, fp32, seed 1": ("published", "fp32", 1, 0.0, "published, fp32, seed 0"),
     "published, fp32, seed 2": ("published", "fp32", 2, 0.0, "published, fp32, seed 0"),
-    "published, fp32, seed 0, weights off by 1e-6": ("published", "fp32", 0, 1e-6, "published, fp32, seed 0"),
-    "published, fp32, seed 0, weights off by 2e-6": ("published", "fp32", 0, 2e-6, "published, fp32, seed 0"),
+    "published, fp32, seed 0, weights off by 1e-6": (
+        "published",
+        "fp32",
+        0,
+        1e-6,
+        "published, fp32, seed 0",
+    ),
+    "published, fp32, seed 0, weights off by 2e-6": (
+        "published",
+        "fp32",
+        0,
+        2e-6,
+        "published, fp32, seed 0",
+    ),
     "ours, fp32, seed 0": ("ours", "fp32", 0, 0.0, "published, fp32, seed 0"),
     "ours, fp32, seed 1": ("ours", "fp32", 1, 0.0, "published, fp32, seed 1"),
     "ours, fp32, seed 2": ("ours", "fp32", 2, 0.0, "published, fp32, seed 2"),
@@ -39,18 +51,30 @@ RUNS = {
 }
 
 
-def run_compare(device: str, steps: int, path: Path, quick: tuple[str, ...] = (), commit: str | None = None) -> dict:
+def run_compare(
+    device: str, steps: int, path: Path, quick: tuple[str, ...] = (), commit: str | None = None
+) -> dict:
     """Make the runs, write the document to `path` and its table and plot beside it; returns the document.
 
     Args:
         quick: overrides of a still smaller model, for the test of this.
     """
-    document = {"schema": SCHEMA, "environment": environment(device, commit), "steps": steps, "runs": {}}
+    document = {
+        "schema": SCHEMA,
+        "environment": environment(device, commit),
+        "steps": steps,
+        "runs": {},
+    }
     for name, (implementation, precision, seed, change, _) in RUNS.items():
         recipe = load_recipe("tiny", [*SMALL, *quick, f"trainer.seed={seed}"])
-        document["runs"][name] = one_run(recipe, implementation, precision, change, steps, torch.device(device))
+        document["runs"][name] = one_run(
+            recipe, implementation, precision, change, steps, torch.device(device)
+        )
         write(document, path)
-        print(f"{name}: mel {document['runs'][name]['held_out'][-1]:.4f} on held-out audio", flush=True)
+        print(
+            f"{name}: mel {document['runs'][name]['held_out'][-1]:.4f} on held-out audio",
+            flush=True,
+        )
     document["verdict"] = verdict(document)
     write(document, path)
     path.with_suffix(".md").write_text(markdown(document))
@@ -62,7 +86,12 @@ def run_compare(device: str, steps: int, path: Path, quick: tuple[str, ...] = ()
 
 
 def one_run(
-    recipe: Recipe, implementation: str, precision: str, change: float, steps: int, device: torch.device
+    recipe: Recipe,
+    implementation: str,
+    precision: str,
+    change: float,
+    steps: int,
+    device: torch.device,
 ) -> dict:
     """Every step's losses; the mel loss on held-out audio before every few steps, and after the last one."""
     step, seed = make_step(implementation, recipe, device, precision), recipe.trainer.seed
@@ -82,9 +111,17 @@ def one_run(
         if number % EVERY == 0:
             judged.append(judge(step))
         torch.manual_seed(1_000_000 * seed + number)
-        values = step(made_up_audio(recipe, BATCH, seed=1_000_000 * seed + number).to(device), number)
+        values = step(
+            made_up_audio(recipe, BATCH, seed=1_000_000 * seed + number).to(device), number
+        )
         # of later steps only what is looked at
-        losses.append({name: float(value) for name, value in values.items() if number < EARLY or name == "mel"})
+        losses.append(
+            {
+                name: float(value)
+                for name, value in values.items()
+                if number < EARLY or name == "mel"
+            }
+        )
     return {"losses": losses, "held_out": [*judged, judge(step)]}
 
 
@@ -95,12 +132,22 @@ def verdict(document: dict) -> dict:
     training, held_out: mel loss at the end; per run, its difference to the one that it is compared with.
     """
     runs, early = document["runs"], {}
-    for name in ("mel", "discriminator", "adversarial", "feature", "commitment", "codebook", "loss"):
+    for name in (
+        "mel",
+        "discriminator",
+        "adversarial",
+        "feature",
+        "commitment",
+        "codebook",
+        "loss",
+    ):
         pairs = [
             (a[name], b[name])
             for key, (implementation, precision, *_, against) in RUNS.items()
             if (implementation, precision) == ("ours", "fp32")
-            for a, b in zip(runs[key]["losses"][:EARLY], runs[against]["losses"][:EARLY], strict=True)
+            for a, b in zip(
+                runs[key]["losses"][:EARLY], runs[against]["losses"][:EARLY], strict=True
+            )
         ]
         early[name] = max(abs(a - b) / abs(b) for a, b in pairs)
     found = {"early": early, "training": {}, "held_out": {}}
@@ -121,7 +168,11 @@ def markdown(document: dict) -> str:
     lines = [
         f"# {steps} training steps, ours and the published composition: {title(document['environment'])}",
         "",
-        *(f"- {key}: {value}" for key, value in document["environment"].items() if value is not None),
+        *(
+            f"- {key}: {value}"
+            for key, value in document["environment"].items()
+            if value is not None
+        ),
         f"- a small codec and small discriminators (`bench/train_compare.py`), {BATCH} items a step, made-up audio",
         "",
         f"## The first {EARLY} steps in float32",
@@ -132,12 +183,29 @@ def markdown(document: dict) -> str:
         "",
         f"## Mel loss after {steps} steps",
         "",
-        table_row(("run", f"training, last {LAST} steps", "difference", f"{HELD_OUT} held-out items", "difference")),
+        table_row(
+            (
+                "run",
+                f"training, last {LAST} steps",
+                "difference",
+                f"{HELD_OUT} held-out items",
+                "difference",
+            )
+        ),
         table_row(["---"] * 5),
     ]
     for name in RUNS:
-        run, training, held_out = document["runs"][name], found["training"][name], found["held_out"][name]
-        cells = [name, f"{final_training(run):.4f}", f"{training:+.4f}", f"{run['held_out'][-1]:.4f}"]
+        run, training, held_out = (
+            document["runs"][name],
+            found["training"][name],
+            found["held_out"][name],
+        )
+        cells = [
+            name,
+            f"{final_training(run):.4f}",
+            f"{training:+.4f}",
+            f"{run['held_out'][-1]:.4f}",
+        ]
         lines.append(table_row([*cells, f"{held_out:+.4f}"]))
     first = document["runs"]["published, fp32, seed 0"]["held_out"][0]
     lines += [

@@ -26,7 +26,9 @@ def write_train_report(path: Path) -> list[Path]:
 def markdown(document: dict) -> str:
     """The whole report."""
     environment, limits, recipe = document["environment"], document["limits"], document["recipe"]
-    matmul = ", ".join(f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items())
+    matmul = ", ".join(
+        f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items()
+    )
     seconds, name = recipe["data"]["seconds"], recipe["name"]
     lines = [f"# Training step of `{name}`: {title(environment)}", ""]
     lines += [f"- {key}: {value}" for key, value in environment.items() if value is not None]
@@ -55,7 +57,12 @@ def markdown(document: dict) -> str:
     if failed:
         lines += ["", "## Failed", "", *(f"- {label(row)}: {row['reason']}" for row in failed)]
     if document["not_run"]:
-        lines += ["", "## Not run (out of time)", "", *(f"- {label(row)}" for row in document["not_run"])]
+        lines += [
+            "",
+            "## Not run (out of time)",
+            "",
+            *(f"- {label(row)}" for row in document["not_run"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -85,14 +92,26 @@ def _times(row: dict, baseline: dict) -> list[str]:
     pairs = zip(baseline.get("round_ms", ()), row["round_ms"], strict=False)
     ratios = [b / r for b, r in pairs]
     ratio = f"{np.median(ratios):.2f}" if ratios else ""
-    return [f"{row['steps_s']:.3g}", f"{row['step_ms']:.4g}", f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}", ratio]
+    return [
+        f"{row['steps_s']:.3g}",
+        f"{row['step_ms']:.4g}",
+        f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+        ratio,
+    ]
 
 
 def _parts(row: dict) -> list[str]:
     header = ("part", "GFLOP", "GB", "floor ms", "ms", "of floor")
     lines = ["", f"## {label(row)}", "", table_row(header), table_row(["---"] * len(header))]
     for part, work in row["work"].items():
-        cells = [part, f"{work['flops'] / 1e9:.3g}", f"{work['bytes'] / 1e9:.3g}", f"{work['floor_ms']:.3g}", "", ""]
+        cells = [
+            part,
+            f"{work['flops'] / 1e9:.3g}",
+            f"{work['bytes'] / 1e9:.3g}",
+            f"{work['floor_ms']:.3g}",
+            "",
+            "",
+        ]
         if "parts" in row:
             milliseconds = row["parts"][part]
             cells[4:] = f"{milliseconds:.4g}", f"{work['floor_ms'] / milliseconds:.0%}"
@@ -104,7 +123,10 @@ def _parts(row: dict) -> list[str]:
     ]
     if "discriminators" in row:
         times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["discriminators"].items())
-        lines += ["", f"An update's passes through each discriminator alone, forward and backward: {times}."]
+        lines += [
+            "",
+            f"An update's passes through each discriminator alone, forward and backward: {times}.",
+        ]
     return lines
 
 
@@ -131,5 +153,8 @@ def plot(document: dict, path: Path):
     axes.set_xlabel("ms a step")
     handles = [axes.barh(0, 0, color=f"C{i}") for i in range(len(names))]
     axes.legend(handles, names, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(f"Training step of {document['recipe']['name']}, {title(document['environment'])}", fontsize=10)
+    axes.set_title(
+        f"Training step of {document['recipe']['name']}, {title(document['environment'])}",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=120)

@@ -69,7 +69,9 @@ class TrainSettings:
     quick: bool = False
 
 
-def run_train(settings: TrainSettings, path: Path, budget: float | None = None, commit: str | None = None):
+def run_train(
+    settings: TrainSettings, path: Path, budget: float | None = None, commit: str | None = None
+):
     """Time everything and write the document to `path`, again after every row.
 
     Args:
@@ -92,7 +94,10 @@ def run_train(settings: TrainSettings, path: Path, budget: float | None = None, 
     if settings.data:
         document["data"] = time_data(recipe, settings.data, settings.seconds)
     for batch, group in product(settings.batches, groups(settings)):
-        rows = [{"batch": batch, "precision": precision, "implementation": name} for name, precision in group]
+        rows = [
+            {"batch": batch, "precision": precision, "implementation": name}
+            for name, precision in group
+        ]
         if budget is not None and time.monotonic() - start > budget:
             document["not_run"] += rows
             continue
@@ -100,8 +105,12 @@ def run_train(settings: TrainSettings, path: Path, budget: float | None = None, 
         document["rows"] += rows
         write(document, path)
         for row in rows:
-            result = f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
-            print(f"batch {batch}, {row['precision']}, {row['implementation']}: {result}", flush=True)
+            result = (
+                f"{row['step_ms']:.1f} ms" if "step_ms" in row else row.get("reason", row["status"])
+            )
+            print(
+                f"batch {batch}, {row['precision']}, {row['implementation']}: {result}", flush=True
+            )
         if any(row["implementation"] == "published, compiled" for row in rows):
             torch._dynamo.reset()
         gc.collect()
@@ -116,10 +125,18 @@ def groups(settings: TrainSettings) -> list[list[tuple[str, str]]]:
     On the CPU all of a precision do, so that a machine that slows down slows all; on a GPU each has it for itself.
     """
     if settings.device == "cpu":
-        return [[(name, precision) for name in settings.implementations] for precision in settings.precisions]
+        return [
+            [(name, precision) for name in settings.implementations]
+            for precision in settings.precisions
+        ]
     pairs = product(settings.implementations, settings.precisions)
     # Compiling takes minutes.
-    return [[pair] for pair in sorted(pairs, key=lambda pair: (pair not in FIRST, pair[0] == "published, compiled"))]
+    return [
+        [pair]
+        for pair in sorted(
+            pairs, key=lambda pair: (pair not in FIRST, pair[0] == "published, compiled")
+        )
+    ]
 
 
 def made_up_audio(recipe: Recipe, items: int, seed: int = 0) -> Tensor:
@@ -133,7 +150,9 @@ def made_up_audio(recipe: Recipe, items: int, seed: int = 0) -> Tensor:
     t = torch.arange(samples) / rate
     phase = 2 * torch.pi * uniform(80, 800) * t * torch.arange(1, 9)[:, None] + uniform(0, 6)
     # No partial beyond half the sample rate: the eighth of 800 Hz lies at 6.4 kHz.
-    tones = (torch.sin(phase) / torch.arange(1, 9)[:, None]).sum(1, keepdim=True) * torch.exp(-uniform(0, 10) * t)
+    tones = (torch.sin(phase) / torch.arange(1, 9)[:, None]).sum(1, keepdim=True) * torch.exp(
+        -uniform(0, 10) * t
+    )
     noise = torch.randn(items, 1, samples, generator=random)
     return 0.2 * tones + uniform(0.001, 0.05) * noise
 
@@ -189,7 +208,9 @@ def measure_rows(rows: list[dict], recipe: Recipe, settings: TrainSettings, limi
         torch.cuda.reset_peak_memory_stats()
     times = take_turns(steps, audio, settings.seconds)
     # A graph is one part, and what torch.compile made of a step does not show its tensors.
-    parts = time_parts({name: steps[name] for name in ("published", "ours") if name in steps}, audio)
+    parts = time_parts(
+        {name: steps[name] for name in ("published", "ours") if name in steps}, audio
+    )
     for row in rows:
         name = row["implementation"]
         if name not in steps:
@@ -333,10 +354,14 @@ def count_work(step, audio: Tensor, limits: dict, precision: str) -> dict:
     for (part, f, m), (_, next_f, next_m) in pairwise(totals):
         flops[part] += next_f - f
         moved[part] += next_m - m
-    parameters = sum(p.numel() for network in (step.codec, step.discriminator) for p in network.parameters())
+    parameters = sum(
+        p.numel() for network in (step.codec, step.discriminator) for p in network.parameters()
+    )
     # Read and written: the parameters and two moments; read: the gradients.
     moved["optimizers"] = 7 * 4 * parameters
-    rate = limits["matmul_tflop_s"]["bfloat16" if precision == "bf16" and audio.is_cuda else "float32"]
+    rate = limits["matmul_tflop_s"][
+        "bfloat16" if precision == "bf16" and audio.is_cuda else "float32"
+    ]
     work = {}
     for part in flops:
         floor = max(flops[part] / rate / 1e9, moved[part] / limits["copy_gb_s"] / 1e6)

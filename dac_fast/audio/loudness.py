@@ -26,7 +26,9 @@ class LoudnessMeter:
         from pyloudnorm import IIRfilter
 
         if sample_rate not in SAMPLE_RATES:
-            raise AudioError(f"sample rate is {sample_rate}; accepted: {SAMPLE_RATES.start} Hz or more")
+            raise AudioError(
+                f"sample rate is {sample_rate}; accepted: {SAMPLE_RATES.start} Hz or more"
+            )
         self.sample_rate, self.channels = sample_rate, channels
         self.peaks = np.zeros(channels, np.float32)
         filters = [IIRfilter(0.0, 0.5, 38.0, sample_rate, "high_pass")]
@@ -35,14 +37,18 @@ class LoudnessMeter:
             filters.insert(0, IIRfilter(4.0, 1 / math.sqrt(2), 1500.0, sample_rate, "high_shelf"))
         # The published meter holds the coefficients in float32: so rounded, this one is within 2e-5 dB of it on a 30 Hz
         # tone at 24 kHz, else 3e-4 dB off.
-        self._sections = np.array([np.concatenate([f.b, f.a]) for f in filters], np.float32).astype(np.float64)
+        self._sections = np.array([np.concatenate([f.b, f.a]) for f in filters], np.float32).astype(
+            np.float64
+        )
         self._state = np.zeros((len(filters), channels, 2))
         # A gating block is four steps, and where these round down, the first few samples of the next step.
         self._step = int(0.1 * sample_rate)
         self._rest = int(0.4 * sample_rate) - 4 * self._step
         self._samples = 0
         self._pending = np.zeros((channels, 0))  # squares of the step in progress
-        self._energies = [np.zeros((2, channels, 0))]  # of whole steps, and of their first `_rest` samples
+        self._energies = [
+            np.zeros((2, channels, 0))
+        ]  # of whole steps, and of their first `_rest` samples
 
     def update(self, block: np.ndarray):
         """Takes the next samples, [C, n]."""
@@ -50,7 +56,9 @@ class LoudnessMeter:
 
         self._samples += block.shape[1]
         self.peaks = np.maximum(self.peaks, np.abs(block).max(axis=1, initial=0)).astype(np.float32)
-        weighted, self._state = sosfilt(self._sections, block.astype(np.float64), axis=1, zi=self._state)
+        weighted, self._state = sosfilt(
+            self._sections, block.astype(np.float64), axis=1, zi=self._state
+        )
         squares = np.concatenate([self._pending, np.square(weighted)], axis=1)
         whole = squares.shape[1] // self._step * self._step
         self._energies.append(self._energies_of(squares[:, :whole]))
@@ -71,7 +79,9 @@ class LoudnessMeter:
         n_blocks = max(0, math.ceil((self._samples - size) / self._step)) + 1
         last = np.pad(self._pending, ((0, 0), (0, self._step - self._pending.shape[1])))
         steps, rests = np.concatenate([*self._energies, self._energies_of(last)], axis=2)
-        steps, rests = (np.pad(e, ((0, 0), (0, max(0, n_blocks + 4 - e.shape[1])))) for e in (steps, rests))
+        steps, rests = (
+            np.pad(e, ((0, 0), (0, max(0, n_blocks + 4 - e.shape[1])))) for e in (steps, rests)
+        )
         blocks = sum(steps[:, i : i + n_blocks] for i in range(4)) + rests[:, 4 : 4 + n_blocks]
 
         weights = np.array([1.41 if channel in (3, 4) else 1.0 for channel in range(self.channels)])

@@ -15,7 +15,19 @@ SAMPLE_RATES = range(100, 1_000_001)  # Hz; below, K-weighting's 38 Hz high-pass
 MAX_CHANNELS = 1024  # libsndfile's limit
 
 # What a folder is searched for; single files may have any name.
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
+AUDIO_SUFFIXES = (
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+    ".w64",
+)
 
 
 class AudioError(ValueError):
@@ -41,7 +53,11 @@ class Recording:
         if isinstance(source, (str, os.PathLike)):
             self.name, self._array = os.fspath(source), None
             with _open(self.name) as file:
-                self.channels, self.sample_rate, self.frames = file.channels, file.samplerate, file.frames
+                self.channels, self.sample_rate, self.frames = (
+                    file.channels,
+                    file.samplerate,
+                    file.frames,
+                )
             _require_whole_wav(self.name)
         else:
             self.name = "array"
@@ -49,7 +65,9 @@ class Recording:
             self.channels, self.frames = self._array.shape
         if self.sample_rate not in SAMPLE_RATES:
             accepted = f"{SAMPLE_RATES.start} to {SAMPLE_RATES.stop - 1} Hz"
-            raise AudioError(f"{self.name}: sample rate is {self.sample_rate}; accepted: {accepted}")
+            raise AudioError(
+                f"{self.name}: sample rate is {self.sample_rate}; accepted: {accepted}"
+            )
         if self.frames == 0:
             raise AudioError(f"{self.name}: holds no samples")
 
@@ -92,13 +110,17 @@ class Recording:
                     piece = file.read(size, dtype="float32", always_2d=True)
                 except soundfile.SoundFileError as error:
                     second = read / self.sample_rate
-                    raise AudioError(f"{self.name}: damaged or cut short beyond {second:.3f} s ({error})") from error
+                    raise AudioError(
+                        f"{self.name}: damaged or cut short beyond {second:.3f} s ({error})"
+                    ) from error
                 if not len(piece):
                     break
                 read += len(piece)
                 yield np.ascontiguousarray(piece.T)
             if read == 0 or (read < self.frames and file.format != "MP3"):
-                raise AudioError(f"{self.name}: cut short: {read} of {self.frames} samples are there")
+                raise AudioError(
+                    f"{self.name}: cut short: {read} of {self.frames} samples are there"
+                )
             self.frames = read
 
 
@@ -132,7 +154,9 @@ def _require_whole_wav(path: str):
             if header[:4] == b"data":
                 # Writers into a pipe cannot know the length and leave all ones there (or nearly).
                 if length < 0x7FFF0000 and file.tell() + length > size:
-                    raise AudioError(f"{path}: cut short: {size - file.tell()} of {length} bytes of audio are there")
+                    raise AudioError(
+                        f"{path}: cut short: {size - file.tell()} of {length} bytes of audio are there"
+                    )
                 return
             file.seek(length + length % 2, os.SEEK_CUR)
 
@@ -142,11 +166,17 @@ def _checked_array(source) -> tuple[np.ndarray, int]:
         array, rate = source
         array = np.asarray(array)
     except (TypeError, ValueError) as error:
-        raise AudioError(f"audio is {type(source).__name__}; accepted: a path, or (array, sample rate)") from error
+        raise AudioError(
+            f"audio is {type(source).__name__}; accepted: a path, or (array, sample rate)"
+        ) from error
     if not np.issubdtype(array.dtype, np.floating):
-        raise AudioError(f"array: dtype is {array.dtype}; accepted: floating point, full scale at 1")
+        raise AudioError(
+            f"array: dtype is {array.dtype}; accepted: floating point, full scale at 1"
+        )
     if array.ndim not in (1, 2) or not 1 <= np.atleast_2d(array).shape[0] <= MAX_CHANNELS:
-        raise AudioError(f"array: shape is {list(array.shape)}; accepted: [T], or [C, T] with C up to {MAX_CHANNELS}")
+        raise AudioError(
+            f"array: shape is {list(array.shape)}; accepted: [T], or [C, T] with C up to {MAX_CHANNELS}"
+        )
     if isinstance(rate, bool) or rate != int(rate):
         raise AudioError(f"array: sample rate is {rate!r}; accepted: a whole number of Hz")
     return np.atleast_2d(array), int(rate)

@@ -43,11 +43,20 @@ def resampled(blocks: Iterable[np.ndarray], old_rate: int, new_rate: int) -> Ite
     old, new = old_rate // divisor, new_rate // divisor
     filters = filter_bank(old, new)
     width = filters.shape[1] // 2 - 1
-    held, first, done, total = None, -width, 0, 0  # input held, index of its first sample, outputs so far, inputs
+    held, first, done, total = (
+        None,
+        -width,
+        0,
+        0,
+    )  # input held, index of its first sample, outputs so far, inputs
     for block in chain(blocks, [None]):
         if block is not None:
             total += block.shape[1]
-            held = np.pad(block, ((0, 0), (width, 0)), "edge") if held is None else np.concatenate([held, block], 1)
+            held = (
+                np.pad(block, ((0, 0), (width, 0)), "edge")
+                if held is None
+                else np.concatenate([held, block], 1)
+            )
             # the outputs whose last tap is here
             until = max(-(-(total - width - 1) * new // old), 0)
         elif held is not None:

@@ -67,13 +67,19 @@ def files_below(folder: str | os.PathLike, domain: str = "") -> list[AudioFile]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder or .jsonl manifest")
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.name[0] != ".")
+    paths = (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.name[0] != "."
+    )
     return [_audio_file(folder, str(path.relative_to(folder)), domain) for path in paths]
 
 
 def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:
     files = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(
+        manifest.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
+    ):
         if not line.strip():
             continue
         try:
@@ -82,18 +88,29 @@ def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:
                 raise ValueError
             known = {
                 key: convert(entry[key])
-                for key, convert in {"package": str, "full_band": bool, "seconds": float, "rate": int}.items()
+                for key, convert in {
+                    "package": str,
+                    "full_band": bool,
+                    "seconds": float,
+                    "rate": int,
+                }.items()
                 if entry.get(key) is not None
             }
-            files.append(_audio_file(manifest.parent, entry["file"], domain or entry.get("domain"), **known))
+            files.append(
+                _audio_file(manifest.parent, entry["file"], domain or entry.get("domain"), **known)
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             accepted = 'a JSON object with at least "file"'
-            raise SourceError(f"{manifest}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}") from error
+            raise SourceError(
+                f"{manifest}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}"
+            ) from error
     return files
 
 
 def _audio_file(folder: Path, inside: str, domain: str | None, **known) -> AudioFile:
     path, parts = str(folder / inside), Path(inside).parts
     if not domain:
-        domain = parts[0] if len(parts) > 1 and not Path(inside).is_absolute() else folder.resolve().name
+        domain = (
+            parts[0] if len(parts) > 1 and not Path(inside).is_absolute() else folder.resolve().name
+        )
     return AudioFile(path, Path(inside).as_posix(), str(domain), **{"package": path} | known)

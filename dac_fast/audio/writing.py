@@ -34,7 +34,9 @@ class AudioWriter:
         OutputError: the file cannot be written there.
     """
 
-    def __init__(self, path: str | os.PathLike, sample_rate: int, channels: int, subtype: str | None = None):
+    def __init__(
+        self, path: str | os.PathLike, sample_rate: int, channels: int, subtype: str | None = None
+    ):
         self.path, self.sample_rate, self.channels = os.fspath(path), sample_rate, channels
         suffix = Path(path).suffix.lower()
         if suffix not in WRITABLE:
@@ -42,7 +44,9 @@ class AudioWriter:
         self._format, subtypes = WRITABLE[suffix]
         self._subtype = subtype or subtypes[0]
         if self._subtype not in subtypes:
-            raise AudioError(f"{self.path}: subtype is {subtype!r}; accepted for {suffix}: {', '.join(subtypes)}")
+            raise AudioError(
+                f"{self.path}: subtype is {subtype!r}; accepted for {suffix}: {', '.join(subtypes)}"
+            )
         self._bytes = 0
 
     def __enter__(self) -> "AudioWriter":
@@ -53,12 +57,19 @@ class AudioWriter:
             try:
                 self._file = stack.enter_context(
                     soundfile.SoundFile(
-                        temporary, "w", self.sample_rate, self.channels, self._subtype, format=self._format
+                        temporary,
+                        "w",
+                        self.sample_rate,
+                        self.channels,
+                        self._subtype,
+                        format=self._format,
                     )
                 )
             except (soundfile.SoundFileError, ValueError, TypeError) as error:
                 what = f"{self.channels} channels at {self.sample_rate} Hz as {self._format} {self._subtype}"
-                raise AudioError(f"{self.path}: cannot write {what}: the format does not take them") from error
+                raise AudioError(
+                    f"{self.path}: cannot write {what}: the format does not take them"
+                ) from error
             self._stack = stack.pop_all()
         return self
 
@@ -72,18 +83,24 @@ class AudioWriter:
         import soundfile
 
         if block.ndim != 2 or block.shape[0] != self.channels:
-            raise AudioError(f"{self.path}: block is {list(block.shape)}; accepted: [{self.channels}, n]")
+            raise AudioError(
+                f"{self.path}: block is {list(block.shape)}; accepted: [{self.channels}, n]"
+            )
         if not np.isfinite(block).all():
             raise AudioError(f"{self.path}: the audio to write has samples that are not finite")
         self._bytes += block.size * SAMPLE_BYTES.get(self._subtype, 0)
         if self._format == "WAV" and self._bytes > 0xFFFF0000:
-            raise AudioError(f"{self.path}: more than 4 GiB of audio, the most a wav file holds; accepted: .flac")
+            raise AudioError(
+                f"{self.path}: more than 4 GiB of audio, the most a wav file holds; accepted: .flac"
+            )
         if self._subtype != "FLOAT":
             block = np.clip(block, -1, 1)
         try:
             # Pieces: libsndfile's Vorbis encoder keeps a whole write on the stack, and crashes on minutes of audio.
             for start in range(0, block.shape[1], 65536):
-                self._file.write(np.ascontiguousarray(block[:, start : start + 65536].T, np.float32))
+                self._file.write(
+                    np.ascontiguousarray(block[:, start : start + 65536].T, np.float32)
+                )
         except (soundfile.SoundFileError, AssertionError) as error:
             raise OutputError(f"{self.path}: cannot write ({error})") from error
 

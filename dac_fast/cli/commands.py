@@ -10,11 +10,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dac_fast.audio.reading import AUDIO_SUFFIXES
-from dac_fast.cli.jobs import Existing, Job, attempt, by_size, err, fail, may_write, one_by_one, out, plan, run
+from dac_fast.cli.jobs import (
+    Existing,
+    Job,
+    attempt,
+    by_size,
+    err,
+    fail,
+    may_write,
+    one_by_one,
+    out,
+    plan,
+    run,
+)
 from dac_fast.cli.options import (
     BatchSeconds,
     ChunkSeconds,
@@ -39,12 +58,16 @@ from dac_fast.files import make_folder
 from dac_fast.version import __version__
 
 app = typer.Typer(
-    help="Descript Audio Codec: audio to codes and back.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Descript Audio Codec: audio to codes and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
 @app.callback(invoke_without_command=True)
-def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+):
     """Descript Audio Codec: audio to codes and back."""
     if version:
         out.print(__version__)
@@ -64,10 +87,14 @@ def encode(
     format: Annotated[Format, typer.Option(help="dac1 is the published package's.")] = Format.dac2,
     no_padding: Annotated[
         bool,
-        typer.Option("--no-padding", help="The published package's chunk mode: chunks stand alone. For dac1 files."),
+        typer.Option(
+            "--no-padding",
+            help="The published package's chunk mode: chunks stand alone. For dac1 files.",
+        ),
     ] = False,
     precision: Annotated[
-        Precision | None, typer.Option(help="Of the encoder. Default: fp32, which gives the published codes.")
+        Precision | None,
+        typer.Option(help="Of the encoder. Default: fp32, which gives the published codes."),
     ] = None,
     batch_seconds: BatchSeconds = None,
     tune: Tune = False,
@@ -75,7 +102,9 @@ def encode(
 ):
     """Compress recordings to .dac files."""
     if no_padding and format is not Format.dac1:
-        raise ValueError("--no-padding makes files for the published package; accepted: with --format dac1")
+        raise ValueError(
+            "--no-padding makes files for the published package; accepted: with --format dac1"
+        )
     from dac_fast.recordings.compress import check_options, compress_all
 
     normalize = None if no_normalize else normalize_db
@@ -92,7 +121,9 @@ def encode(
 
     def work(jobs: list[Job], advance):
         jobs = by_size(jobs)
-        for number, file in compress_all(codec, [job.source for job in jobs], *options, **reading, progress=advance):
+        for number, file in compress_all(
+            codec, [job.source for job in jobs], *options, **reading, progress=advance
+        ):
             job = jobs[number]
             yield job, file if isinstance(file, Exception) else attempt(save, job, file)
 
@@ -103,12 +134,19 @@ def encode(
 def decode(
     inputs: Inputs,
     output: Output = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the model that the file names.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model that the file names.")
+    ] = None,
     device: Device = "auto",
-    suffix: Annotated[str, typer.Option(help="Audio format, where the output is a folder.")] = ".wav",
-    subtype: Annotated[str, typer.Option(help="Sample format: PCM_16, PCM_24, FLOAT, … as soundfile names it.")] = "",
+    suffix: Annotated[
+        str, typer.Option(help="Audio format, where the output is a folder.")
+    ] = ".wav",
+    subtype: Annotated[
+        str, typer.Option(help="Sample format: PCM_16, PCM_24, FLOAT, … as soundfile names it.")
+    ] = "",
     precision: Annotated[
-        Precision | None, typer.Option(help="Of the decoder. Default: fp16 on a GPU, fp32 on the CPU.")
+        Precision | None,
+        typer.Option(help="Of the decoder. Default: fp16 on a GPU, fp32 on the CPU."),
     ] = None,
     batch_seconds: BatchSeconds = None,
     tune: Tune = False,
@@ -136,7 +174,9 @@ def decode(
         with loading:
             if name not in codecs:
                 codecs[name] = load_codec(name, device)
-                use_engine(codecs[name], "decode", precision, reading["batch_seconds"] if tune else 0)
+                use_engine(
+                    codecs[name], "decode", precision, reading["batch_seconds"] if tune else 0
+                )
             return codecs[name], file
 
     def save(job: Job, file: DACFile, blocks, advance):
@@ -151,7 +191,10 @@ def decode(
         jobs = by_size(jobs)
         for number, result in decompress_all(load, [job.source for job in jobs], **reading):
             job = jobs[number]
-            yield job, result if isinstance(result, Exception) else attempt(save, job, *result, advance)
+            yield (
+                job,
+                result if isinstance(result, Exception) else attempt(save, job, *result, advance),
+            )
 
     run(jobs, work, "decoded", existing)
 
@@ -159,11 +202,15 @@ def decode(
 @app.command()
 def reconstruct(
     inputs: Inputs,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder (subfolders are kept), or a file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder (subfolders are kept), or a file.")
+    ],
     model: Model = "tiny",
     device: Device = "auto",
     n_quantizers: Codebooks = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Also a PNG of both spectrograms beside each output.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also a PNG of both spectrograms beside each output.")
+    ] = False,
     existing: WhenExisting = Existing.error,
 ):
     """Compress and restore recordings, and say what it cost and how near they come."""
@@ -179,8 +226,18 @@ def reconstruct(
     check_options(codec, n_quantizers=n_quantizers)
     use_engine(codec, "decode", None, 0)
     # what is imported and set up at the first call is not the codec's speed
-    codec.decompress(codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate)))
-    table = Table("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance", title=f"model {model}")
+    codec.decompress(
+        codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate))
+    )
+    table = Table(
+        "file",
+        "kbit/s",
+        "ratio",
+        "× real time",
+        "SI-SDR dB",
+        "mel distance",
+        title=f"model {model}",
+    )
 
     def work(job: Job, advance):
         audio, rate = read(job.source)
@@ -207,7 +264,9 @@ def reconstruct(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as data.train=FOLDER.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as data.train=FOLDER.")
+    ] = None,
 ):
     """Train a codec by a recipe, or go on with the run in its folder. Several processes: under torchrun."""
     from dac_fast.training import train as run_training
@@ -222,7 +281,9 @@ def train(
 @app.command()
 def curves(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG.")] = Path("curves.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG.")] = Path(
+        "curves.png"
+    ),
     existing: WhenExisting = Existing.error,
 ):
     """Draw the training and validation curves of runs, to compare them."""
@@ -235,26 +296,42 @@ def curves(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="A folder (its first-level folders are the domains), or a manifest.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="A folder (its first-level folders are the domains), or a manifest."),
+    ],
     restored: Annotated[
-        Path | None, typer.Option(help="Measure this folder of reconstructions, matched by name, in place of a model.")
+        Path | None,
+        typer.Option(
+            help="Measure this folder of reconstructions, matched by name, in place of a model."
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV, JSON and PNG.")] = Path("evaluation"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for CSV, JSON and PNG.")
+    ] = Path("evaluation"),
     model: Model = "tiny",
     device: Device = "auto",
     codebooks: Annotated[
-        str | None, typer.Option(help="Numbers of codebooks: 1,2,4,9. Default: all, and half as many, down to one.")
+        str | None,
+        typer.Option(
+            help="Numbers of codebooks: 1,2,4,9. Default: all, and half as many, down to one."
+        ),
     ] = None,
     sample_rate: Annotated[
-        int | None, typer.Option(help="Compare at this rate, Hz. Default: the model's, or each reference's.")
+        int | None,
+        typer.Option(help="Compare at this rate, Hz. Default: the model's, or each reference's."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Only the beginning of each file.")] = None,
     visqol: Annotated[
-        bool | None, typer.Option("--visqol/--no-visqol", help="Slow. Default: where visqol-python is installed.")
+        bool | None,
+        typer.Option(
+            "--visqol/--no-visqol", help="Slow. Default: where visqol-python is installed."
+        ),
     ] = None,
     plot: Annotated[bool, typer.Option(help="Draw rate-distortion curves.")] = True,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU.")
+        int | None,
+        typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU."),
     ] = None,
     existing: WhenExisting = Existing.error,
 ):
@@ -262,14 +339,25 @@ def evaluate(
     from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 
     picture = output / "rate_distortion.png"
-    if not may_write(existing, *(output / name for name in ("files.csv", "summary.csv", "evaluation.json")), picture):
+    if not may_write(
+        existing,
+        *(output / name for name in ("files.csv", "summary.csv", "evaluation.json")),
+        picture,
+    ):
         return
     make_folder(output)
     try:
         counts = None if codebooks is None else [int(part) for part in codebooks.split(",")]
     except ValueError as error:
-        raise ValueError(f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9") from error
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        raise ValueError(
+            f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9"
+        ) from error
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("measured", total=None)
         options = {
@@ -296,7 +384,11 @@ def evaluate(
 
 
 @app.command()
-def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoints, or names of models.")]):
+def info(
+    paths: Annotated[
+        list[Path], typer.Argument(help=".dac files, checkpoints, or names of models.")
+    ],
+):
     """Say what a .dac file or a checkpoint holds."""
     from dac_fast.cli.info import describe
 
@@ -319,8 +411,12 @@ def info(paths: Annotated[list[Path], typer.Argument(help=".dac files, checkpoin
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, or the name of a model.")],
-    target: Annotated[Path, typer.Argument(help=".safetensors, .pth (published), or a folder (Hugging Face).")],
-    fold: Annotated[bool, typer.Option("--fold", help="Store folded weights (.safetensors): for inference.")] = False,
+    target: Annotated[
+        Path, typer.Argument(help=".safetensors, .pth (published), or a folder (Hugging Face).")
+    ],
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Store folded weights (.safetensors): for inference.")
+    ] = False,
     existing: WhenExisting = Existing.error,
 ):
     """Convert a checkpoint to another format."""
@@ -338,7 +434,10 @@ def convert(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where encoder and decoder are written; made where it is missing.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Where encoder and decoder are written; made where it is missing."),
+    ],
     model: Model = "tiny",
     n_quantizers: Codebooks = None,
     format: Annotated[Program, typer.Option(help="pt2 is torch.export's.")] = Program.onnx,
@@ -370,17 +469,29 @@ def export(
 def download(
     names: Annotated[list[str], typer.Argument(help="Models: 44khz, 44khz_16kbps, 24khz, 16khz.")],
     mirror: Annotated[
-        str | None, typer.Option(help="Address or folder laid out as the published releases, also DAC_FAST_MIRROR.")
+        str | None,
+        typer.Option(
+            help="Address or folder laid out as the published releases, also DAC_FAST_MIRROR."
+        ),
     ] = None,
 ):
     """Download published weights into the cache; a download that broke off is continued."""
     from dac_fast.storage.download import download as fetch
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     for name in names:
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        with Progress(
+            *columns, console=err, transient=True, disable=not err.is_terminal
+        ) as progress:
             task = progress.add_task(name, total=None)
-            path = fetch(name, mirror, lambda done, total: progress.update(task, completed=done, total=total))  # noqa: B023
+            path = fetch(
+                name, mirror, lambda done, total: progress.update(task, completed=done, total=total)
+            )  # noqa: B023
         out.print(f"{name}: {path}")
 
 

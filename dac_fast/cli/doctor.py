@@ -16,7 +16,12 @@ from dac_fast.version import __version__
 
 def report(console: Console):
     """Print the findings as tables."""
-    for title, rows in (("versions", _versions()), ("devices", _devices()), ("models", _models()), ("ops", _ops())):
+    for title, rows in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("models", _models()),
+        ("ops", _ops()),
+    ):
         table = Table(title=title, title_justify="left", show_header=False)
         for row in rows:
             table.add_row(*map(str, row))
@@ -39,7 +44,10 @@ def _devices():
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield f"cuda:{index}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"
+        yield (
+            f"cuda:{index}",
+            f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}",
+        )
     if not torch.cuda.is_available():
         yield "cuda", "no device"
 
@@ -64,7 +72,9 @@ def _ops():
 
 def _examples(device: str) -> dict[str, tuple]:
     """Small arguments of every op."""
-    x, vector, alpha = (torch.zeros(shape, device=device) for shape in ((1, 8, 64), (8,), (1, 8, 1)))
+    x, vector, alpha = (
+        torch.zeros(shape, device=device) for shape in ((1, 8, 64), (8,), (1, 8, 1))
+    )
     seven, four, one = (torch.zeros(8, 8, kernel, device=device) for kernel in (7, 4, 1))
     project = [torch.zeros(4, 8, device=device)], [torch.zeros(4, device=device)]
     codebooks = [torch.zeros(16, 4, device=device)]
@@ -75,7 +85,11 @@ def _examples(device: str) -> dict[str, tuple]:
         "conv_transpose1d": (x, four, vector, 2, 1),
         "residual_unit": (x, x, seven, vector, alpha, one, vector, 1, 3),
         "rvq_encode": (x, *project, codebooks, *restore),
-        "rvq_decode": (torch.zeros(1, 1, 64, dtype=torch.int64, device=device), codebooks, *restore),
+        "rvq_decode": (
+            torch.zeros(1, 1, 64, dtype=torch.int64, device=device),
+            codebooks,
+            *restore,
+        ),
         "stft_bands": (torch.zeros(1, 4096, device=device), [1024]),
         "disc_preprocess": (torch.zeros(1, 4096, device=device),),
     }

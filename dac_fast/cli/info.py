@@ -25,7 +25,9 @@ def _of_file(path: Path) -> dict:
         "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
         "loudness": f"{file.input_db:.2f} LUFS",
         "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
-        "bitrate": f"{file.bitrate / 1000:.2f} kbit/s" if file.bitrate else "not known without the model",
+        "bitrate": f"{file.bitrate / 1000:.2f} kbit/s"
+        if file.bitrate
+        else "not known without the model",
         "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
         "size": f"{path.stat().st_size} bytes",
     }

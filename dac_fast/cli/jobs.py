@@ -57,7 +57,12 @@ class Job:
 
 
 def plan(
-    inputs: list[Path], output: Path | None, sources: tuple, suffix: str, targets: tuple, extra: tuple = ()
+    inputs: list[Path],
+    output: Path | None,
+    sources: tuple,
+    suffix: str,
+    targets: tuple,
+    extra: tuple = (),
 ) -> list[Job]:
     """Which file becomes which.
 
@@ -72,17 +77,30 @@ def plan(
     as_file = output is not None and output.suffix.lower() in targets and not output.is_dir()
     if as_file and (len(inputs) != 1 or inputs[0].is_dir()):
         raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
-    if output is not None and not as_file and output.suffix.lower() in (*sources, *targets) and not output.is_dir():
-        raise ValueError(f"--output is {output}; accepted: a folder, or a file that ends in {', '.join(targets)}")
+    if (
+        output is not None
+        and not as_file
+        and output.suffix.lower() in (*sources, *targets)
+        and not output.is_dir()
+    ):
+        raise ValueError(
+            f"--output is {output}; accepted: a folder, or a file that ends in {', '.join(targets)}"
+        )
     found_jobs = []
     for item in inputs:
-        found = sorted(p for p in item.rglob("*") if p.suffix.lower() in sources) if item.is_dir() else [item]
+        found = (
+            sorted(p for p in item.rglob("*") if p.suffix.lower() in sources)
+            if item.is_dir()
+            else [item]
+        )
         if not found:
             raise ValueError(f"{item} holds no file that ends in {', '.join(sources)}")
         for source in found:
             relative = source.relative_to(item) if item.is_dir() else Path(source.name)
             folder = output if output is not None else (item if item.is_dir() else item.parent)
-            found_jobs.append((source, output if as_file else (folder / relative).with_suffix(suffix)))
+            found_jobs.append(
+                (source, output if as_file else (folder / relative).with_suffix(suffix))
+            )
     claims = Counter(target for _, target in found_jobs)
     jobs = []
     for source, target in found_jobs:
@@ -128,7 +146,12 @@ def run(jobs: list[Job], work: Work, verb: str, existing: Existing):
     """Do every job, under a progress bar; report failures in a line each, then exit with 1 if there were any."""
     ended = Counter()
     seconds, start = 0.0, time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[audio]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[audio]}"),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(verb, total=len(jobs), audio="")
 

@@ -35,25 +35,42 @@ class Program(str, Enum):
     pt2 = "pt2"
 
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files, or folders to go through with their subfolders.")]
+Inputs = Annotated[
+    list[Path], typer.Argument(help="Files, or folders to go through with their subfolders.")
+]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="A folder (subfolders are kept), or a file for a single input. Default: beside it."
+        "--output",
+        "-o",
+        help="A folder (subfolders are kept), or a file for a single input. Default: beside it.",
     ),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help=f"One of {', '.join(PRESETS)}, or the path of a checkpoint.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help=f"One of {', '.join(PRESETS)}, or the path of a checkpoint."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 Codebooks = Annotated[
     int | None,
-    typer.Option("--n-quantizers", "--codebooks", help="Use the first that many codebooks. Default: all."),
+    typer.Option(
+        "--n-quantizers", "--codebooks", help="Use the first that many codebooks. Default: all."
+    ),
 ]
 ChunkSeconds = Annotated[
     float | None,
-    typer.Option(help="Seconds that are encoded at once. Changes memory and speed, not the codes. Default: 10."),
+    typer.Option(
+        help="Seconds that are encoded at once. Changes memory and speed, not the codes. Default: 10."
+    ),
 ]
-NormalizeDb = Annotated[float, typer.Option(help="Loudness in LUFS that a recording is brought to for encoding.")]
-NoNormalize = Annotated[bool, typer.Option("--no-normalize", help="Encode at the recording's own loudness.")]
+NormalizeDb = Annotated[
+    float, typer.Option(help="Loudness in LUFS that a recording is brought to for encoding.")
+]
+NoNormalize = Annotated[
+    bool, typer.Option("--no-normalize", help="Encode at the recording's own loudness.")
+]
 BatchSeconds = Annotated[
     float | None,
     typer.Option(
@@ -63,9 +80,14 @@ BatchSeconds = Annotated[
 ]
 Tune = Annotated[
     bool,
-    typer.Option("--tune", help="On a GPU, first time the ways to run each layer: minutes, for many hours of audio."),
+    typer.Option(
+        "--tune",
+        help="On a GPU, first time the ways to run each layer: minutes, for many hours of audio.",
+    ),
 ]
-WhenExisting = Annotated[Existing, typer.Option(help="What to do where an output is there already.")]
+WhenExisting = Annotated[
+    Existing, typer.Option(help="What to do where an output is there already.")
+]
 
 
 def load_codec(name: str, device: str):
@@ -88,7 +110,9 @@ def checked_device(name: str):
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device is {name!r}; accepted: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"--device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 

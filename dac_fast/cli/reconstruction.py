@@ -15,7 +15,9 @@ def report(file, audio: np.ndarray, restored: np.ndarray, elapsed: float) -> tup
         elapsed: seconds that encoding and decoding took.
     """
     x, y = torch.from_numpy(audio)[None], torch.from_numpy(restored)[None]
-    distance = f"{mel_distance(x, y, file.sample_rate):.3f}" if audio.shape[1] > 1024 else "too short"
+    distance = (
+        f"{mel_distance(x, y, file.sample_rate):.3f}" if audio.shape[1] > 1024 else "too short"
+    )
     return (
         f"{file.bitrate / 1000:.2f}",
         f"{16 * file.sample_rate * file.channels / file.bitrate:.0f}",

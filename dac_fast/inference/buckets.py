@@ -111,7 +111,9 @@ class Graphs:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def _capture(self, run: Callable, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    def _capture(
+        self, run: Callable, inputs: tuple[Tensor, ...]
+    ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # what is held for nobody would hide how much the pool grows
@@ -119,7 +121,9 @@ class Graphs:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         # of this thread's work only: others may go on allocating
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             outputs = run(*inputs)
         self.used += max(torch.cuda.memory_reserved(self.device) - before, 0)
         return graph.replay, outputs

@@ -46,9 +46,13 @@ class Engine:
     def __init__(self, codec, precision=None, shapes=(), memory: int = 4 << 30):
         parameter = next(codec.parameters())
         if parameter.dtype != torch.float32:
-            raise ValueError(f"the codec's parameters are {parameter.dtype}; accepted: torch.float32")
+            raise ValueError(
+                f"the codec's parameters are {parameter.dtype}; accepted: torch.float32"
+            )
         if codec.config.activation != "snake":
-            raise ValueError(f"the codec's activation is {codec.config.activation!r}; accepted by the engine: 'snake'")
+            raise ValueError(
+                f"the codec's activation is {codec.config.activation!r}; accepted by the engine: 'snake'"
+            )
         self.device, self.stale = parameter.device, ""
         self.precision, shapes = _checked_precision(precision, self.device), _checked_shapes(shapes)
         # frees what an earlier engine holds, now that the arguments are in order
@@ -72,10 +76,14 @@ class Engine:
         return type(None), ()
 
     @torch.no_grad()
-    def encode(self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None) -> Encoded:
+    def encode(
+        self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None
+    ) -> Encoded:
         """As `DAC.encode`, of checked arguments."""
         batch, _, samples = audio.shape
-        if bucket := self._bucket("encode", batch, -(-samples // self._codec.hop_length), n_quantizers):
+        if bucket := self._bucket(
+            "encode", batch, -(-samples // self._codec.hop_length), n_quantizers
+        ):
             return self._replay_encode(bucket, audio, lengths)
         with float32_products(tf32=False):
             return self._codec.encode_by(self.encoder, audio, lengths, n_quantizers)
@@ -122,10 +130,14 @@ class Engine:
         # an input that is not finite says nothing about the precision
         if input_finite and not all(finite):
             remedy = (
-                "try precision bf16 or fp32" if self.precision[stage] == "fp16" else "weights or input are too large"
+                "try precision bf16 or fp32"
+                if self.precision[stage] == "fp16"
+                else "weights or input are too large"
             )
             layer = names[1 + finite.index(False)]
-            raise PrecisionError(f"{stage} in {self.precision[stage]}: {layer} gives infinity or NaN; {remedy}")
+            raise PrecisionError(
+                f"{stage} in {self.precision[stage]}: {layer} gives infinity or NaN; {remedy}"
+            )
         if input_finite:
             self._proven.add(stage)
         return y
@@ -200,13 +212,23 @@ class Engine:
             torch.backends.cudnn.benchmark = cudnn_chose
             self._proven.clear()
 
-    def _example(self, stage: str, batch: int, frames: int) -> tuple[Callable, tuple[Tensor, Tensor]]:
+    def _example(
+        self, stage: str, batch: int, frames: int
+    ) -> tuple[Callable, tuple[Tensor, Tensor]]:
         """What a graph runs, and inputs of a size: not zeros, on which processors are quicker."""
         config, hop = self._codec.config, self._codec.hop_length
         if stage == "encode":
-            audio = torch.linspace(-1, 1, batch * frames * hop, device=self.device).view(batch, 1, -1)
-            return self._encode_bucket, (audio, torch.full((batch,), frames * hop, device=self.device))
-        codes = torch.arange(batch * config.n_codebooks * frames, device=self.device) % config.codebook_size
+            audio = torch.linspace(-1, 1, batch * frames * hop, device=self.device).view(
+                batch, 1, -1
+            )
+            return self._encode_bucket, (
+                audio,
+                torch.full((batch,), frames * hop, device=self.device),
+            )
+        codes = (
+            torch.arange(batch * config.n_codebooks * frames, device=self.device)
+            % config.codebook_size
+        )
         lengths = torch.full((batch,), frames, device=self.device)
         return self._decode_bucket, (codes.view(batch, config.n_codebooks, frames), lengths)
 
@@ -214,11 +236,17 @@ class Engine:
         graphs, mebibyte = self.graphs, 1 << 20
         lines = [f"{stage} in {self.precision[stage]} on {self.device}" for stage in STAGES]
         for stage in STAGES:
-            sizes = [f"{bucket.batch} × {bucket.frames}" for bucket in graphs.buckets.get(stage, ())]
+            sizes = [
+                f"{bucket.batch} × {bucket.frames}" for bucket in graphs.buckets.get(stage, ())
+            ]
             lines.append(f"graphs of {stage} (items × frames): {', '.join(sizes) or 'none'}")
-        lines.append(f"graph memory: {graphs.used / mebibyte:.0f} MiB of at most {graphs.memory / mebibyte:.0f}")
+        lines.append(
+            f"graph memory: {graphs.used / mebibyte:.0f} MiB of at most {graphs.memory / mebibyte:.0f}"
+        )
         for stage, batch, frames, needed in graphs.left_eager:
-            lines.append(f"not captured: {stage} of {batch} × {frames}, which needs {needed / mebibyte:.0f} MiB")
+            lines.append(
+                f"not captured: {stage} of {batch} × {frames}, which needs {needed / mebibyte:.0f} MiB"
+            )
         lines.append(f"requests: {self.hits} by graphs, {self.misses} eagerly")
         for stage in STAGES:
             lines += self.plans[stage].choices.table(self.precision[stage])

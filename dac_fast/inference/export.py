@@ -78,7 +78,9 @@ def _plain(conv: Conv1d | ConvTranspose1d) -> nn.Module:
 
 
 @torch.no_grad()
-def export(codec: Codec, part: str, n_quantizers: int | None = None) -> torch.export.ExportedProgram:
+def export(
+    codec: Codec, part: str, n_quantizers: int | None = None
+) -> torch.export.ExportedProgram:
     """One part as a program for any batch and length, on the codec's device and in its dtype.
 
     PyTorch guards a program against the single frame, which it could lay out in memory otherwise: run that by
@@ -100,17 +102,24 @@ def export(codec: Codec, part: str, n_quantizers: int | None = None) -> torch.ex
     parameter = next(codec.parameters())
     if part == "encoder":
         module = Encode(codec, count)
-        example = torch.zeros(2, 1, 3 * codec.hop_length + 1, dtype=parameter.dtype, device=parameter.device)
+        example = torch.zeros(
+            2, 1, 3 * codec.hop_length + 1, dtype=parameter.dtype, device=parameter.device
+        )
     else:
         module = Decode(codec)
         example = torch.zeros(2, count, 3, dtype=torch.int64, device=parameter.device)
     any_size = torch.export.Dim.DYNAMIC
     # `backed_size_oblivious`: else a program that was traced with two items takes no single one
-    with ops.use_backend("reference"), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with (
+        ops.use_backend("reference"),
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),
+    ):
         return torch.export.export(module, (example,), dynamic_shapes=({0: any_size, 2: any_size},))
 
 
-def export_onnx(codec: Codec, folder: str | os.PathLike, n_quantizers: int | None = None) -> list[Path]:
+def export_onnx(
+    codec: Codec, folder: str | os.PathLike, n_quantizers: int | None = None
+) -> list[Path]:
     """Write encoder.onnx (audio -> codes) and decoder.onnx (codes -> audio), float32, for any batch and length.
 
     Each has the codec's sample_rate and hop_length in its metadata.
@@ -128,7 +137,9 @@ def export_onnx(codec: Codec, folder: str | os.PathLike, n_quantizers: int | Non
     try:
         from onnxscript import ir
     except ImportError as error:
-        raise ValueError("ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'") from error
+        raise ValueError(
+            "ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'"
+        ) from error
     codec = copy.deepcopy(codec).float().cpu()
     count = codec.config.n_codebooks if n_quantizers is None else n_quantizers
     audio, codes = ("audio", ["batch", 1, "samples"]), ("codes", ["batch", count, "frames"])
@@ -141,7 +152,9 @@ def export_onnx(codec: Codec, folder: str | os.PathLike, n_quantizers: int | Non
             )  # fmt: skip
         program.model.graph.inputs[0].shape = ir.Shape(given[1])
         program.model.graph.outputs[0].shape = ir.Shape(result[1])
-        program.model.metadata_props.update(sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length))
+        program.model.metadata_props.update(
+            sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length)
+        )
         programs[part] = program
     folder = Path(folder)
     make_folder(folder)

@@ -45,11 +45,16 @@ class Choices:
             import triton
 
             # two ways exist only where Triton can run one of them
-            times[tuple(x.shape)] = {way: triton.testing.do_bench(call, warmup=2, rep=8) for way, call in ways.items()}
+            times[tuple(x.shape)] = {
+                way: triton.testing.do_bench(call, warmup=2, rep=8) for way, call in ways.items()
+            }
         if not times:
             return next(iter(ways.values()))()
         # of shapes of one size, this one itself
-        nearest = min(times, key=lambda s: (abs(math.log(math.prod(s) / max(x.numel(), 1))), s != tuple(x.shape)))
+        nearest = min(
+            times,
+            key=lambda s: (abs(math.log(math.prod(s) / max(x.numel(), 1))), s != tuple(x.shape)),
+        )
         return ways[min(ways, key=lambda way: times[nearest].get(way, math.inf))]()
 
     def table(self, precision: str) -> list[str]:
@@ -58,7 +63,9 @@ class Choices:
         for layer, shapes in self.times.items():
             for shape, times in shapes.items():
                 ways = [f"{way} {times[way]:.4f} ms" for way in sorted(times, key=times.get)]
-                rows.append(f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {', '.join(ways)}")
+                rows.append(
+                    f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {', '.join(ways)}"
+                )
         return rows
 
 
@@ -87,7 +94,14 @@ class Convolution:
         keep=True,
         tanh=False,
     ):
-        self.name, self.tf32, self.choices, self.alpha, self.keep, self.tanh = name, tf32, choices, alpha, keep, tanh
+        self.name, self.tf32, self.choices, self.alpha, self.keep, self.tanh = (
+            name,
+            tf32,
+            choices,
+            alpha,
+            keep,
+            tanh,
+        )
         self.transposed = isinstance(conv, ConvTranspose1d)
         self.op = "conv_transpose1d" if self.transposed else "conv1d"
         self.stride, self.padding, self.kernel_size = conv.stride, conv.padding, conv.kernel_size
@@ -105,7 +119,9 @@ class Convolution:
             return length + change if change else length
         return (length + change) // self.stride
 
-    def __call__(self, y, snaked, lengths=None, padded=True, residual=None) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(
+        self, y, snaked, lengths=None, padded=True, residual=None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The layer's result and Snake of it, from those of the layer before. lengths: those of the output."""
         x = y if snaked is None else snaked
         padding = self.padding if padded else 0
@@ -126,7 +142,9 @@ class Convolution:
         if self.transposed:
             y = folded.conv_transpose1d(x, self.weight, self.bias_as_weight, self.stride, padding)
         else:
-            y = folded.conv1d(x, self.weight, self.bias_as_weight, self.stride, padding, self.dilation)
+            y = folded.conv1d(
+                x, self.weight, self.bias_as_weight, self.stride, padding, self.dilation
+            )
         # in place: a large tensor's first touch costs more than the computation
         if self.tanh:
             y = y.tanh_()
@@ -140,10 +158,14 @@ class Convolution:
 class Unit:
     """A residual unit, whose first Snake the layer before has computed: one kernel, or two convolutions."""
 
-    def __init__(self, name: str, unit: ResidualUnit, dtype, tf32: bool, choices: Choices, alpha, keep=True):
+    def __init__(
+        self, name: str, unit: ResidualUnit, dtype, tf32: bool, choices: Choices, alpha, keep=True
+    ):
         self.name, self.choices, self.tf32 = name, choices, tf32
         _, dilated, middle, pointwise = unit.block
-        self.first = Convolution(f"{name}.block.1", dilated, dtype, tf32, choices, middle.alpha.detach(), keep=False)
+        self.first = Convolution(
+            f"{name}.block.1", dilated, dtype, tf32, choices, middle.alpha.detach(), keep=False
+        )
         self.second = Convolution(f"{name}.block.3", pointwise, dtype, tf32, choices, alpha, keep)
 
     def output_length(self, length, padded: bool):
@@ -156,7 +178,12 @@ class Unit:
         padding = first.padding if padded else 0
         weights = (first.weight, first.bias, first.alpha, second.weight, second.bias)
         arguments = (x, snaked, *weights, first.dilation, padding)
-        options = {"alpha": second.alpha, "lengths": lengths, "keep": second.keep, "tf32": self.tf32}
+        options = {
+            "alpha": second.alpha,
+            "lengths": lengths,
+            "keep": second.keep,
+            "tf32": self.tf32,
+        }
         ways = {"two layers": functools.partial(self._as_two, x, snaked, lengths, padded)}
         if ops.on_triton("residual_unit", *arguments, **options):
             fused = {"one kernel": functools.partial(ops.residual_unit, *arguments, **options)}
@@ -189,15 +216,31 @@ class Plan:
             for (path, step), following in zip(steps, followers, strict=True):
                 if isinstance(step, (Snake, nn.Tanh)):
                     continue
-                activation = following.block[0] if isinstance(following, ResidualUnit) else following
+                activation = (
+                    following.block[0] if isinstance(following, ResidualUnit) else following
+                )
                 alpha = activation.alpha.detach() if isinstance(activation, Snake) else None
-                common = (path, step, dtype, tf32, self.choices, alpha, not isinstance(following, Snake))
+                common = (
+                    path,
+                    step,
+                    dtype,
+                    tf32,
+                    self.choices,
+                    alpha,
+                    not isinstance(following, Snake),
+                )
                 if isinstance(step, ResidualUnit):
                     self.layers.append(Unit(*common))
                 else:
                     self.layers.append(Convolution(*common, tanh=isinstance(following, nn.Tanh)))
 
-    def __call__(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True, watch: Callable | None = None):
+    def __call__(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        padded: bool = True,
+        watch: Callable | None = None,
+    ):
         """x [B, C, T] of any float dtype to the module's output, of x's dtype; see `dac_fast.model.layers`.
 
         watch: called with the name of each layer and each tensor that it gives.
@@ -222,6 +265,8 @@ def _steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         return
     if not isinstance(module, nn.Module) or not len(list(module.children())):
-        raise ValueError(f"{name} is a {type(module).__name__}; accepted: convolutions, residual units, Snake, tanh")
+        raise ValueError(
+            f"{name} is a {type(module).__name__}; accepted: convolutions, residual units, Snake, tanh"
+        )
     for child_name, child in module.named_children():
         yield from _steps(f"{name}.{child_name}", child)

@@ -14,7 +14,9 @@ def encoder_block(channels: int, stride: int, act: str) -> Block:
     return Block(
         *residual_units(channels, act),
         activation(act, channels),
-        Conv1d(channels, 2 * channels, kernel_size=2 * stride, stride=stride, padding=-(-stride // 2)),
+        Conv1d(
+            channels, 2 * channels, kernel_size=2 * stride, stride=stride, padding=-(-stride // 2)
+        ),
     )
 
 

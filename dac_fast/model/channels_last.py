@@ -16,7 +16,9 @@ def set_channels_last(network: nn.Module):
             module.channels_last = True
 
 
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+def conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int
+) -> Tensor:
     """`torch.nn.functional.conv1d` with channels innermost, whatever the layout of its arguments."""
     # PyTorch knows this layout for two axes of space only; the first one has size 1 here.
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))

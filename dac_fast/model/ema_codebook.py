@@ -54,7 +54,9 @@ class EMACodebook(nn.Module):
         for _ in range(self.kmeans_iterations):
             counts, sums = self.assigned(rows)
             centres = sums / counts.clamp(min=1)[:, None]
-            self.weight = torch.where(counts[:, None] > 0, centres.to(self.weight.dtype), self.weight)
+            self.weight = torch.where(
+                counts[:, None] > 0, centres.to(self.weight.dtype), self.weight
+            )
         counts, _ = self.assigned(rows)
         self.usage.copy_(counts.clamp(min=self.dead_below))
         self.sums.copy_(self.weight * self.usage[:, None])
@@ -64,7 +66,9 @@ class EMACodebook(nn.Module):
         """How many of all processes' rows [n, d] are nearest to each entry, float32 [K], and their sums [K, d]."""
         size, dim = self.weight.shape
         nearest = nearest_row(rows, self.weight.float())
-        totals = rows.new_zeros(size, dim + 1).index_add_(0, nearest, F.pad(rows, (0, 1), value=1.0))
+        totals = rows.new_zeros(size, dim + 1).index_add_(
+            0, nearest, F.pad(rows, (0, 1), value=1.0)
+        )
         if dist.is_initialized():
             dist.all_reduce(totals)
         return totals[:, dim], totals[:, :dim]

@@ -12,20 +12,28 @@ from torch import Tensor
 from dac_fast.model import channels_last
 
 
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+def conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int
+) -> Tensor:
     """`torch.nn.functional.conv1d`. x: [B, in, T]; weight: [out, in, kernel]; result [B, out, T']."""
     _, channels, kernel = weight.shape
     if kernel == 1 or (channels == 1 and dilation == 1):
         # one product: a row is a position's channels, or the one channel's window
         padded = F.pad(x, (padding, padding)) if padding else x
-        rows = padded.transpose(1, 2)[:, ::stride] if kernel == 1 else padded[:, 0].unfold(1, kernel, stride)
+        rows = (
+            padded.transpose(1, 2)[:, ::stride]
+            if kernel == 1
+            else padded[:, 0].unfold(1, kernel, stride)
+        )
         return F.linear(rows, weight.flatten(1), bias).transpose(1, 2)
     if kernel == 2 * stride and dilation == 1:
         return _conv1d_of_two_strides(x, weight, bias, stride, padding)
     return channels_last.conv1d(x, weight, bias, stride, padding, dilation)
 
 
-def _conv1d_of_two_strides(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def _conv1d_of_two_strides(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
+) -> Tensor:
     """Two products: output t sees the `stride` inputs of block t by the first half of the taps, t + 1 by the rest."""
     batch, channels, samples = x.shape
     size = (samples + 2 * padding) // stride - 1

@@ -36,7 +36,9 @@ class WeightNorm(nn.Module):
         self.channels_last = False
         # Within `weights_kept`: a list, of the weight once it is computed.
         self._kept: list[Tensor] | None = None
-        self.weight_g = nn.Parameter(weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1)))
+        self.weight_g = nn.Parameter(
+            weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
+        )
         self.weight_v = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
@@ -94,9 +96,16 @@ class Conv1d(WeightNorm):
     """Weight-normed `torch.nn.Conv1d`, bias included."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1):
-        weight = default_init(torch.empty(out_channels, in_channels, kernel_size), in_channels * kernel_size)
+        weight = default_init(
+            torch.empty(out_channels, in_channels, kernel_size), in_channels * kernel_size
+        )
         super().__init__(weight, torch.zeros(out_channels))
-        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+        )
 
     def output_length(self, length, padded=True):
         """Positions that come out of `length` (an int or an int tensor)."""
@@ -121,7 +130,8 @@ class ConvTranspose1d(WeightNorm):
         fan_in = out_channels * kernel_size
         bias = torch.empty(out_channels)
         super().__init__(
-            default_init(torch.empty(in_channels, out_channels, kernel_size), fan_in), default_init(bias, fan_in)
+            default_init(torch.empty(in_channels, out_channels, kernel_size), fan_in),
+            default_init(bias, fan_in),
         )
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
@@ -200,7 +210,9 @@ class Block(nn.Module):
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
         if self.checkpointed and torch.is_grad_enabled():
             # Nothing in a block is random, and saving the generator's state would wait for the GPU.
-            return checkpoint(self.block, x, lengths, padded, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self.block, x, lengths, padded, use_reentrant=False, preserve_rng_state=False
+            )
         return self.block(x, lengths, padded)
 
 

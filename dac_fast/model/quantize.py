@@ -38,13 +38,21 @@ class Encoded(NamedTuple):
 class VectorQuantizer(nn.Module):
     """One stage: projections to and from the codebook's few dimensions (not in every form), and the codebook."""
 
-    def __init__(self, latent_dim: int, codebook_size: int, codebook_dim: int, form: str = "factorized"):
+    def __init__(
+        self, latent_dim: int, codebook_size: int, codebook_dim: int, form: str = "factorized"
+    ):
         super().__init__()
         projected = form in ("factorized", "unnormalized")
         self.normalized = form in ("factorized", "unprojected")
-        self.in_proj = Conv1d(latent_dim, codebook_dim, kernel_size=1) if projected else nn.Identity()
-        self.out_proj = Conv1d(codebook_dim, latent_dim, kernel_size=1) if projected else nn.Identity()
-        self.codebook = (EMACodebook if form == "ema" else nn.Embedding)(codebook_size, codebook_dim)
+        self.in_proj = (
+            Conv1d(latent_dim, codebook_dim, kernel_size=1) if projected else nn.Identity()
+        )
+        self.out_proj = (
+            Conv1d(codebook_dim, latent_dim, kernel_size=1) if projected else nn.Identity()
+        )
+        self.codebook = (EMACodebook if form == "ema" else nn.Embedding)(
+            codebook_size, codebook_dim
+        )
 
     def search(self, latent: Tensor) -> Tensor:
         """Index of the entry that each position of latent [B, d, F] is nearest to: int64 [B, F]."""
@@ -65,10 +73,14 @@ class ResidualVectorQuantizer(nn.Module):
         form: see `Config.quantizer`.
     """
 
-    def __init__(self, latent_dim: int, codebook_size: int, codebook_dims, dropout=0.0, form="factorized"):
+    def __init__(
+        self, latent_dim: int, codebook_size: int, codebook_dims, dropout=0.0, form="factorized"
+    ):
         super().__init__()
         self.dropout, self.form = dropout, form
-        self.quantizers = nn.ModuleList(VectorQuantizer(latent_dim, codebook_size, dim, form) for dim in codebook_dims)
+        self.quantizers = nn.ModuleList(
+            VectorQuantizer(latent_dim, codebook_size, dim, form) for dim in codebook_dims
+        )
 
     def _decode_weights(self, n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         stages = self.quantizers[:n]
@@ -106,11 +118,15 @@ class ResidualVectorQuantizer(nn.Module):
                 return self._encode_stages(z, n, counts, lengths)
             in_weights = [q.in_proj.normed_weight().squeeze(2) for q in self.quantizers[:n]]
             in_biases = [q.in_proj.bias for q in self.quantizers[:n]]
-            return ops.rvq_encode(z, in_weights, in_biases, *self._decode_weights(n), counts, lengths)
+            return ops.rvq_encode(
+                z, in_weights, in_biases, *self._decode_weights(n), counts, lengths
+            )
 
     def _encode_stages(self, z: Tensor, n: int, counts: Tensor | None, lengths: Tensor | None):
         """What `ops.rvq_encode` returns, for the forms that it does not know."""
-        lengths = torch.full((z.shape[0],), z.shape[2], device=z.device) if lengths is None else lengths
+        lengths = (
+            torch.full((z.shape[0],), z.shape[2], device=z.device) if lengths is None else lengths
+        )
         counts = torch.full_like(lengths, n) if counts is None else counts
         valid = valid_mask(lengths, z.shape[2])
         residual, quantised, codes, latents = z, torch.zeros_like(z), [], []
@@ -126,11 +142,23 @@ class ResidualVectorQuantizer(nn.Module):
             residual = residual - output
             quantised = quantised + output * keep[:, None, None]
             scale = keep / (lengths * latent.shape[1] * z.shape[0])
-            commitment = commitment + (((latent - entry.detach()).square() * valid).sum((1, 2)) * scale).sum()
-            codebook_loss = codebook_loss + (((entry - latent.detach()).square() * valid).sum((1, 2)) * scale).sum()
+            commitment = (
+                commitment
+                + (((latent - entry.detach()).square() * valid).sum((1, 2)) * scale).sum()
+            )
+            codebook_loss = (
+                codebook_loss
+                + (((entry - latent.detach()).square() * valid).sum((1, 2)) * scale).sum()
+            )
             codes.append(code * valid[:, 0])
             latents.append(latent * valid)
-        return quantised * valid, torch.stack(codes, 1), torch.cat(latents, 1), commitment, codebook_loss
+        return (
+            quantised * valid,
+            torch.stack(codes, 1),
+            torch.cat(latents, 1),
+            commitment,
+            codebook_loss,
+        )
 
     def from_codes(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, N, F] to (quantised z [B, D, F], the codebook entries [B, sum d, F], the codes).
@@ -155,7 +183,10 @@ class ResidualVectorQuantizer(nn.Module):
     def _entries(self, codes: Tensor) -> list[Tensor]:
         """The codebook entries [B, d, F] of codes [B, N, F], stage by stage."""
         n = self._checked_count(codes.shape[1])
-        return [F.embedding(codes[:, i], self.quantizers[i].codebook.weight).transpose(1, 2) for i in range(n)]
+        return [
+            F.embedding(codes[:, i], self.quantizers[i].codebook.weight).transpose(1, 2)
+            for i in range(n)
+        ]
 
     def from_latents(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unquantised latents [B, sum d, F] to (quantised z [B, D, F], entries [B, sum d, F], codes [B, N, F]).
@@ -166,7 +197,9 @@ class ResidualVectorQuantizer(nn.Module):
         dims = [q.codebook.embedding_dim for q in self.quantizers]
         n = next((i for i in range(1, len(dims) + 1) if sum(dims[:i]) == latents.shape[1]), None)
         if n is None:
-            raise ValueError(f"{latents.shape[1]} latent channels; accepted: the sum of the first of {dims}")
+            raise ValueError(
+                f"{latents.shape[1]} latent channels; accepted: the sum of the first of {dims}"
+            )
         parts = latents.split(dims[:n], dim=1)
         codes = [q.search(part) for part, q in zip(parts, self.quantizers, strict=False)]
         return self.from_codes(torch.stack(codes, dim=1))

@@ -94,7 +94,9 @@ def choose(op: str, *args, **kwargs) -> tuple[str, str]:
             return candidate, "; ".join(reasons)
         reasons.append(f"{candidate}: {reason}")
     if name != "auto":
-        raise BackendError(f"backend {name!r} cannot run {op}: {'; '.join(reasons) or 'it has no such op'}")
+        raise BackendError(
+            f"backend {name!r} cannot run {op}: {'; '.join(reasons) or 'it has no such op'}"
+        )
     return "reference", "; ".join(reasons)
 
 

@@ -15,7 +15,9 @@ def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
         ValueError: the device is none of CUDA's.
     """
     if device.type != "cuda":
-        raise ValueError(f"the codec is on {device}; accepted: a CUDA device, since CUDA graphs are captured there")
+        raise ValueError(
+            f"the codec is on {device}; accepted: a CUDA device, since CUDA graphs are captured there"
+        )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()

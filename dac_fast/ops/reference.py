@@ -34,7 +34,9 @@ def valid_mask(lengths: Tensor, size: int) -> Tensor:
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
 
 
-def _finish(c: Tensor, dtype: torch.dtype, bias, alpha, residual, lengths, tanh, keep) -> tuple[Tensor, Tensor]:
+def _finish(
+    c: Tensor, dtype: torch.dtype, bias, alpha, residual, lengths, tanh, keep
+) -> tuple[Tensor, Tensor]:
     """What follows a convolution, in float32 at least; channels innermost."""
     c = c.transpose(1, 2).contiguous().transpose(1, 2).to(torch.promote_types(dtype, torch.float32))
     c = c + bias[:, None]
@@ -136,10 +138,14 @@ def residual_unit(
     Returns:
         c and snake(c), as for `conv1d`.
     """
-    _, hidden = conv1d(snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, tf32=tf32)
+    _, hidden = conv1d(
+        snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, tf32=tf32
+    )
     crop = 3 * dilation - padding
     x = x[..., crop : x.shape[2] - crop]
-    return conv1d(hidden, weight2, bias2, alpha=alpha, residual=x, lengths=lengths, keep=keep, tf32=tf32)
+    return conv1d(
+        hidden, weight2, bias2, alpha=alpha, residual=x, lengths=lengths, keep=keep, tf32=tf32
+    )
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
@@ -218,7 +224,10 @@ def rvq_encode(
 
 
 def rvq_decode(
-    codes: Tensor, codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
+    codes: Tensor,
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
 ) -> Tensor:
     """Codes back to the quantised latent: the sum of every stage's projected entry.
 
@@ -228,8 +237,12 @@ def rvq_decode(
     Returns:
         [B, D, F].
     """
-    entries = (F.embedding(codes[:, i], codebooks[i]).transpose(1, 2) for i in range(codes.shape[1]))
-    return sum(F.conv1d(e, out_weights[i].unsqueeze(2), out_biases[i]) for i, e in enumerate(entries))
+    entries = (
+        F.embedding(codes[:, i], codebooks[i]).transpose(1, 2) for i in range(codes.shape[1])
+    )
+    return sum(
+        F.conv1d(e, out_weights[i].unsqueeze(2), out_biases[i]) for i, e in enumerate(entries)
+    )
 
 
 def disc_preprocess(x: Tensor) -> Tensor:
@@ -277,7 +290,10 @@ def stft_bands(
     Raises:
         ValueError: the signal is too short for a window's reflection, or the layout is unknown.
     """
-    memory_formats = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+    memory_formats = {
+        "channels_first": torch.contiguous_format,
+        "channels_last": torch.channels_last,
+    }
     if layout not in memory_formats:
         raise ValueError(f"layout is {layout!r}; accepted: {', '.join(memory_formats)}")
     outputs = []
@@ -288,13 +304,17 @@ def stft_bands(
                 f"{samples} samples are too few for a window of {window}: at least {minimum_length(samples, window)}"
             )
         frames = math.ceil(samples / hop)
-        padded = F.pad(x[:, None], (3 * hop // 2, 3 * hop // 2 + frames * hop - samples), mode="reflect")[:, 0]
+        padded = F.pad(
+            x[:, None], (3 * hop // 2, 3 * hop // 2 + frames * hop - samples), mode="reflect"
+        )[:, 0]
         hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
         spectrum = torch.stft(padded, window, hop, window=hann, center=False, return_complex=True)
         spectrum = torch.view_as_real(spectrum).permute(0, 3, 2, 1)
         outputs.append(
             [
-                spectrum[..., low:high].to(dtype or x.dtype).contiguous(memory_format=memory_formats[layout])
+                spectrum[..., low:high]
+                .to(dtype or x.dtype)
+                .contiguous(memory_format=memory_formats[layout])
                 for low, high in band_edges(window, bands)
             ]
         )

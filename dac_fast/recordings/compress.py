@@ -87,7 +87,10 @@ def compress_all(
     check_options(codec, chunk_seconds, n_quantizers, normalize_db)
     chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
-    readers = [functools.partial(_read, codec, source, chunk_seconds, normalize_db, padding) for source in sources]
+    readers = [
+        functools.partial(_read, codec, source, chunk_seconds, normalize_db, padding)
+        for source in sources
+    ]
     results = in_batches(
         read_ahead(readers, threads),
         functools.partial(windows.encode_batch, n_quantizers=n_quantizers),
@@ -118,7 +121,9 @@ class _Levels:
     padding: bool
 
 
-def _read(codec, source, chunk_seconds: float, normalize_db: float | None, padding: bool) -> Iterator:
+def _read(
+    codec, source, chunk_seconds: float, normalize_db: float | None, padding: bool
+) -> Iterator:
     """Reads a recording twice: first its `_Levels`, then all of its windows."""
     recording = Recording(source)
     meter = LoudnessMeter(codec.sample_rate, recording.channels)
@@ -128,7 +133,9 @@ def _read(codec, source, chunk_seconds: float, normalize_db: float | None, paddi
         samples += block.shape[1]
     loudness = meter.integrated()
     gains = normalization_gains(loudness, meter.peaks, normalize_db)
-    blocks = (torch.from_numpy(block * gains[:, None]) for block in recording.blocks(codec.sample_rate))
+    blocks = (
+        torch.from_numpy(block * gains[:, None]) for block in recording.blocks(codec.sample_rate)
+    )
 
     hop = codec.hop_length
     chunk_samples = chunk_seconds * codec.sample_rate
@@ -271,7 +278,9 @@ def _at_loudness(blocks: Iterable[np.ndarray], rate: int, target_db: float) -> I
                 meter.update(channel[None])
             spool.write(np.ascontiguousarray(block, np.float32).tobytes())
             shapes.append(block.shape)
-        gains = np.array([10 ** ((target_db - meter.integrated()) / 20) for meter in meters], np.float32)
+        gains = np.array(
+            [10 ** ((target_db - meter.integrated()) / 20) for meter in meters], np.float32
+        )
         spool.seek(0)
         for shape in shapes:
             block = np.frombuffer(spool.read(4 * shape[0] * shape[1]), np.float32).reshape(shape)
@@ -298,14 +307,21 @@ def _check_fits(codec, file: DACFile):
             f"the file has {stages} codebooks and codes up to {highest}; "
             f"this codec takes {c.n_codebooks} codebooks of {c.codebook_size}"
         )
-    if file.model_sample_rate and (file.model_sample_rate, file.hop_length) != (c.sample_rate, c.hop_length):
+    if file.model_sample_rate and (file.model_sample_rate, file.hop_length) != (
+        c.sample_rate,
+        c.hop_length,
+    ):
         raise ValueError(
             f"the file is of a codec at {file.model_sample_rate} Hz with {file.hop_length} samples per frame; "
             f"this one is at {c.sample_rate} Hz with {c.hop_length}"
         )
     shortest = file.n_frames % file.chunk_length or file.chunk_length
     if not file.padding and not windows.survives_unpadded(codec.decoder, shortest):
-        raise ValueError(f"the file has a chunk of {shortest} frames, too few to decode without padding")
+        raise ValueError(
+            f"the file has a chunk of {shortest} frames, too few to decode without padding"
+        )
     longest = (file.n_frames + 1) * c.hop_length * file.sample_rate // c.sample_rate + 1
     if file.original_length > longest:
-        raise ValueError(f"the file claims {file.original_length} samples; its codes hold up to {longest}")
+        raise ValueError(
+            f"the file claims {file.original_length} samples; its codes hold up to {longest}"
+        )

@@ -19,7 +19,9 @@ _READY = 4
 
 
 def in_batches(
-    stream: Iterable[tuple[int, object]], run: Callable[[list[Window]], Callable[[], list[Tensor]]], seconds: float
+    stream: Iterable[tuple[int, object]],
+    run: Callable[[list[Window]], Callable[[], list[Tensor]]],
+    seconds: float,
 ) -> Iterator[tuple[int, object]]:
     """A stream with a result in place of each window.
 
@@ -55,7 +57,9 @@ def _begin(run: Callable, windows: list[Window]) -> Callable[[], list]:
         return lambda: results
 
 
-def _results(things: list[tuple[int, object]], wait: Callable[[], list[Tensor]]) -> Iterator[tuple[int, object]]:
+def _results(
+    things: list[tuple[int, object]], wait: Callable[[], list[Tensor]]
+) -> Iterator[tuple[int, object]]:
     """The things of a batch, with results in place of the windows."""
     results = iter(wait())
     for source, thing in things:
@@ -75,7 +79,9 @@ def _fits(windows: list[Window], window: Window, seconds: float) -> bool:
     return sum(len(w.signal) for w in together) * max(w.seconds for w in together) <= seconds
 
 
-def read_ahead(sources: Sequence[Callable[[], Iterator]], threads: int) -> Iterator[tuple[int, object]]:
+def read_ahead(
+    sources: Sequence[Callable[[], Iterator]], threads: int
+) -> Iterator[tuple[int, object]]:
     """Everything that the sources give, source by source, as (its number, thing), made ahead of time by threads.
 
     Where a source raises ValueError or OSError, the exception is the last thing of it. Each thread has a few things

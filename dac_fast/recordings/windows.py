@@ -31,7 +31,9 @@ def reach(module: nn.Module) -> int:
             span = conv.dilation * (conv.kernel_size - 1)
             positions = positions * conv.stride + max(conv.padding, span - conv.padding)
         else:
-            positions = -(-(positions + max(conv.padding, conv.kernel_size - 1 - conv.padding)) // conv.stride)
+            positions = -(
+                -(positions + max(conv.padding, conv.kernel_size - 1 - conv.padding)) // conv.stride
+            )
     return positions
 
 
@@ -58,14 +60,19 @@ class Window(NamedTuple):
         return self.signal.shape[-1] * hop / self.codec.sample_rate
 
 
-def encode(codec, blocks: Iterable[Tensor], chunk_frames: int, n_quantizers: int | None = None) -> Iterator[Tensor]:
+def encode(
+    codec, blocks: Iterable[Tensor], chunk_frames: int, n_quantizers: int | None = None
+) -> Iterator[Tensor]:
     """Codes [C, N, chunk_frames] of a signal, the last ones fewer, equal to those of the whole signal encoded at once.
 
     Args:
         codec, blocks, chunk_frames: as for `sample_windows`.
         n_quantizers: use the first that many codebooks; None: all.
     """
-    return (encode_batch([window], n_quantizers)()[0] for window in sample_windows(codec, blocks, chunk_frames))
+    return (
+        encode_batch([window], n_quantizers)()[0]
+        for window in sample_windows(codec, blocks, chunk_frames)
+    )
 
 
 def decode(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
@@ -83,7 +90,11 @@ def sample_windows(codec, blocks: Iterable[Tensor], chunk_frames: int) -> Iterat
     """
     hop = codec.hop_length
     context = -(-reach(codec.encoder) // hop)
-    buffer, first, done = None, 0, 0  # the samples held, the frame that they begin with, the frames already out
+    buffer, first, done = (
+        None,
+        0,
+        0,
+    )  # the samples held, the frame that they begin with, the frames already out
     for block in chain(blocks, [None]):
         ended = block is None
         if not ended:
@@ -110,7 +121,9 @@ def code_windows(codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def encode_batch(windows: Sequence[Window], n_quantizers: int | None = None) -> Callable[[], list[Tensor]]:
+def encode_batch(
+    windows: Sequence[Window], n_quantizers: int | None = None
+) -> Callable[[], list[Tensor]]:
     """Begin to encode windows of one codec; of any lengths, where they are padded.
 
     Returns:
@@ -195,7 +208,9 @@ def survives_unpadded(module: nn.Module, length: int) -> bool:
 
 def output_samples(codec, samples: int) -> int:
     """Samples that a window of that many gives back where no convolution is padded."""
-    return codec.decoder.output_length(codec.encoder.output_length(samples, padded=False), padded=False)
+    return codec.decoder.output_length(
+        codec.encoder.output_length(samples, padded=False), padded=False
+    )
 
 
 def delay(codec) -> int:
@@ -223,7 +238,9 @@ def unpadded_sample_windows(codec, blocks: Iterable[Tensor], size: int) -> Itera
 
     def long_enough(samples):
         frames = codec.encoder.output_length(samples, padded=False)
-        return survives_unpadded(codec.encoder, samples) and survives_unpadded(codec.decoder, frames)
+        return survives_unpadded(codec.encoder, samples) and survives_unpadded(
+            codec.decoder, frames
+        )
 
     if not long_enough(size):
         shortest = next(n for n in range(size, 1 << 30, codec.hop_length) if long_enough(n))
@@ -231,11 +248,17 @@ def unpadded_sample_windows(codec, blocks: Iterable[Tensor], size: int) -> Itera
             f"chunks of {size / codec.sample_rate:g} s; accepted without padding: "
             f"at least {shortest / codec.sample_rate:g} s"
         )
-    buffer, begin, total = None, 0, 0  # the samples held, where they begin in the signal, its samples so far
+    buffer, begin, total = (
+        None,
+        0,
+        0,
+    )  # the samples held, where they begin in the signal, its samples so far
     for block in chain(blocks, [None]):
         if block is not None:
             total += block.shape[1]
-            buffer = torch.cat([block.new_zeros(block.shape[0], lead) if buffer is None else buffer, block], dim=1)
+            buffer = torch.cat(
+                [block.new_zeros(block.shape[0], lead) if buffer is None else buffer, block], dim=1
+            )
         elif buffer is not None:
             # a window starts at every `step` before the end of the signal; the last ones reach beyond it
             buffer = nn.functional.pad(buffer, (0, lead + size))

@@ -62,10 +62,14 @@ def restore(codec, state: dict[str, Tensor], path):
     state = unfolded(state)
     expected = codec.state_dict()
     for key in expected.keys() ^ state.keys():
-        raise CheckpointError(f"{path}: {'lacks' if key in expected else 'has an unexpected'} {key}")
+        raise CheckpointError(
+            f"{path}: {'lacks' if key in expected else 'has an unexpected'} {key}"
+        )
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
-            raise CheckpointError(f"{path}: {key} is {list(tensor.shape)}, expected {list(expected[key].shape)}")
+            raise CheckpointError(
+                f"{path}: {key} is {list(tensor.shape)}, expected {list(expected[key].shape)}"
+            )
     codec.load_state_dict(state)
 
 
@@ -90,18 +94,28 @@ def save(codec, path):
     elif path.suffix == "":
         config = _hugging_face_config(codec.config, path)
         path.mkdir(parents=True, exist_ok=True)
-        names = {published: theirs for theirs, published in _hugging_face_names(codec.config).items()}
-        state = {_renamed(key, lambda module: names[module]): tensor for key, tensor in folded(state).items()}
+        names = {
+            published: theirs for theirs, published in _hugging_face_names(codec.config).items()
+        }
+        state = {
+            _renamed(key, lambda module: names[module]): tensor
+            for key, tensor in folded(state).items()
+        }
         _save_safetensors(state, path / HUGGING_FACE_FILE, {"format": "pt"})
         with atomic_path(path / "config.json") as temporary:
             Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
     else:
-        raise CheckpointError(f"{path}: unknown checkpoint format; accepted: .safetensors, .pth, a folder (no suffix)")
+        raise CheckpointError(
+            f"{path}: unknown checkpoint format; accepted: .safetensors, .pth, a folder (no suffix)"
+        )
 
 
 def unfolded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with every convolution's as `weight_g` and `weight_v`."""
-    spellings = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    spellings = {
+        "parametrizations.weight.original0": "weight_g",
+        "parametrizations.weight.original1": "weight_v",
+    }
     result = {}
     for key, tensor in state.items():
         for theirs, ours in spellings.items():
@@ -116,7 +130,9 @@ def unfolded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with every convolution's as one `weight`."""
-    result = {key: tensor for key, tensor in state.items() if not key.endswith(("weight_g", "weight_v"))}
+    result = {
+        key: tensor for key, tensor in state.items() if not key.endswith(("weight_g", "weight_v"))
+    }
     for key, direction in state.items():
         if key.endswith("weight_v"):
             result[key[:-2]] = torch._weight_norm(direction, state[key[:-1] + "g"], 0)
@@ -149,11 +165,15 @@ def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     # whose message advises to switch the protection off
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: no checkpoint, or it holds more than tensors and plain values") from error
+        raise CheckpointError(
+            f"{path}: no checkpoint, or it holds more than tensors and plain values"
+        ) from error
     try:
         state, kwargs = dict(content["state_dict"]), dict(content["metadata"]["kwargs"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: lacks state_dict or metadata.kwargs of a published checkpoint") from error
+        raise CheckpointError(
+            f"{path}: lacks state_dict or metadata.kwargs of a published checkpoint"
+        ) from error
     return Config.from_dict(kwargs), state
 
 
@@ -162,7 +182,9 @@ def _read_hugging_face(path: Path) -> tuple[Config, dict[str, Tensor]]:
 
     theirs = json.loads((path / "config.json").read_text())
     if theirs.get("model_type") != "dac":
-        raise CheckpointError(f"{path}: config.json is of a {theirs.get('model_type')!r} model; accepted: 'dac'")
+        raise CheckpointError(
+            f"{path}: config.json is of a {theirs.get('model_type')!r} model; accepted: 'dac'"
+        )
     config = Config(
         encoder_dim=theirs["encoder_hidden_size"],
         encoder_rates=theirs["downsampling_ratios"],
@@ -177,15 +199,24 @@ def _read_hugging_face(path: Path) -> tuple[Config, dict[str, Tensor]]:
     )
     names = _hugging_face_names(config)
     state = load_file(path / HUGGING_FACE_FILE)
-    return config, {_renamed(key, lambda module: names.get(module, module)): value for key, value in state.items()}
+    return config, {
+        _renamed(key, lambda module: names.get(module, module)): value
+        for key, value in state.items()
+    }
 
 
 def _hugging_face_config(config: Config, path: Path) -> dict:
     _require_published(config, path)
     if config.latent_dim != config.encoder_dim * 2 ** len(config.encoder_rates):
-        raise CheckpointError(f"{path}: latent_dim {config.latent_dim} has no place in Hugging Face's format")
-    if config.decoder_rates != config.encoder_rates[::-1] or not isinstance(config.codebook_dim, int):
-        raise CheckpointError(f"{path}: decoder_rates or codebook_dim have no place in Hugging Face's format")
+        raise CheckpointError(
+            f"{path}: latent_dim {config.latent_dim} has no place in Hugging Face's format"
+        )
+    if config.decoder_rates != config.encoder_rates[::-1] or not isinstance(
+        config.codebook_dim, int
+    ):
+        raise CheckpointError(
+            f"{path}: decoder_rates or codebook_dim have no place in Hugging Face's format"
+        )
     return {
         "architectures": ["DacModel"],
         "model_type": "dac",
@@ -206,7 +237,9 @@ def _hugging_face_config(config: Config, path: Path) -> dict:
 def _require_published(config: Config, path: Path):
     for name, value in (("activation", "snake"), ("quantizer", "factorized")):
         if getattr(config, name) != value:
-            raise CheckpointError(f"{path}: {name} {getattr(config, name)!r} fits a .safetensors checkpoint only")
+            raise CheckpointError(
+                f"{path}: {name} {getattr(config, name)!r} fits a .safetensors checkpoint only"
+            )
 
 
 def _hugging_face_names(config: Config) -> dict[str, str]:
@@ -218,15 +251,21 @@ def _hugging_face_names(config: Config) -> dict[str, str]:
         ("decoder", "decoder.model", config.decoder_rates),
     ):
         # an encoder block is three residual units, then activation and convolution; a decoder block begins with those
-        units, ends = (range(3), {"snake1": 3, "conv1": 4}) if side == "encoder" else (range(2, 5), None)
+        units, ends = (
+            (range(3), {"snake1": 3, "conv1": 4}) if side == "encoder" else (range(2, 5), None)
+        )
         ends = ends or {"snake1": 0, "conv_t1": 1}
         names[f"{side}.conv1"] = f"{published}.0"
         for i in range(len(rates)):
             block = f"{published}.{i + 1}.block"
-            names.update({f"{side}.block.{i}.{part}": f"{block}.{index}" for part, index in ends.items()})
+            names.update(
+                {f"{side}.block.{i}.{part}": f"{block}.{index}" for part, index in ends.items()}
+            )
             for number, unit in enumerate(units, start=1):
                 for index, part in enumerate(unit_parts):
-                    names[f"{side}.block.{i}.res_unit{number}.{part}"] = f"{block}.{unit}.block.{index}"
+                    names[f"{side}.block.{i}.res_unit{number}.{part}"] = (
+                        f"{block}.{unit}.block.{index}"
+                    )
         names[f"{side}.snake1"] = f"{published}.{len(rates) + 1}"
         names[f"{side}.conv2"] = f"{published}.{len(rates) + 2}"
     return names

@@ -26,7 +26,11 @@ METADATA = {"input_db", "original_length", "sample_rate", "chunk_length", "chann
 NAMES = {
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
-    **{f"numpy.{core}.multiarray {name}": name for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+    **{
+        f"numpy.{core}.multiarray {name}": name
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
 }
 LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
@@ -41,7 +45,10 @@ def dumps(codes: np.ndarray, **metadata) -> bytes:
         codes: integers [C, N, F], 0 to 65535.
         metadata: see the module; all but "dac_version".
     """
-    artifacts = {"codes": codes.astype(np.uint16), "metadata": {**metadata, "dac_version": DAC_VERSION}}
+    artifacts = {
+        "codes": codes.astype(np.uint16),
+        "metadata": {**metadata, "dac_version": DAC_VERSION},
+    }
     file = io.BytesIO()
     np.save(file, artifacts, allow_pickle=True)
     return file.getvalue()
@@ -57,7 +64,11 @@ def loads(data: bytes) -> dict:
     if data[6:8] != b"\x01\x00" or data[10:start].rstrip() != NPY_HEADER:
         raise ValueError("a .npy file, but not a .dac file")
     outer = unpickled(data[start:])
-    artifacts = outer.data[0] if isinstance(outer, _Array) and isinstance(outer.data, list) and outer.data else None
+    artifacts = (
+        outer.data[0]
+        if isinstance(outer, _Array) and isinstance(outer.data, list) and outer.data
+        else None
+    )
     if not isinstance(artifacts, dict) or not isinstance(artifacts.get("metadata"), dict):
         raise ValueError("a pickled .npy file, but not a .dac file: no dict of codes and metadata")
     codes, metadata = artifacts.get("codes"), artifacts["metadata"]
@@ -66,10 +77,15 @@ def loads(data: bytes) -> dict:
         shown = repr(version[:20]) if isinstance(version, str) else "missing"
         raise ValueError(f"dac_version is {shown}; accepted: {DAC_VERSION!r}")
     if set(metadata) != METADATA:
-        raise ValueError(f"its metadata are not those of a .dac file: {', '.join(sorted(METADATA))}")
+        raise ValueError(
+            f"its metadata are not those of a .dac file: {', '.join(sorted(METADATA))}"
+        )
     if not isinstance(codes, _Array):
         raise ValueError(f"codes are {type(codes).__name__}; accepted: an array")
-    return {"codes": codes.to_numpy(), **{name: _plain(name, value) for name, value in metadata.items()}}
+    return {
+        "codes": codes.to_numpy(),
+        **{name: _plain(name, value) for name, value in metadata.items()},
+    }
 
 
 def _plain(name: str, value) -> int | float | bool:
@@ -109,12 +125,21 @@ class _Array:
 
     def to_numpy(self) -> np.ndarray:
         """The array, of integers or floats."""
-        if self.dtype is None or not re.fullmatch("[iuf][1248]", self.dtype.code) or self.dtype.code == "f1":
+        if (
+            self.dtype is None
+            or not re.fullmatch("[iuf][1248]", self.dtype.code)
+            or self.dtype.code == "f1"
+        ):
             raise ValueError("an array's dtype is not one of integers or floats")
         dtype = np.dtype((">" if self.dtype.order == ">" else "<") + self.dtype.code)
-        if not isinstance(self.data, bytes) or len(self.data) != math.prod(self.shape) * dtype.itemsize:
+        if (
+            not isinstance(self.data, bytes)
+            or len(self.data) != math.prod(self.shape) * dtype.itemsize
+        ):
             raise ValueError("an array has another number of bytes than its shape says")
-        array = np.frombuffer(self.data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        array = np.frombuffer(self.data, dtype).reshape(
+            self.shape, order="F" if self.fortran else "C"
+        )
         return array.astype(dtype.newbyteorder("="))
 
 
@@ -165,7 +190,9 @@ class _Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation])
             case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[operation]())
+                stack.append(
+                    {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[operation]()
+                )
             case "MARK":
                 self.marks.append(len(stack))
             case "TUPLE":
@@ -221,7 +248,10 @@ class _Machine:
         """Enters keys and values, in turns, into the dict on the stack."""
         keys = values[::2]
         # Text only: the hash of a tuple within tuples can take forever.
-        _require(type(self.stack[-1]) is dict and all(type(key) is str for key in keys), "a key that is no text")
+        _require(
+            type(self.stack[-1]) is dict and all(type(key) is str for key in keys),
+            "a key that is no text",
+        )
         self.stack[-1].update(zip(keys, values[1::2], strict=True))
 
     def named(self, name: str) -> _Name:
@@ -245,7 +275,13 @@ class _Machine:
         match self.stack[-1], state:
             case _DType() as dtype, (_, str(order), *_):
                 dtype.order = order
-            case _Array() as array, (_, tuple(shape), _DType() as dtype, bool(fortran), bytes() | list() as data):
+            case _Array() as array, (
+                _,
+                tuple(shape),
+                _DType() as dtype,
+                bool(fortran),
+                bytes() | list() as data,
+            ):
                 _require(all(type(n) is int and n >= 0 for n in shape), "an array of no shape")
                 array.shape, array.dtype, array.fortran, array.data = shape, dtype, fortran, data
             case _:

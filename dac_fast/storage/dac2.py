@@ -84,8 +84,15 @@ class DACFile:
         try:
             codes = torch.as_tensor(self.codes)
         except (TypeError, ValueError) as error:
-            raise DACFileError(f"codes are {type(self.codes).__name__}; accepted: a tensor or array") from error
-        _require(codes.ndim == 3 and codes.numel() > 0, "the shape of codes", list(codes.shape), "[C, N, F], none of 0")
+            raise DACFileError(
+                f"codes are {type(self.codes).__name__}; accepted: a tensor or array"
+            ) from error
+        _require(
+            codes.ndim == 3 and codes.numel() > 0,
+            "the shape of codes",
+            list(codes.shape),
+            "[C, N, F], none of 0",
+        )
         integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
         _require(integer, "the dtype of codes", codes.dtype, "integers")
         codes = codes.detach().to("cpu", torch.int64)
@@ -106,11 +113,19 @@ class DACFile:
         _require(abs(self.input_db) <= 200, "input_db", self.input_db, "a loudness in LUFS")
         if self.gains is not None:
             gains = np.asarray(self.gains, np.float32)
-            positive = gains.shape == (n_channels,) and np.isfinite(gains).all() and (gains > 0).all()
-            _require(positive, "gains", gains.tolist(), f"{n_channels} positive numbers, one per channel")
+            positive = (
+                gains.shape == (n_channels,) and np.isfinite(gains).all() and (gains > 0).all()
+            )
+            _require(
+                positive, "gains", gains.tolist(), f"{n_channels} positive numbers, one per channel"
+            )
             object.__setattr__(self, "gains", gains)
 
-        for name, highest in (("codebook_size", 65536), ("model_sample_rate", 1_000_000), ("hop_length", 2**31)):
+        for name, highest in (
+            ("codebook_size", 65536),
+            ("model_sample_rate", 1_000_000),
+            ("hop_length", 2**31),
+        ):
             if getattr(self, name) is not None:
                 self._number(name, 1, highest)
         size = self.codebook_size or 65536
@@ -118,7 +133,9 @@ class DACFile:
         _require(low >= 0 and high < size, "a code", low if low < 0 else high, f"0 to {size - 1}")
         if self.model_sample_rate and self.hop_length:
             # One frame more than needed: encoders differ in how they round.
-            longest = (n_frames + 1) * self.hop_length * self.sample_rate // self.model_sample_rate + 1
+            longest = (
+                n_frames + 1
+            ) * self.hop_length * self.sample_rate // self.model_sample_rate + 1
             self._number("original_length", 1, longest)
         valid = isinstance(self.model, str) and len(self.model.encode("utf-8", "replace")) <= 255
         _require(valid, "model", self.model, "a name of up to 255 bytes")
@@ -153,7 +170,11 @@ class DACFile:
     @property
     def bitrate(self) -> float | None:
         """Bits of all codes per second of the recording, all channels together; None as for `bits_per_code`."""
-        return None if self.codebook_size is None else self.codes.numel() * self.bits_per_code / self.duration
+        return (
+            None
+            if self.codebook_size is None
+            else self.codes.numel() * self.bits_per_code / self.duration
+        )
 
     def save(self, path: str | os.PathLike, format: str = "dac2"):
         """Writes the file; complete or not at all.
@@ -178,7 +199,9 @@ class DACFile:
             DACFileError: no such file, not a .dac file, damaged, or of a version that is not known here.
         """
         if not os.path.isfile(path):
-            raise DACFileError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+            raise DACFileError(
+                f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}"
+            )
         with open(path, "rb") as file:
             data = file.read()
         try:
@@ -204,7 +227,9 @@ class DACFile:
     def _to_dac2(self) -> bytes:
         for name in ("codebook_size", "model_sample_rate", "hop_length"):
             if getattr(self, name) is None:
-                raise DACFileError(f"{name} is None; format 'dac2' needs it (dac1 files do not say it)")
+                raise DACFileError(
+                    f"{name} is None; format 'dac2' needs it (dac1 files do not say it)"
+                )
         name = self.model.encode("utf-8", "replace")
         head = HEADER.pack(
             MAGIC,
@@ -229,9 +254,13 @@ def _from_dac2(data: bytes) -> dict:
     """The arguments of the `DACFile` in a dac2 file's bytes."""
     if len(data) < HEADER.size:
         raise DACFileError(f"cut short: {len(data)} bytes, less than a header")
-    _, version, flags, size, model_rate, hop, rate, c, n, f, chunk, length, db, name_length = HEADER.unpack_from(data)
+    _, version, flags, size, model_rate, hop, rate, c, n, f, chunk, length, db, name_length = (
+        HEADER.unpack_from(data)
+    )
     if version > VERSION:
-        raise DACFileError(f"written by a newer dac_fast: version is {version}; accepted: {VERSION}")
+        raise DACFileError(
+            f"written by a newer dac_fast: version is {version}; accepted: {VERSION}"
+        )
     if version != VERSION:
         raise DACFileError(f"version is {version}; accepted: {VERSION}")
     if not 1 <= size <= 65536:
@@ -241,7 +270,9 @@ def _from_dac2(data: bytes) -> dict:
     codes_start = gains_start + (4 * c if flags & 2 else 0)
     end = codes_start + (c * n * f * _bits(size) + 7) // 8
     if len(data) != end + 4:
-        raise DACFileError(f"{'cut short' if len(data) < end + 4 else 'too long'}: {len(data)} bytes, not {end + 4}")
+        raise DACFileError(
+            f"{'cut short' if len(data) < end + 4 else 'too long'}: {len(data)} bytes, not {end + 4}"
+        )
     if zlib.crc32(memoryview(data)[:end]) != struct.unpack_from("<I", data, end)[0]:
         raise DACFileError("damaged: the checksum does not match")
     if flags & ~3:
@@ -280,7 +311,9 @@ def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     for start in range(0, flat.size, 1 << 16):
         n = min(1 << 16, flat.size - start)
         first = start * bits // 8
-        narrow = np.unpackbits(packed[first : first + (n * bits + 7) // 8], count=n * bits).reshape(n, bits)
+        narrow = np.unpackbits(packed[first : first + (n * bits + 7) // 8], count=n * bits).reshape(
+            n, bits
+        )
         wide = np.pad(narrow, ((0, 0), (16 - bits, 0)))
         flat[start : start + n] = np.packbits(wide, axis=1).view(">u2").reshape(-1)
     return flat.reshape(shape)

@@ -44,11 +44,17 @@ def cached(name: str) -> Path:
         ValueError: no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}; accepted: {', '.join(PRESETS)}, or the path of a checkpoint")
+        raise ValueError(
+            f"unknown model {name!r}; accepted: {', '.join(PRESETS)}, or the path of a checkpoint"
+        )
     return cache_folder() / f"{name}.pth" if name in PUBLISHED else ASSETS / f"{name}.safetensors"
 
 
-def download(name: str, mirror: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None):
+def download(
+    name: str,
+    mirror: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+):
     """Fetch a preset's weights into the cache, unless they are there. A download that broke off is continued.
 
     Args:
@@ -63,7 +69,9 @@ def download(name: str, mirror: str | None = None, progress: Callable[[int, int]
     target = cached(name)
     if target.exists():
         return target
-    source = f"{(mirror or os.environ.get('DAC_FAST_MIRROR') or RELEASES).rstrip('/')}/{PUBLISHED[name]}"
+    source = (
+        f"{(mirror or os.environ.get('DAC_FAST_MIRROR') or RELEASES).rstrip('/')}/{PUBLISHED[name]}"
+    )
     partial = target.with_name(target.name + ".part")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +112,9 @@ def _fetch(source: str, partial: Path, progress: Callable[[int, int], None]):
                 done += len(block)
                 progress(done, total)
     if done < total:
-        raise ConnectionError(f"it broke off after {done} of {total} bytes; call again to go on from there")
+        raise ConnectionError(
+            f"it broke off after {done} of {total} bytes; call again to go on from there"
+        )
 
 
 def _verify(name: str, path: Path):

@@ -73,7 +73,9 @@ class StreamedLayer:
         self.transposed = conv.transposed if self.fused else isinstance(conv, ConvTranspose1d)
         self.stride, self.padding = conv.stride, conv.padding
         # a transposed convolution has a kernel of two strides: every output sees two inputs
-        self.context = 1 if self.transposed else conv.dilation * (conv.kernel_size - 1) + 1 - conv.stride
+        self.context = (
+            1 if self.transposed else conv.dilation * (conv.kernel_size - 1) + 1 - conv.stride
+        )
         weight = conv.weight if self.fused or conv.folded else conv.weight_v
         size = batch, inputs, self.context, weight.shape[0 if self.transposed else 1]
         self.tails = [weight.new_zeros(size)] if self.context else []
@@ -129,7 +131,9 @@ class StreamedChain:
         self.choices, self.tf32 = (plan.choices, plan.tf32) if plan else (None, None)
         moving = (Conv1d, ConvTranspose1d, ResidualUnit)
         self.layers = [
-            layer if isinstance(layer, nn.Module) and not isinstance(layer, moving) else StreamedLayer(layer, batch)
+            layer
+            if isinstance(layer, nn.Module) and not isinstance(layer, moving)
+            else StreamedLayer(layer, batch)
             for layer in (plan.layers if plan else _flat(chain))
         ]
         self.moving = [layer for layer in self.layers if isinstance(layer, StreamedLayer)]
@@ -139,9 +143,13 @@ class StreamedChain:
         return functools.reduce(lambda span, layer: layer.span(span), self.moving, span)
 
     def first_input(self, first: int) -> int:  # noqa: D102
-        return functools.reduce(lambda first, layer: layer.first_input(first), reversed(self.moving), first)
+        return functools.reduce(
+            lambda first, layer: layer.first_input(first), reversed(self.moving), first
+        )
 
-    def __call__(self, x: Tensor, span: Span | None, active: Tensor | None) -> tuple[Tensor, Span | None]:
+    def __call__(
+        self, x: Tensor, span: Span | None, active: Tensor | None
+    ) -> tuple[Tensor, Span | None]:
         """A block x [B, C, T] to the outputs that it completes, of x's dtype, and what they are."""
         y, snaked = x.to(self.tails[0].dtype), None
         with contextlib.nullcontext() if self.tf32 is None else float32_products(self.tf32):

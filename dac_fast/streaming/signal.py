@@ -132,7 +132,9 @@ class StreamingEncoder(_Signal):
         streams.end(range(streams.batch))
         frames = self._codec.encoder.output_length(streams._frames[0] * hop)
         after = (frames - streams._next_output()) * hop
-        codes = torch.cat([last, _codes(streams, streams._pending.new_zeros(streams.batch, 1, after))], dim=2)
+        codes = torch.cat(
+            [last, _codes(streams, streams._pending.new_zeros(streams.batch, 1, after))], dim=2
+        )
         streams.reset(range(streams.batch))
         return codes
 
@@ -146,5 +148,7 @@ def _codes(streams: EncoderStreams, audio: Tensor) -> Tensor:
 def _items(name: str, x: Tensor) -> int:
     """Items of the first push."""
     if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(f"{name} of shape {list(x.shape)}; accepted: three axes, the first one not 0")
+        raise ValueError(
+            f"{name} of shape {list(x.shape)}; accepted: three axes, the first one not 0"
+        )
     return x.shape[0]

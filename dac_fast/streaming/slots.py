@@ -67,7 +67,11 @@ class _Streams:
 
     def _flags(self, active) -> list[bool]:
         flags = [True] * self.batch if active is None else torch.as_tensor(active).tolist()
-        if not isinstance(flags, list) or len(flags) != self.batch or any(type(flag) is not bool for flag in flags):
+        if (
+            not isinstance(flags, list)
+            or len(flags) != self.batch
+            or any(type(flag) is not bool for flag in flags)
+        ):
             raise ValueError(f"active is {flags}; accepted: {self.batch} booleans")
         return flags
 
@@ -150,14 +154,20 @@ class DecoderStreams(_Streams):
             ValueError: the shape, a code or active is out of range.
         """
         flags, config = self._flags(active), self._codec.config
-        if codes.dim() != 3 or codes.shape[0] != self.batch or not 1 <= codes.shape[1] <= config.n_codebooks:
+        if (
+            codes.dim() != 3
+            or codes.shape[0] != self.batch
+            or not 1 <= codes.shape[1] <= config.n_codebooks
+        ):
             accepted = f"[{self.batch}, 1 to {config.n_codebooks}, F]"
             raise ValueError(f"codes of shape {list(codes.shape)}; accepted: {accepted}")
         if codes.shape[2] == 0:
             return self._empty.new_zeros(self.batch, 1, 0)
         low, high = torch.stack(codes.aminmax()).tolist()
         if low < 0 or high >= config.codebook_size:
-            raise ValueError(f"code {low if low < 0 else high}; accepted: 0 to {config.codebook_size - 1}")
+            raise ValueError(
+                f"code {low if low < 0 else high}; accepted: 0 to {config.codebook_size - 1}"
+            )
         return self._step(codes, flags)
 
     @torch.inference_mode()
@@ -264,10 +274,14 @@ class EncoderStreams(_Streams):
         filled = samples.shape[2] // self._hop * self._hop
         samples, pending = samples.tensor_split([filled], dim=2)
         if not all(flags):
-            pending = torch.where(torch.tensor(flags, device=samples.device)[:, None, None], pending, self._pending)
+            pending = torch.where(
+                torch.tensor(flags, device=samples.device)[:, None, None], pending, self._pending
+            )
         self._pending = pending.clone()
         if filled == 0:
-            return torch.zeros(self.batch, self._codebooks, 0, dtype=torch.int64, device=samples.device)
+            return torch.zeros(
+                self.batch, self._codebooks, 0, dtype=torch.int64, device=samples.device
+            )
         return self._step(samples, flags)
 
 

@@ -54,14 +54,21 @@ class Excerpts(Dataset):
         seconds: float | None = None,
         phase_shift: bool = True,
     ):
-        self.config, self.sample_rate, self.batch_size, self.seed = config, sample_rate, batch_size, seed
+        self.config, self.sample_rate, self.batch_size, self.seed = (
+            config,
+            sample_rate,
+            batch_size,
+            seed,
+        )
         self.samples = int((seconds or config.seconds) * sample_rate)
         self.phase_shift = phase_shift and config.phase_shift
         domains = defaultdict(list)
         for file in files:
             domains[file.domain if config.balanced else ""].append(file)
         self.domains = [domains[name] for name in sorted(domains)]
-        self.full_band = [[file for file in pool if file.full_band and config.balanced] for pool in self.domains]
+        self.full_band = [
+            [file for file in pool if file.full_band and config.balanced] for pool in self.domains
+        ]
 
     def __getitem__(self, i: int) -> dict:
         unreadable = {}
@@ -76,7 +83,9 @@ class Excerpts(Dataset):
             except UnreadableError as error:
                 unreadable[file.path] = str(error)
         path, reason = next(iter(unreadable.items()))
-        return {"error": f"{FILE_TRIES} draws in a row cannot be read, for example {path}: {reason}"}
+        return {
+            "error": f"{FILE_TRIES} draws in a row cannot be read, for example {path}: {reason}"
+        }
 
     def _choose(self, i: int) -> tuple[list[AudioFile], AudioFile]:
         """The pool that item i is drawn from, and its file."""
@@ -125,7 +134,9 @@ def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, epoch, size]).permutation(size)
 
 
-def read_excerpt(path: str, samples: int, sample_rate: int, random: np.random.Generator) -> np.ndarray:
+def read_excerpt(
+    path: str, samples: int, sample_rate: int, random: np.random.Generator
+) -> np.ndarray:
     """An excerpt from a random place of a file, mono: float32 [samples], with zeros after a file that is shorter.
 
     Raises:
@@ -144,7 +155,9 @@ def read_excerpt(path: str, samples: int, sample_rate: int, random: np.random.Ge
         raise UnreadableError("no samples where the file should have some")
     if not np.isfinite(block).all():
         raise UnreadableError("samples that are not finite")
-    audio = np.concatenate(list(resampled([block.mean(axis=1)[None]], rate, sample_rate)), axis=1)[0, :samples]
+    audio = np.concatenate(list(resampled([block.mean(axis=1)[None]], rate, sample_rate)), axis=1)[
+        0, :samples
+    ]
     return np.pad(audio, (0, samples - len(audio)))
 
 

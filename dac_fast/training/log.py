@@ -28,7 +28,9 @@ class Log:
         console: to print on.
     """
 
-    def __init__(self, folder: Path | None, step: int, steps: int, tensorboard: bool, console: Console):
+    def __init__(
+        self, folder: Path | None, step: int, steps: int, tensorboard: bool, console: Console
+    ):
         self.console = console
         self._path = folder and folder / "log.jsonl"
         if folder and self._path.exists():
@@ -68,7 +70,9 @@ class Log:
             for name, value in values.items():
                 self._writer.add_scalar(f"{part}/{name}", value, step)
         names = SHOWN if part == "train" else values
-        text = "  ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names if name in values)
+        text = "  ".join(
+            f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names if name in values
+        )
         if part == "train" and self.console.is_terminal:
             self._progress.update(self._task, values=text)
         elif part != "train" or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
@@ -83,7 +87,9 @@ class Log:
         self._writer.add_audio(name, audio, step, sample_rate)
         magnitude = magnitude_spectrogram(audio[None, None], analysis_window(1024))[0, 0]
         level = 20 * torch.log10(magnitude / magnitude.max().clamp(min=1e-8) + 1e-5)
-        self._writer.add_image(f"{name}/spectrogram", (level.flip(0)[None] / 80 + 1).clamp(0, 1), step)
+        self._writer.add_image(
+            f"{name}/spectrogram", (level.flip(0)[None] / 80 + 1).clamp(0, 1), step
+        )
 
     def close(self):
         """Ends the bar and the files."""

@@ -196,7 +196,9 @@ def _read(name_or_path: str, seen: tuple[str, ...] = ()) -> dict:
     if not path.is_file():
         near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise RecipeError(f"no recipe {name_or_path!r}{hint}; accepted: a .yaml file or {', '.join(recipe_names())}")
+        raise RecipeError(
+            f"no recipe {name_or_path!r}{hint}; accepted: a .yaml file or {', '.join(recipe_names())}"
+        )
     if str(path) in seen:
         raise RecipeError(f"{path}: its bases lead back to itself")
     try:
@@ -218,12 +220,21 @@ def _merged(base: dict, changes: dict) -> dict:
     for key, value in changes.items():
         if key == "model" and isinstance(value, str):
             if value not in PRESETS:
-                raise RecipeError(f"model is {value!r}; accepted: keys of a model, or {', '.join(PRESETS)}")
+                raise RecipeError(
+                    f"model is {value!r}; accepted: keys of a model, or {', '.join(PRESETS)}"
+                )
             result[key] = PRESETS[value].to_dict()
             # Left to follow from encoder_dim, should that be changed.
-            if result[key]["latent_dim"] == Config(encoder_dim=PRESETS[value].encoder_dim).latent_dim:
+            if (
+                result[key]["latent_dim"]
+                == Config(encoder_dim=PRESETS[value].encoder_dim).latent_dim
+            ):
                 del result[key]["latent_dim"]
-        elif isinstance(value, dict) and isinstance(result.get(key), dict) and key not in ("train", "validation"):
+        elif (
+            isinstance(value, dict)
+            and isinstance(result.get(key), dict)
+            and key not in ("train", "validation")
+        ):
             result[key] = _merged(result[key], value)
         else:
             result[key] = _merged({}, value) if isinstance(value, dict) else value
@@ -235,7 +246,9 @@ def _build(cls, values: dict, prefix: str):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise RecipeError(f"unknown key {prefix + str(key)!r}; did you mean {_nearest(prefix + str(key))!r}?")
+            raise RecipeError(
+                f"unknown key {prefix + str(key)!r}; did you mean {_nearest(prefix + str(key))!r}?"
+            )
     arguments = {key: _converted(value, hints[key], prefix + key) for key, value in values.items()}
     try:
         return cls(**arguments)
@@ -286,8 +299,16 @@ def _described(hint) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_described(option) for option in arguments)
     if origin is tuple:
-        return f"a list of {_described(arguments[0])}" + ("" if arguments[-1] is Ellipsis else f" ({len(arguments)})")
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+        return f"a list of {_described(arguments[0])}" + (
+            "" if arguments[-1] is Ellipsis else f" ({len(arguments)})"
+        )
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return names[hint]
 
 
@@ -303,7 +324,8 @@ def _nearest(key: str) -> str:
     def likeness(other: str) -> float:
         last, other_last = key.rpartition(".")[2], other.rpartition(".")[2]
         return (
-            difflib.SequenceMatcher(None, last, other_last).ratio() + difflib.SequenceMatcher(None, key, other).ratio()
+            difflib.SequenceMatcher(None, last, other_last).ratio()
+            + difflib.SequenceMatcher(None, key, other).ratio()
         )
 
     return max(all_keys(Recipe), key=likeness)
@@ -317,12 +339,30 @@ def _check(recipe: Recipe):
         if not holds:
             raise RecipeError(f"{key} is {value!r}; accepted: {accepted}")
 
-    for key in ("steps", "batch_size", "log_every", "validate_every", "sample_every", "save_every", "keep_last"):
+    for key in (
+        "steps",
+        "batch_size",
+        "log_every",
+        "validate_every",
+        "sample_every",
+        "save_every",
+        "keep_last",
+    ):
         require(getattr(trainer, key) > 0, f"trainer.{key}", getattr(trainer, key), "1 or more")
-    require(trainer.precision in (None, "bf16", "fp32"), "trainer.precision", trainer.precision, "bf16, fp32 or null")
+    require(
+        trainer.precision in (None, "bf16", "fp32"),
+        "trainer.precision",
+        trainer.precision,
+        "bf16, fp32 or null",
+    )
     require(0 <= trainer.ema < 1, "trainer.ema", trainer.ema, "0 up to, not including, 1")
     require(data.seconds > 0, "data.seconds", data.seconds, "more than 0")
-    require(data.validation_seconds > 0, "data.validation_seconds", data.validation_seconds, "more than 0")
+    require(
+        data.validation_seconds > 0,
+        "data.validation_seconds",
+        data.validation_seconds,
+        "more than 0",
+    )
     require(
         len(recipe.losses.mel_bins) == len(recipe.losses.mel_windows),
         "losses.mel_bins", list(recipe.losses.mel_bins), "one number per window of losses.mel_windows",

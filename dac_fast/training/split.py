@@ -32,16 +32,24 @@ def find_files(
         DataError: a source is missing, a manifest is damaged, or no file is left.
     """
     try:
-        files = [file for domain, path in _listed(sources, key) for file in audio_files(path, domain)]
+        files = [
+            file for domain, path in _listed(sources, key) for file in audio_files(path, domain)
+        ]
     except SourceError as error:
         raise DataError(f"{key}: {error}") from error
     with ThreadPoolExecutor(8) as pool:
         probed = list(pool.map(_probed, files))
-    unreadable = {file.path: result for file, result in zip(files, probed, strict=True) if isinstance(result, str)}
+    unreadable = {
+        file.path: result
+        for file, result in zip(files, probed, strict=True)
+        if isinstance(result, str)
+    }
     readable = [result for result in probed if not isinstance(result, str)]
     if not readable:
         path, reason = next(iter(unreadable.items()))
-        raise DataError(f"{key}: none of {len(files)} files can be read, for example {path}: {reason}")
+        raise DataError(
+            f"{key}: none of {len(files)} files can be read, for example {path}: {reason}"
+        )
     return [_with_band(file, sample_rate, full_band) for file in readable], unreadable
 
 
@@ -73,8 +81,14 @@ def _listed(sources, key: str) -> list[tuple[str, str]]:
     if isinstance(sources, (list, tuple)):
         return [pair for source in sources for pair in _listed(source, key)]
     if isinstance(sources, dict):
-        return [(str(domain), path) for domain, value in sources.items() for _, path in _listed(value, key)]
-    raise DataError(f"{key} is {sources!r}; accepted: a folder or manifest, a list of these, or domains and these")
+        return [
+            (str(domain), path)
+            for domain, value in sources.items()
+            for _, path in _listed(value, key)
+        ]
+    raise DataError(
+        f"{key} is {sources!r}; accepted: a folder or manifest, a list of these, or domains and these"
+    )
 
 
 def _probed(file: AudioFile) -> AudioFile | str:
@@ -85,10 +99,14 @@ def _probed(file: AudioFile) -> AudioFile | str:
         recording = Recording(file.path)
     except (AudioError, OSError) as error:
         return str(error).removeprefix(f"{file.path}: ")
-    return replace(file, seconds=recording.frames / recording.sample_rate, rate=recording.sample_rate)
+    return replace(
+        file, seconds=recording.frames / recording.sample_rate, rate=recording.sample_rate
+    )
 
 
 def _with_band(file: AudioFile, sample_rate: int, full_band: Sequence[str] | None) -> AudioFile:
     if file.full_band is not None:
         return file
-    return replace(file, full_band=file.rate >= sample_rate if full_band is None else file.domain in full_band)
+    return replace(
+        file, full_band=file.rate >= sample_rate if full_band is None else file.domain in full_band
+    )

@@ -16,11 +16,17 @@ class StateError(ValueError):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first."""
-    found = [(int(m[1]), path) for path in folder.glob("step_*.pt") if (m := re.fullmatch(r"step_(\d+)", path.stem))]
+    found = [
+        (int(m[1]), path)
+        for path in folder.glob("step_*.pt")
+        if (m := re.fullmatch(r"step_(\d+)", path.stem))
+    ]
     return [path for _, path in sorted(found)]
 
 
-def save(folder: Path, step: int, recipe: Recipe, state: dict, keep_last: int, keep_steps=()) -> Path:
+def save(
+    folder: Path, step: int, recipe: Recipe, state: dict, keep_last: int, keep_steps=()
+) -> Path:
     """Writes the checkpoint after `step` steps, then removes those that are too old.
 
     Raises:
@@ -53,7 +59,9 @@ def load_newest(folder: Path, recipe: Recipe) -> tuple[dict, list[str]] | None:
             content = torch.load(path, map_location="cpu", weights_only=True)
         # What torch.load raises on damaged files is of many types.
         except Exception as error:
-            damaged.append(f"{path}: not a readable checkpoint: {(str(error).splitlines() or [''])[0]}")
+            damaged.append(
+                f"{path}: not a readable checkpoint: {(str(error).splitlines() or [''])[0]}"
+            )
             continue
         _require_same_architecture(path, content["recipe"], recipe.to_dict())
         return content, damaged

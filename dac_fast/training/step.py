@@ -45,8 +45,12 @@ class TrainingStep:
         self.codec = DAC(**vars(model)).to(device)
         self.discriminator = None
         if losses.adversarial or losses.feature:
-            self.discriminator = Discriminator(**vars(recipe.discriminator), sample_rate=model.sample_rate).to(device)
-        self.ema = copy.deepcopy(self.codec).requires_grad_(False).eval() if recipe.trainer.ema else None
+            self.discriminator = Discriminator(
+                **vars(recipe.discriminator), sample_rate=model.sample_rate
+            ).to(device)
+        self.ema = (
+            copy.deepcopy(self.codec).requires_grad_(False).eval() if recipe.trainer.ema else None
+        )
         if device.type == "cuda":
             for network in filter(None, (self.codec, self.discriminator)):
                 set_channels_last(network)
@@ -56,7 +60,11 @@ class TrainingStep:
                 module.checkpointed = recipe.trainer.gradient_checkpointing
 
         self.mel_loss = MelSpectrogramLoss(
-            losses.mel_bins, losses.mel_windows, pow=1.0, mag_weight=0.0, sample_rate=model.sample_rate
+            losses.mel_bins,
+            losses.mel_windows,
+            pow=1.0,
+            mag_weight=0.0,
+            sample_rate=model.sample_rate,
         ).to(device)
         self.stft_loss = MultiScaleSTFTLoss().to(device)
         self.waveform_loss = L1Loss()
@@ -68,13 +76,20 @@ class TrainingStep:
             self._discriminator = self.discriminator and distributed(self.discriminator)
         graphed = recipe.trainer.cuda_graph
         if graphed and (device.type != "cuda" or dist.is_initialized()):
-            raise RecipeError(f"trainer.cuda_graph is true on {device}; accepted: on one CUDA device, in one process")
+            raise RecipeError(
+                f"trainer.cuda_graph is true on {device}; accepted: on one CUDA device, in one process"
+            )
         self.optimizers = {"generator": adamw(self.codec, recipe.optimizer, graphed)}
         if self.discriminator:
             self.optimizers["discriminator"] = adamw(self.discriminator, recipe.optimizer, graphed)
         self._graphed = GraphedStep(self.update_networks) if graphed else None
-        self.skipped = {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("total", "row", "longest")}
-        self.code_counts = torch.zeros(model.n_codebooks, model.codebook_size, dtype=torch.int64, device=device)
+        self.skipped = {
+            name: torch.zeros((), dtype=torch.int64, device=device)
+            for name in ("total", "row", "longest")
+        }
+        self.code_counts = torch.zeros(
+            model.n_codebooks, model.codebook_size, dtype=torch.int64, device=device
+        )
         self.mark = lambda part: None
 
     def __call__(self, audio: Tensor, step: int) -> dict[str, Tensor]:
@@ -102,7 +117,9 @@ class TrainingStep:
             self.mark("spectrograms")
             # Every spectrogram is computed once and serves both networks' steps.
             with self.autocast():
-                fake, real = (self.discriminator.spectra(x) for x in (full_precision(out["audio"]), audio))
+                fake, real = (
+                    self.discriminator.spectra(x) for x in (full_precision(out["audio"]), audio)
+                )
             values.update(self.discriminator_step(fake, real))
         if not warming_up:
             values.update(self.generator_step(out, audio, fake, real))
@@ -118,14 +135,18 @@ class TrainingStep:
         norm = self.update("discriminator", self.discriminator, loss)
         return {"discriminator": loss, "grad_norm/discriminator": norm}
 
-    def generator_step(self, out: dict[str, Tensor], audio: Tensor, fake, real) -> dict[str, Tensor]:
+    def generator_step(
+        self, out: dict[str, Tensor], audio: Tensor, fake, real
+    ) -> dict[str, Tensor]:
         """Updates the generator, from what it returned for the audio and the discriminator's `spectra` of both."""
         values = self.generator_losses(out, audio, fake, real)
         values["loss"] = sum(weight * values[name] for name, weight in self.weights().items())
         values["grad_norm/generator"] = self.update("generator", self.codec, values["loss"])
         return values
 
-    def generator_losses(self, out: dict[str, Tensor], audio: Tensor, fake, real) -> dict[str, Tensor]:
+    def generator_losses(
+        self, out: dict[str, Tensor], audio: Tensor, fake, real
+    ) -> dict[str, Tensor]:
         """The generator's losses by their name in `LossConfig`, those without weight left out (mel always there)."""
         values, weights = {}, self.weights()
         if self.discriminator:
@@ -143,7 +164,10 @@ class TrainingStep:
             values["waveform"] = self.waveform_loss(reconstruction, audio)
         if "stft" in weights:
             values["stft"] = self.stft_loss(reconstruction, audio)
-        values["commitment"], values["codebook"] = out["vq/commitment_loss"], out["vq/codebook_loss"]
+        values["commitment"], values["codebook"] = (
+            out["vq/commitment_loss"],
+            out["vq/codebook_loss"],
+        )
         return values
 
     def weights(self) -> dict[str, float]:
@@ -151,7 +175,11 @@ class TrainingStep:
         names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
         weights = {name: getattr(self.recipe.losses, name) for name in names}
         # The quantizer's stay, so that every parameter has a gradient, which averaging over processes waits for.
-        return {name: weight for name, weight in weights.items() if weight or name in ("codebook", "commitment")}
+        return {
+            name: weight
+            for name, weight in weights.items()
+            if weight or name in ("codebook", "commitment")
+        }
 
     def update(self, name: str, network: nn.Module, loss: Tensor) -> Tensor:
         """Backward pass, clipping and optimizer step of a network; returns the norm of its gradients, unclipped."""
@@ -179,7 +207,9 @@ class TrainingStep:
 
     def count_skipped(self, values: dict[str, Tensor]):
         """Counts the step as skipped if a gradient norm is not finite."""
-        norms = torch.stack([norm for name, norm in values.items() if name.startswith("grad_norm/")])
+        norms = torch.stack(
+            [norm for name, norm in values.items() if name.startswith("grad_norm/")]
+        )
         failed = ~norms.isfinite().all()
         self.skipped["total"] += failed
         self.skipped["row"].add_(1).mul_(failed)
@@ -214,8 +244,12 @@ class TrainingStep:
         """All that a run needs to go on, as tensors and plain values."""
         networks = {"generator": self.codec, "discriminator": self.discriminator, "ema": self.ema}
         return {
-            "networks": {name: network.state_dict() for name, network in networks.items() if network},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "networks": {
+                name: network.state_dict() for name, network in networks.items() if network
+            },
+            "optimizers": {
+                name: optimizer.state_dict() for name, optimizer in self.optimizers.items()
+            },
             "skipped": self.skipped,
             "code_counts": self.code_counts,
         }
@@ -241,9 +275,18 @@ class TrainingStep:
 def adamw(network: nn.Module, config: OptimizerConfig, graphed: bool = False) -> torch.optim.AdamW:
     """The optimizer of a network; its learning rate is a tensor where its steps are to be captured in a CUDA graph."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    rate = torch.tensor(config.learning_rate, device=parameters[0].device) if graphed else config.learning_rate
+    rate = (
+        torch.tensor(config.learning_rate, device=parameters[0].device)
+        if graphed
+        else config.learning_rate
+    )
     optimizer = torch.optim.AdamW(
-        parameters, lr=rate, betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed
+        parameters,
+        lr=rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=graphed,
     )
     # That the first steps, before the capture, are slower than they could be.
     optimizer._warned_capturable_if_run_uncaptured = True
@@ -255,4 +298,6 @@ def distributed(network: nn.Module) -> DistributedDataParallel:
     with warnings.catch_warnings():
         # PyTorch 2.13 has another name for broadcast_buffers, which 2.10 does not know.
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=True
+        )

@@ -75,7 +75,9 @@ def train(recipe: str, overrides: Sequence[str] = (), console: Console | None = 
     """
     parsed = load_recipe(recipe, overrides)
     if parsed.data.train is None:
-        raise RecipeError("data.train is missing; accepted: data.train=FOLDER, or a .jsonl manifest")
+        raise RecipeError(
+            "data.train is missing; accepted: data.train=FOLDER, or a .jsonl manifest"
+        )
     with process_group(parsed.trainer.device) as (rank, processes, device):
         if parsed.trainer.batch_size % processes:
             raise RecipeError(
@@ -101,7 +103,9 @@ def process_group(device: str | None):
     device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise RecipeError(f"trainer.device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
+            raise RecipeError(
+                f"trainer.device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
+            )
         torch.cuda.set_device(device)
         # Shapes are the same in every step: the search for the quickest convolutions pays.
         torch.backends.cudnn.benchmark = True
@@ -118,7 +122,9 @@ def process_group(device: str | None):
 class Run:
     """A run in one of its processes; see `train`."""
 
-    def __init__(self, recipe: Recipe, rank: int, processes: int, device: torch.device, console: Console):
+    def __init__(
+        self, recipe: Recipe, rank: int, processes: int, device: torch.device, console: Console
+    ):
         self.recipe, self.rank, self.processes, self.device = recipe, rank, processes, device
         trainer = recipe.trainer
         self.folder = Path(trainer.folder or Path("runs") / recipe.name)
@@ -147,7 +153,11 @@ class Run:
             with atomic_path(self.folder / "recipe.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         self.log = Log(
-            self.folder if rank == 0 else None, self.done, trainer.steps, trainer.tensorboard and rank == 0, console
+            self.folder if rank == 0 else None,
+            self.done,
+            trainer.steps,
+            trainer.tensorboard and rank == 0,
+            console,
         )
         parameters = sum(p.numel() for p in self.step.codec.parameters())
         notes.append(
@@ -166,7 +176,9 @@ class Run:
             return files, [], unreadable
         if isinstance(data.validation, float | int):
             if not 0 <= data.validation < 1:
-                raise RecipeError(f"data.validation is {data.validation}; accepted: 0 up to, not including, 1")
+                raise RecipeError(
+                    f"data.validation is {data.validation}; accepted: 0 up to, not including, 1"
+                )
             return *hold_out(files, data.validation), unreadable
         held, more = find_files(data.validation, rate, data.full_band, "data.validation")
         paths = {os.path.realpath(file.path) for file in held}
@@ -184,8 +196,12 @@ class Run:
     def train(self) -> Summary:
         """All steps that are left."""
         trainer, data = self.recipe.trainer, self.recipe.data
-        excerpts = Excerpts(self.training, data, self.recipe.model.sample_rate, trainer.batch_size, trainer.seed)
-        batches = Batches(range(self.done, trainer.steps), trainer.batch_size, self.rank, self.processes)
+        excerpts = Excerpts(
+            self.training, data, self.recipe.model.sample_rate, trainer.batch_size, trainer.seed
+        )
+        batches = Batches(
+            range(self.done, trainer.steps), trainer.batch_size, self.rank, self.processes
+        )
         self.validation_audio = self.read_validation()
         since, timed, stopping = time.monotonic(), 0, False
         with Stop() as stop:
@@ -212,7 +228,9 @@ class Run:
                 if stopping:
                     break
         if self.unreadable and self.rank == 0:
-            self.log.note(f"{len(self.unreadable)} unreadable files were skipped, see {self.folder / 'unreadable.txt'}")
+            self.log.note(
+                f"{len(self.unreadable)} unreadable files were skipped, see {self.folder / 'unreadable.txt'}"
+            )
         # Another process may be the one that received it.
         received = (stop.received or signal.SIGTERM) if stopping else None
         skipped = int(self.step.skipped["total"])
@@ -233,7 +251,9 @@ class Run:
         used = codebook_statistics(self.step.code_counts)
         self.step.code_counts.zero_()
         names = list(losses)
-        values = dict(zip(names, torch.stack([losses[name].double() for name in names]).tolist(), strict=True))
+        values = dict(
+            zip(names, torch.stack([losses[name].double() for name in names]).tolist(), strict=True)
+        )
         values |= used | {
             "skipped": int(self.step.skipped["total"]),
             "learning_rate": float(self.step.optimizers["generator"].param_groups[0]["lr"]),
@@ -279,7 +299,10 @@ class Run:
         for audio in self.validation_audio:
             out = codec(audio.to(self.device))
             restored = out["audio"].float().cpu()
-            measured = mel_distance(restored, audio, model.sample_rate), stft_distance(restored, audio)
+            measured = (
+                mel_distance(restored, audio, model.sample_rate),
+                stft_distance(restored, audio),
+            )
             # Silence has no ratio.
             ratio = si_sdr(audio, restored).nan_to_num()
             sums += torch.stack([*measured, ratio, torch.ones(())]).double() * len(audio)
@@ -290,7 +313,12 @@ class Run:
                 dist.all_reduce(moved)
                 total.copy_(moved)
         mel, stft, ratio = (sums[:3] / sums[3]).tolist()
-        values = {"mel_distance": mel, "stft_distance": stft, "si_sdr": ratio, **codebook_statistics(counts)}
+        values = {
+            "mel_distance": mel,
+            "stft_distance": stft,
+            "si_sdr": ratio,
+            **codebook_statistics(counts),
+        }
         improved = self.best is None or mel < self.best
         self.best = mel if improved else self.best
         if self.rank == 0:
@@ -317,11 +345,15 @@ class Run:
         content = {**self.step.state_dict(), "best": self.best, "unreadable": self.unreadable}
 
         def write():
-            state.save(self.folder, self.done, self.recipe, content, trainer.keep_last, trainer.keep_steps)
+            state.save(
+                self.folder, self.done, self.recipe, content, trainer.keep_last, trainer.keep_steps
+            )
             self.step.best_codec().save(self.folder / "codec.safetensors")
             if self.unreadable:
                 with atomic_path(self.folder / "unreadable.txt") as temporary:
-                    lines = [f"{path}\t{reason}\n" for path, reason in sorted(self.unreadable.items())]
+                    lines = [
+                        f"{path}\t{reason}\n" for path, reason in sorted(self.unreadable.items())
+                    ]
                     temporary.write_text("".join(lines))
 
         if must:
@@ -346,7 +378,9 @@ class Stop:
     def __enter__(self) -> "Stop":
         # Signals can be handled in the main thread only; elsewhere somebody else is in charge of them.
         main = threading.current_thread() is threading.main_thread()
-        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT) if main}
+        self._before = {
+            s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT) if main
+        }
         return self
 
     def _remember(self, number, _):
@@ -370,4 +404,7 @@ def codebook_statistics(counts: Tensor) -> dict[str, float]:
         return {}
     size = counts.shape[1]
     efficiency = codebook_entropy(counts.cpu()).mean() / np.log2(size)
-    return {"bitrate_efficiency": float(efficiency), "codebook_usage": float((counts > 0).double().mean())}
+    return {
+        "bitrate_efficiency": float(efficiency),
+        "codebook_usage": float((counts > 0).double().mean()),
+    }

@@ -45,7 +45,13 @@ from dac_kernels.tiles import (
 # Tiles of M rows and N columns, K elements at a time, warps, stages. All sum in the same order; on sm_90 none spills
 # (tests/test_aot.py has the table). They fit in 99 KiB of shared memory, which GPUs from sm_80 on have.
 TILES = {
-    "half": ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 32, 64, 4, 4), (64, 32, 64, 4, 4)),
+    "half": (
+        (128, 64, 64, 4, 4),
+        (128, 128, 64, 8, 3),
+        (64, 64, 64, 4, 4),
+        (128, 32, 64, 4, 4),
+        (64, 32, 64, 4, 4),
+    ),
     "tf32": ((128, 64, 32, 4, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4)),
     "ieee": ((64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (32, 64, 32, 4, 3)),
     # Each thread holds an address per element.
@@ -99,14 +105,28 @@ def _conv1d_kernel(
     )  # fmt: skip
 
 
-def _product(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, transposed: bool) -> dict[str, int]:
+def _product(
+    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, transposed: bool
+) -> dict[str, int]:
     """The convolution as a matrix product: the integers of `_conv1d_kernel` that describe it."""
     _, channels, size = x.shape
     time = output_length(size, weight.shape[2], stride, padding, dilation, transposed)
     if transposed:
         inputs, out, taps = weight.stride()
-        shape = {"M": size + 1, "N": stride * weight.shape[1], "CHANNELS": weight.shape[1], "T": time, "skip": padding}
-        runs = {"step": channels, "first": channels, "runs": 2, "run": channels, "run_step": channels}
+        shape = {
+            "M": size + 1,
+            "N": stride * weight.shape[1],
+            "CHANNELS": weight.shape[1],
+            "T": time,
+            "skip": padding,
+        }
+        runs = {
+            "step": channels,
+            "first": channels,
+            "runs": 2,
+            "run": channels,
+            "run_step": channels,
+        }
         return shape | runs | {"w_run": -stride * taps, "w_k": inputs, "w_tap": taps, "w_n": out}
     out, inputs, taps = weight.stride()
     kernel = weight.shape[2]
@@ -144,14 +164,25 @@ def _conv1d(
     residual = None if residual is None else channels_innermost(residual)
     weight = weight[..., stride:] if transposed else weight
     tensors = (x, weight, dense(bias), dense(alpha), residual, dense(lengths), y, snaked)
-    product |= {"rows": rows, "size": size * channels, "x_b": x.stride(0), "y_b": product["T"] * product["CHANNELS"]}
+    product |= {
+        "rows": rows,
+        "size": size * channels,
+        "x_b": x.stride(0),
+        "y_b": product["T"] * product["CHANNELS"],
+    }
     product["r_b"] = 0 if residual is None else residual.stride(0)
     align, aligned = alignment(channels, x, weight)
     precision = precision_of(x, tf32)
 
     def run(config):
         programs = -(-rows // config["BLOCK_M"]) * -(-product["N"] // config["BLOCK_N"])
-        constants = {"TRANSPOSED": transposed, "ALIGN": align, "TANH": tanh, "PRECISION": precision, "GROUP": GROUP}
+        constants = {
+            "TRANSPOSED": transposed,
+            "ALIGN": align,
+            "TANH": tanh,
+            "PRECISION": precision,
+            "GROUP": GROUP,
+        }
         launch(_conv1d_kernel, programs, *tensors, **product, **constants, **config)
 
     parts = [name for name, tensor in zip("xwbarlys", tensors, strict=True) if tensor is not None]
@@ -162,13 +193,29 @@ def _conv1d(
 
 
 @_conv1d.register_fake
-def _(x, weight, bias, alpha, residual, lengths, stride, padding, dilation, transposed, tanh, keep, tf32):
+def _(
+    x,
+    weight,
+    bias,
+    alpha,
+    residual,
+    lengths,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    tanh,
+    keep,
+    tf32,
+):
     product = _product(x, weight, stride, padding, dilation, transposed)
     made = outputs(x, x.dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
     return [tensor for tensor in made if tensor is not None]
 
 
-def _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, transposed) -> str | None:
+def _unsupported(
+    x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, transposed
+) -> str | None:
     if x.dim() != 3 or weight.dim() != 3:
         return f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; accepted: [B, C, T] and three axes"
     kernel = weight.shape[2]
@@ -198,7 +245,9 @@ def conv1d_unsupported(
     keep=True, tf32=False,
 ) -> str | None:  # fmt: skip
     """Why `conv1d` cannot run on these arguments, or None."""
-    return _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False)
+    return _unsupported(
+        x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False
+    )
 
 
 def conv_transpose1d_unsupported(
@@ -240,7 +289,9 @@ def conv1d(
     Raises:
         ValueError: `conv1d_unsupported` has a reason.
     """
-    if reason := _unsupported(x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False):
+    if reason := _unsupported(
+        x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False
+    ):
         raise ValueError(reason)
     made = _conv1d(
         x, weight, bias, alpha, residual, lengths, stride, padding, dilation, False, tanh, keep, tf32
@@ -270,6 +321,11 @@ def conv_transpose1d(
     Raises:
         ValueError: `conv_transpose1d_unsupported` has a reason.
     """
-    if reason := _unsupported(x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True):
+    if reason := _unsupported(
+        x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True
+    ):
         raise ValueError(reason)
-    return pair(_conv1d(x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32), keep)
+    return pair(
+        _conv1d(x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32),
+        keep,
+    )

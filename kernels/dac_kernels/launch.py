@@ -73,5 +73,8 @@ def tuned(key: Hashable, configs: Sequence[dict], run: Callable[[dict], object])
     if key not in _choices:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
-        _choices[key] = min(configs, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
+        _choices[key] = min(
+            configs,
+            key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20),
+        )
     return _choices[key]

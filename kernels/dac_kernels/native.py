@@ -105,7 +105,11 @@ def _channels_last(x: Tensor) -> bool:
 
 def _empty_like(x: Tensor) -> Tensor:
     batch, channels, time = x.shape
-    return x.new_empty(batch, time, channels).transpose(1, 2) if _channels_last(x) else x.new_empty(x.shape)
+    return (
+        x.new_empty(batch, time, channels).transpose(1, 2)
+        if _channels_last(x)
+        else x.new_empty(x.shape)
+    )
 
 
 def _with_runs(x: Tensor, channels_last: bool) -> Tensor:
@@ -121,14 +125,24 @@ def _rows(x: Tensor, channels_last: bool):
 
 def _snake_shape(x: Tensor, channels_last: bool):
     batch, channels, time = x.shape
-    return _C.SnakeShape(batch, *((time, channels) if channels_last else (channels, time)), channels_last)
+    return _C.SnakeShape(
+        batch, *((time, channels) if channels_last else (channels, time)), channels_last
+    )
 
 
 @torch.library.custom_op("dac_native::snake", mutates_args=(), device_types="cpu")
 def _snake(x: Tensor, alpha: Tensor) -> Tensor:
     last, y = _channels_last(x), _empty_like(x)
     x, alpha = _with_runs(x, last), alpha.contiguous()
-    _call("snake_forward", x, [x.dtype], _snake_shape(x, last), _rows(x, last), alpha.data_ptr(), _rows(y, last))
+    _call(
+        "snake_forward",
+        x,
+        [x.dtype],
+        _snake_shape(x, last),
+        _rows(x, last),
+        alpha.data_ptr(),
+        _rows(y, last),
+    )
     return y
 
 
@@ -139,9 +153,19 @@ def _(x, alpha):
 
 @torch.library.custom_op("dac_native::snake_backward", mutates_args=(), device_types="cpu")
 def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    last, grad_x, grad_alpha = _channels_last(x), _empty_like(x), torch.empty_like(alpha).contiguous()
+    last, grad_x, grad_alpha = (
+        _channels_last(x),
+        _empty_like(x),
+        torch.empty_like(alpha).contiguous(),
+    )
     grad, x, alpha = _with_runs(grad, last), _with_runs(x, last), alpha.contiguous()
-    tensors = _rows(grad, last), _rows(x, last), alpha.data_ptr(), _rows(grad_x, last), grad_alpha.data_ptr()
+    tensors = (
+        _rows(grad, last),
+        _rows(x, last),
+        alpha.data_ptr(),
+        _rows(grad_x, last),
+        grad_alpha.data_ptr(),
+    )
     _call("snake_backward", x, [x.dtype], _snake_shape(x, last), *tensors)
     return grad_x, grad_alpha
 
@@ -191,7 +215,9 @@ def _signals(x: Tensor):
     return _C.Signals(x.shape[0], x.shape[1], x.stride(0), chunk), partial
 
 
-@torch.library.custom_op("dac_native::disc_preprocess", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "dac_native::disc_preprocess", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _disc_preprocess(x: Tensor) -> tuple[Tensor, Tensor]:
     # Beside the result: each signal's mean and peak, for the backward pass.
     y, levels = x.new_empty(x.shape), x.new_empty(x.shape[0], 2)
@@ -211,11 +237,19 @@ def _(x):
     return x.new_empty(x.shape), x.new_empty(x.shape[0], 2)
 
 
-@torch.library.custom_op("dac_native::disc_preprocess_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "dac_native::disc_preprocess_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _disc_preprocess_backward(grad: Tensor, x: Tensor, levels: Tensor) -> Tensor:
     grad_x, grad, x = x.new_empty(x.shape), grad.contiguous(), _contiguous_rows(x)
     signals, partial = _signals(x)
-    tensors = grad.data_ptr(), x.data_ptr(), levels.data_ptr(), grad_x.data_ptr(), partial.data_ptr()
+    tensors = (
+        grad.data_ptr(),
+        x.data_ptr(),
+        levels.data_ptr(),
+        grad_x.data_ptr(),
+        partial.data_ptr(),
+    )
     _call("disc_preprocess_backward", x, [x.dtype], signals, *tensors)
     return grad_x
 
@@ -231,7 +265,8 @@ def _save_levels(ctx, inputs, output):
 
 
 _disc_preprocess.register_autograd(
-    lambda ctx, grad, _: _disc_preprocess_backward(grad, *ctx.saved_tensors), setup_context=_save_levels
+    lambda ctx, grad, _: _disc_preprocess_backward(grad, *ctx.saved_tensors),
+    setup_context=_save_levels,
 )
 
 
@@ -270,8 +305,12 @@ def stft_bands(
         hop, samples = window // 4, x.shape[1]
         shortest = 3 * hop // 2 + -samples % hop + 1
         if samples < shortest:
-            raise ValueError(f"{samples} samples are too few for a window of {window}: at least {shortest}")
-    flat = _stft_bands(x, list(windows), _edges(windows, bands), layout == "channels_last", dtype or x.dtype)
+            raise ValueError(
+                f"{samples} samples are too few for a window of {window}: at least {shortest}"
+            )
+    flat = _stft_bands(
+        x, list(windows), _edges(windows, bands), layout == "channels_last", dtype or x.dtype
+    )
     return [flat[i * len(bands) : (i + 1) * len(bands)] for i in range(len(windows))]
 
 
@@ -303,7 +342,12 @@ def stft_bands_unsupported(
 
 def _edges(windows: Sequence[int], bands: Sequence[tuple[float, float]]) -> list[int]:
     """Per window, per band: first and one-past-last FFT bin."""
-    return [int(fraction * (window // 2 + 1)) for window in windows for band in bands for fraction in band]
+    return [
+        int(fraction * (window // 2 + 1))
+        for window in windows
+        for band in bands
+        for fraction in band
+    ]
 
 
 def _empty_bands(
@@ -313,7 +357,12 @@ def _empty_bands(
     bands = len(edges) // len(windows) // 2
     return [
         torch.empty(
-            (x.shape[0], 2, -(-x.shape[1] // (windows[i // bands] // 4)), edges[2 * i + 1] - edges[2 * i]),
+            (
+                x.shape[0],
+                2,
+                -(-x.shape[1] // (windows[i // bands] // 4)),
+                edges[2 * i + 1] - edges[2 * i],
+            ),
             dtype=dtype,
             device=x.device,
             memory_format=memory_format,
@@ -323,7 +372,9 @@ def _empty_bands(
 
 
 def _plan(tensors: Sequence[Tensor], batch: int, samples: int, windows, edges, channels_last: bool):
-    return _C.Plan(batch, samples, channels_last, windows, edges, [tensor.data_ptr() for tensor in tensors])
+    return _C.Plan(
+        batch, samples, channels_last, windows, edges, [tensor.data_ptr() for tensor in tensors]
+    )
 
 
 @torch.library.custom_op("dac_native::stft_bands", mutates_args=(), device_types=("cpu", "cuda"))
@@ -342,7 +393,9 @@ def _(x, windows, edges, channels_last, dtype):
     return _empty_bands(x, windows, edges, channels_last, dtype)
 
 
-@torch.library.custom_op("dac_native::stft_bands_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "dac_native::stft_bands_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _stft_bands_backward(
     grads: Sequence[Tensor],
     samples: int,
@@ -370,6 +423,12 @@ def _save_arguments(ctx, inputs, output):
 
 
 _stft_bands.register_autograd(
-    lambda ctx, grads: (_stft_bands_backward(grads, ctx.samples, *ctx.arguments, ctx.dtype), None, None, None, None),
+    lambda ctx, grads: (
+        _stft_bands_backward(grads, ctx.samples, *ctx.arguments, ctx.dtype),
+        None,
+        None,
+        None,
+        None,
+    ),
     setup_context=_save_arguments,
 )

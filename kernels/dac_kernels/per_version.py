@@ -34,7 +34,10 @@ class PerVersion:
         owners = [t if t._base is None else t._base for t in tensors]
         key = tuple(map(id, owners))
         version = [(t._version, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
-        known, capturing = key in self.entries and self.entries[key][0] == version, _capturing(tensors[0])
+        known, capturing = (
+            key in self.entries and self.entries[key][0] == version,
+            _capturing(tensors[0]),
+        )
         if capturing and not known:
             return self.build(*groups)
         if not known:

@@ -143,7 +143,12 @@ def _residual_unit(
     precision = precision_of(x, tf32)
 
     def run(config):
-        constants = {"ALIGN": align, "PRECISION": precision, "TAPS": KERNEL, "PARTS": -(-channels // config["BLOCK_N"])}
+        constants = {
+            "ALIGN": align,
+            "PRECISION": precision,
+            "TAPS": KERNEL,
+            "PARTS": -(-channels // config["BLOCK_N"]),
+        }
         programs = -(-items * time // config["BLOCK_M"])
         launch(_residual_unit_kernel, programs, *tensors, **integers, **constants, **config)
 
@@ -156,7 +161,9 @@ def _residual_unit(
 
 
 @_residual_unit.register_fake
-def _(x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, dilation, padding, keep, tf32):
+def _(
+    x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, dilation, padding, keep, tf32
+):
     time = output_length(x.shape[2], KERNEL, 1, padding, dilation, False)
     made = outputs(x, x.dtype, x.shape[1], time, keep, alpha is not None)
     return [tensor for tensor in made if tensor is not None]
@@ -173,7 +180,9 @@ def residual_unit_unsupported(
     if channels > MAX_CHANNELS:
         return f"x has {channels} channels; accepted: up to {MAX_CHANNELS}"
     if dilation < 1 or padding not in (0, 3 * dilation):
-        return f"dilation {dilation} and padding {padding}; accepted: a padding of 3 dilation, or of 0"
+        return (
+            f"dilation {dilation} and padding {padding}; accepted: a padding of 3 dilation, or of 0"
+        )
     if alpha is None and not keep:
         return "neither keep nor alpha, so there would be no output"
     if tf32 and x.is_cuda and x.dtype == torch.float32:
@@ -233,6 +242,18 @@ def residual_unit(
     ):  # fmt: skip
         raise ValueError(reason)
     made = _residual_unit(
-        x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, dilation, padding, keep, tf32
+        x,
+        snaked,
+        weight1,
+        bias1,
+        alpha1,
+        weight2,
+        bias2,
+        alpha,
+        lengths,
+        dilation,
+        padding,
+        keep,
+        tf32,
     )
     return pair(made, keep)

@@ -57,7 +57,9 @@ def _build_decode_tables(codebooks, out_weights, out_biases) -> _DecodeTables:
     )
 
 
-def _build_encode_tables(in_weights, in_biases, codebooks, out_weights, out_biases) -> _EncodeTables:
+def _build_encode_tables(
+    in_weights, in_biases, codebooks, out_weights, out_biases
+) -> _EncodeTables:
     tables = _build_decode_tables(codebooks, out_weights, out_biases)
     stages, _, dim = tables.codebooks.shape
     in_weight = torch.cat(list(in_weights)).float()
@@ -109,7 +111,9 @@ def rvq_encode_unsupported(
         return f"z is {z.dtype}; accepted: float32, float16, bfloat16"
     if z.dim() != 3 or not z.numel():
         return f"z has shape {tuple(z.shape)}; accepted: [B, D, F], none of them 0"
-    return _weights_unsupported(z, z.shape[1], codebooks, out_weights, out_biases, in_weights, in_biases)
+    return _weights_unsupported(
+        z, z.shape[1], codebooks, out_weights, out_biases, in_weights, in_biases
+    )
 
 
 def rvq_encode(
@@ -147,7 +151,12 @@ def rvq_encode(
 
     projections = project(encoding.in_weight, z, encoding.bias)
     latents, entries, codes = search(
-        projections, encoding.cross, decoding.codebooks.detach(), encoding.units, encoding.half_norms, lengths
+        projections,
+        encoding.cross,
+        decoding.codebooks.detach(),
+        encoding.units,
+        encoding.half_norms,
+        lengths,
     )
 
     # Each item's and stage's share in the losses.
@@ -191,7 +200,10 @@ def rvq_decode_unsupported(codes, codebooks, out_weights, out_biases) -> str | N
 
 
 def rvq_decode(
-    codes: Tensor, codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
+    codes: Tensor,
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
 ) -> Tensor:
     """Codes back to the quantised latent: the sum of every stage's projected entry, in fp32 arithmetic.
 

@@ -29,9 +29,15 @@ def _project_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        w = tl.load(weight + row[:, None] * D + d[None, :], mask=(row < R)[:, None] & (d < D)[None, :], other=0.0)
+        w = tl.load(
+            weight + row[:, None] * D + d[None, :],
+            mask=(row < R)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
         inside = (d < D)[:, None] & (frame < frames)[None, :]
-        v = tl.load(x_at[None, :] + d.to(tl.int64)[:, None] * x_d, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x_at[None, :] + d.to(tl.int64)[:, None] * x_d, mask=inside, other=0.0).to(
+            tl.float32
+        )
         total = tl.dot(w, v, total, input_precision="ieee")
     total += tl.load(bias + row, mask=row < R, other=0.0)[:, None]
     at = y + (item[None, :] * R + row[:, None]) * size + time[None, :]
@@ -65,7 +71,9 @@ def _search_kernel(
             code = tl.load(codes_at + j * size, mask=inside, other=0)
             for k in tl.static_range(DIM):
                 entry = tl.load(codebooks + (j * K + code) * DIM + k)
-                column = tl.load(cross + ((i * DIM + dim) * N + j) * DIM + k, mask=dim < DIM, other=0.0)
+                column = tl.load(
+                    cross + ((i * DIM + dim) * N + j) * DIM + k, mask=dim < DIM, other=0.0
+                )
                 latent = tl.fma(-column[None, :], entry[:, None], latent)
 
         # Smallest squared distance of unit vectors a, e: largest a e - |e|^2 / 2. One vector per dimension, held in
@@ -82,7 +90,10 @@ def _search_kernel(
         for start in range(0, K, BLOCK_K):
             entry = start + column
             known = entry < K
-            score = tl.zeros_like(best) - tl.load(half_norms + i * K + entry, mask=known, other=float("inf"))[None, :]
+            score = (
+                tl.zeros_like(best)
+                - tl.load(half_norms + i * K + entry, mask=known, other=float("inf"))[None, :]
+            )
             for k in tl.static_range(DIM):
                 part = tl.load(units + (i * DIM + k) * K + entry, mask=known, other=0.0)
                 score = tl.fma(parts[k], part[None, :], score)
@@ -93,7 +104,9 @@ def _search_kernel(
         top = tl.max(best, axis=1)
         code = tl.min(tl.where(best == top[:, None], index, K), axis=1)
 
-        chosen = tl.load(codebooks + (i * K + code)[:, None] * DIM + dim[None, :], mask=used, other=0.0)
+        chosen = tl.load(
+            codebooks + (i * K + code)[:, None] * DIM + dim[None, :], mask=used, other=0.0
+        )
         mask = inside[:, None] & used
         tl.store(codes_at + i * size, tl.where(valid, code, 0).to(tl.int64), mask=inside)
         tl.store(latents + at + i * stage, tl.where(valid[:, None], latent, 0.0), mask=mask)
@@ -117,10 +130,16 @@ def _decode_kernel(
         r = start + tl.arange(0, BLOCK_R)
         stage = (r // DIM)[:, None]
         inside = (r < N * DIM)[:, None] & (frame < frames)[None, :]
-        code = tl.load(codes + (item[None, :] * N + stage) * size + time[None, :], mask=inside, other=0)
+        code = tl.load(
+            codes + (item[None, :] * N + stage) * size + time[None, :], mask=inside, other=0
+        )
         # A code that does not exist must be seen, not read from somewhere else.
         known = (code >= 0) & (code < K)
-        entry = tl.load(codebooks + (stage * K + code) * DIM + (r % DIM)[:, None], mask=inside & known, other=0.0)
+        entry = tl.load(
+            codebooks + (stage * K + code) * DIM + (r % DIM)[:, None],
+            mask=inside & known,
+            other=0.0,
+        )
         entry = tl.where(known, entry, float("nan"))
         w_mask = (d < D)[:, None] & (r < N * DIM)[None, :]
         w = tl.load(weight + d[:, None] * weight_row + r[None, :], mask=w_mask, other=0.0)
@@ -190,10 +209,22 @@ def search(
     latents, chosen = torch.empty_like(projections), torch.empty_like(projections)
     codes = projections.new_empty((items, stages, size), dtype=torch.int64)
     frames = items * size
-    tensors = (projections, cross, codebooks, units, half_norms, codes if lengths is None else lengths)
+    tensors = (
+        projections,
+        cross,
+        codebooks,
+        units,
+        half_norms,
+        codes if lengths is None else lengths,
+    )
 
     def run(config):
-        options = {"DIM": dim, "DIM_PADDED": 1 << (dim - 1).bit_length(), "RAGGED": lengths is not None, **config}
+        options = {
+            "DIM": dim,
+            "DIM_PADDED": 1 << (dim - 1).bit_length(),
+            "RAGGED": lengths is not None,
+            **config,
+        }
         args = (*tensors, codes, latents, chosen, stages, entries, frames, size)
         launch(_search_kernel, -(-frames // config["BLOCK_F"]), *args, **options)
 
@@ -210,7 +241,9 @@ def _search_configs(dim: int) -> tuple[dict, ...]:
 
 @search.register_fake
 def _(projections, cross, codebooks, units, half_norms, lengths):
-    codes = projections.new_empty((projections.shape[0], codebooks.shape[0], projections.shape[2]), dtype=torch.int64)
+    codes = projections.new_empty(
+        (projections.shape[0], codebooks.shape[0], projections.shape[2]), dtype=torch.int64
+    )
     return torch.empty_like(projections), torch.empty_like(projections), codes
 
 
@@ -227,9 +260,18 @@ def _search_gradients(ctx, g_latents, g_entries, _):
         g = g * valid_mask(lengths, g.shape[2])
     lower = earlier_stages(ctx.stages, ctx.dim, g.device)
     # Strictly triangular, so the implied diagonal of ones makes it I + L^T.
-    d_projections = torch.linalg.solve_triangular((cross * lower).t(), _flat(g), upper=True, unitriangular=True)
+    d_projections = torch.linalg.solve_triangular(
+        (cross * lower).t(), _flat(g), upper=True, unitriangular=True
+    )
     d_cross = -torch.matmul(d_projections, _flat(entries).t()) * lower
-    return d_projections.unflatten(1, (g.shape[0], -1)).transpose(0, 1), d_cross, None, None, None, None
+    return (
+        d_projections.unflatten(1, (g.shape[0], -1)).transpose(0, 1),
+        d_cross,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 search.register_autograd(_search_gradients, setup_context=_save_search)
@@ -248,14 +290,30 @@ def gather(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dac_kernels::rvq_decode", mutates_args=())
-def decode(codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def decode(
+    codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
     """[B, D, F] from codes [B, N, F], fp32 codebooks [N, K, d], weight [D, N d] with unit stride, and bias [D]."""
     (items, stages, size), (_, entries, dim), depth = codes.shape, codebooks.shape, weight.shape[0]
     y = codes.new_empty((items, depth, size), dtype=dtype)
     frames = items * size
     programs = -(-depth // 64) * -(-frames // 32)
-    args = (codes, codebooks, weight, bias, y, stages, entries, depth, frames, size, weight.stride(0))
-    launch(_decode_kernel, programs, *args, DIM=dim, BLOCK_D=64, BLOCK_F=32, BLOCK_R=16, num_warps=4)
+    args = (
+        codes,
+        codebooks,
+        weight,
+        bias,
+        y,
+        stages,
+        entries,
+        depth,
+        frames,
+        size,
+        weight.stride(0),
+    )
+    launch(
+        _decode_kernel, programs, *args, DIM=dim, BLOCK_D=64, BLOCK_F=32, BLOCK_R=16, num_warps=4
+    )
     return y
 
 

@@ -66,7 +66,9 @@ def _cosine(r):
 
 
 @jit
-def _tile(C, T, ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+def _tile(
+    C, T, ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr
+):
     # This program's item, first channel and first time, in int64, its row of partial sums, and which of its elements
     # exist. Neighbouring programs are neighbours in memory. Divisions are in int32 where T is (in int64 each costs as
     # much as several elements), and so are the mask's comparisons, one per element.
@@ -149,17 +151,23 @@ def _backward_kernel(
     r = tl.clamp(r, -1.6, 1.6, propagate_nan=tl.PropagateNan.ALL)
     sine = _sine(r)
     double = 2.0 * sine * _cosine(r)
-    tl.store(dx_at, (grad * tl.fma(double, frequency * gain, 1.0)).to(dx.dtype.element_ty), mask=inside)
+    tl.store(
+        dx_at, (grad * tl.fma(double, frequency * gain, 1.0)).to(dx.dtype.element_ty), mask=inside
+    )
 
     d_alpha = double * value
     d_beta = sine * sine * -gain
     out = partials + row * C + c
     if SHARED:
-        tl.store(out, gain * tl.sum(grad * (d_alpha + d_beta), axis=1, keep_dims=True), mask=c_inside)
+        tl.store(
+            out, gain * tl.sum(grad * (d_alpha + d_beta), axis=1, keep_dims=True), mask=c_inside
+        )
     else:
         rows = tl.num_programs(0).to(tl.int64) // tl.cdiv(C, BLOCK_C)
         tl.store(out, gain * tl.sum(grad * d_alpha, axis=1, keep_dims=True), mask=c_inside)
-        tl.store(out + rows * C, gain * tl.sum(grad * d_beta, axis=1, keep_dims=True), mask=c_inside)
+        tl.store(
+            out + rows * C, gain * tl.sum(grad * d_beta, axis=1, keep_dims=True), mask=c_inside
+        )
 
 
 def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict]:
@@ -174,7 +182,11 @@ def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict]:
     slow_block = min(elements // fast_block, 1 << (slow - 1).bit_length())
     block_c, block_t = (fast_block, slow_block) if c_fast else (slow_block, fast_block)
     # What is known to divide every row's start: the width of the vector loads.
-    strides = [stride for tensor in tensors for stride in (tensor.stride(0), tensor.stride(2 if c_fast else 1))]
+    strides = [
+        stride
+        for tensor in tensors
+        for stride in (tensor.stride(0), tensor.stride(2 if c_fast else 1))
+    ]
     align = math.gcd(16, fast, *strides)
     rows = b * -(-t // block_t)
     constants = {"ALIGN": align, "C_FAST": c_fast, "BLOCK_C": block_c, "BLOCK_T": block_t}
@@ -189,12 +201,29 @@ def _snake(x: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
 
     def run(config):
         programs, _, constants = _geometry(config["elements"], x, y)
-        args = (x, alpha, alpha if beta is None else beta, y, channels, time, *x.stride(), *y.stride())
+        args = (
+            x,
+            alpha,
+            alpha if beta is None else beta,
+            y,
+            channels,
+            time,
+            *x.stride(),
+            *y.stride(),
+        )
         launch(_forward_kernel, programs, *args, num_warps=config["num_warps"], **constants)
 
     if x.numel():
         _, _, constants = _geometry(1024, x, y)
-        key = "snake", x.device, x.dtype, constants["ALIGN"], constants["C_FAST"], channels, time.bit_length()
+        key = (
+            "snake",
+            x.device,
+            x.dtype,
+            constants["ALIGN"],
+            constants["C_FAST"],
+            channels,
+            time.bit_length(),
+        )
         run(tuned(key, CONFIGS, run))
     return y
 
@@ -205,7 +234,9 @@ def _(x, alpha, beta):
 
 
 @torch.library.custom_op("dac_kernels::snake_backward", mutates_args=())
-def _snake_backward(g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+def _snake_backward(
+    g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """dx, and fp32 sums [1, C] (dalpha where alpha is beta too) or [2, C] (dalpha, dbeta)."""
     dx = torch.empty_like(x)
     _, channels, time = x.shape
@@ -217,13 +248,17 @@ def _snake_backward(g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor | None) ->
     args = (x, alpha, alpha if beta is None else beta, g, dx, partials, channels, time)
     strides = (*x.stride(), *g.stride(), *dx.stride())
     constants["SHARED"] = beta is None
-    launch(_backward_kernel, programs, *args, *strides, num_warps=CONFIGS[0]["num_warps"], **constants)
+    launch(
+        _backward_kernel, programs, *args, *strides, num_warps=CONFIGS[0]["num_warps"], **constants
+    )
     return dx, partials.sum(1)
 
 
 @_snake_backward.register_fake
 def _(g, x, alpha, beta):
-    return torch.empty_like(x), x.new_empty(1 if beta is None else 2, x.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(
+        1 if beta is None else 2, x.shape[1], dtype=torch.float32
+    )
 
 
 def _save(ctx, inputs, output):
@@ -256,7 +291,9 @@ def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
     return None
 
 
-def snake_beta_unsupported(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> str | None:
+def snake_beta_unsupported(
+    x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False
+) -> str | None:
     """Why `snake_beta` cannot run on these arguments, or None."""
     reason = snake_unsupported(x, beta)
     return snake_unsupported(x, alpha) or (reason and reason.replace("alpha", "beta"))

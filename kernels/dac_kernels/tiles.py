@@ -72,7 +72,11 @@ def finish(
     if y is not None:
         tl.store(y + at, c.to(y.dtype.element_ty), mask=inside)
     if alpha is not None:
-        tl.store(snaked + at, snake_of(c, alpha, channel, channel_known).to(snaked.dtype.element_ty), mask=inside)
+        tl.store(
+            snaked + at,
+            snake_of(c, alpha, channel, channel_known).to(snaked.dtype.element_ty),
+            mask=inside,
+        )
 
 
 def channels_innermost(x: Tensor) -> Tensor:
@@ -98,7 +102,10 @@ def outputs(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Memory for c and snake(c), with channels innermost, where they are wanted."""
     shape = (x.shape[0], time, channels)
-    return tuple(x.new_empty(shape, dtype=dtype).transpose(1, 2) if wanted else None for wanted in (keep, snaked))
+    return tuple(
+        x.new_empty(shape, dtype=dtype).transpose(1, 2) if wanted else None
+        for wanted in (keep, snaked)
+    )
 
 
 def precision_of(x: Tensor, tf32: bool) -> str:
@@ -109,12 +116,17 @@ def precision_of(x: Tensor, tf32: bool) -> str:
 def alignment(channels: int, x: Tensor, *weights: Tensor) -> tuple[int, bool]:
     """What is known to divide every offset in x, 16 or 1, and whether x and the weights are loaded in vectors."""
     align = 16 if channels % 16 == 0 else 1
-    strides = [x.stride(0), *(stride for weight in weights for stride in weight.stride() if stride != 1)]
+    strides = [
+        x.stride(0),
+        *(stride for weight in weights for stride in weight.stride() if stride != 1),
+    ]
     innermost = all(1 in weight.stride()[:2] for weight in weights)
     return align, align == 16 and innermost and math.gcd(16, *strides) == 16
 
 
-def tiles(kinds: dict[str, tuple], x: Tensor, precision: str, aligned: bool, columns: int, run: int) -> list[dict]:
+def tiles(
+    kinds: dict[str, tuple], x: Tensor, precision: str, aligned: bool, columns: int, run: int
+) -> list[dict]:
     """The tiles for such tensors, no wider than the product needs."""
     kind = "unaligned" if not aligned else precision if x.dtype == torch.float32 else "half"
 
@@ -122,18 +134,24 @@ def tiles(kinds: dict[str, tuple], x: Tensor, precision: str, aligned: bool, col
         return min(block, max(16, 1 << (extent - 1).bit_length()))
 
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    fitting = dict.fromkeys((m, needed(n, columns), needed(k, run), *rest) for m, n, k, *rest in kinds[kind])
+    fitting = dict.fromkeys(
+        (m, needed(n, columns), needed(k, run), *rest) for m, n, k, *rest in kinds[kind]
+    )
     return [dict(zip(names, tile, strict=True)) for tile in fitting]
 
 
-def output_length(size: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool) -> int:
+def output_length(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> int:
     """Positions that come out of `size`."""
     if transposed:
         return (size + 1) * stride - 2 * padding
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def tensors_unsupported(x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]], single: tuple = ()) -> str | None:
+def tensors_unsupported(
+    x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]], single: tuple = ()
+) -> str | None:
     """Why no kernel can run on x and the named tensors, of these shapes; those of `single` may be float32 too."""
     if reason := device_unsupported(x):
         return reason
@@ -144,7 +162,13 @@ def tensors_unsupported(x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]
             continue
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}; accepted: {shape}"
-        accepted = {torch.int64} if name == "lengths" else {x.dtype, torch.float32} if name in single else {x.dtype}
+        accepted = (
+            {torch.int64}
+            if name == "lengths"
+            else {x.dtype, torch.float32}
+            if name in single
+            else {x.dtype}
+        )
         if tensor.dtype not in accepted:
             return f"{name} is {tensor.dtype}; accepted: {' or '.join(sorted(map(str, accepted)))}"
         if tensor.device != x.device:
