@@ -35,6 +35,7 @@ class DAC(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
         c = Config(*args, **kwargs)
+        assert c.latent_dim is not None
         self.config = c
         self.sample_rate = c.sample_rate
         self.hop_length = c.hop_length
@@ -195,7 +196,7 @@ class DAC(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DAC":
         before = next(self.parameters()).data_ptr()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.engine and next(self.parameters()).data_ptr() != before:
             self.engine.stale = "moved or converted"
         return self

@@ -1,4 +1,4 @@
-"""The engine: the same codec, fused, in every precision; and its CUDA graphs, with a stand-in for CUDA on the CPU."""
+"""The engine: the same codec, fused, in every precision; and its CUDA graphs, on the CPU too."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from dac_fast.model.layers import zero_past
 
 
 def small(**changes) -> DAC:
-    """A random codec with few channels, away from the initial alphas and biases, under which some errors vanish."""
+    """A random codec with few channels; some errors vanish under the initial alphas and biases."""
     torch.manual_seed(0)
     codec = DAC(
         **{"encoder_dim": 4, "decoder_dim": 32, "n_codebooks": 3, "codebook_size": 32, **changes}
@@ -116,7 +116,7 @@ def test_fp32_gives_the_published_codes(golden, name):
 @pytest.mark.parametrize("name", ["even", "odd", "tiny"])
 @torch.no_grad()
 def test_signal_to_noise_ratio(golden, name, precision, least):
-    """Audio of the same codes, against float64. On a GPU where there is one: TF32 exists only there."""
+    """Audio of the same codes, against float64. On a GPU if there is one, for TF32."""
     codec = dac_fast.load(name if name == "tiny" else golden / f"weights_{name}.pth")
     exact = copy.deepcopy(codec).double()
     codes = exact.encode(noise(2, 1, codec.hop_length * 20).double()).codes
@@ -131,7 +131,7 @@ def test_signal_to_noise_ratio(golden, name, precision, least):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @torch.no_grad()
 def test_the_fused_kernels_are_the_same_codec(precision):
-    """A small codec whole, with ragged items and odd strides, by Triton (on the CPU: in its interpreter)."""
+    """A small codec with ragged items and odd strides, by Triton (on the CPU: interpreted)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = small(
         encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16
@@ -325,6 +325,12 @@ def test_a_precision_without_the_range_is_found_at_the_first_call(pretend_graphs
         match=f"decode in fp16: {layer} gives infinity or NaN; try precision bf16 or",
     ):
         codec.decode_codes(codes)
+    # what lies past the lengths is none of the input
+    codec.optimize({"encode": "fp16"})
+    audio = noise(1, 1, 16)
+    audio[..., 8:] = torch.nan
+    codec.encode(audio, torch.tensor([8]))
+    assert codec.engine._proven == {"encode"}
     # an input that is not finite is no fault of the precision
     codec.optimize({"encode": "fp16"}).encode(torch.full((1, 1, 16), torch.nan))
     assert codec.encode(noise(1, 1, 16)).z.isfinite().all()
@@ -339,8 +345,11 @@ def test_replays_are_what_eager_gives():
     eager = dac_fast.load("tiny", device="cuda", engine=True)
     hop = codec.hop_length
     requests = [
-        (1, frames * hop, None), (4, frames * hop, None), (3, 19 * hop, [19 * hop, 7, hop]), (1, 15 * hop - 3, None),
-    ]  # fmt: skip
+        (1, frames * hop, None),
+        (4, frames * hop, None),
+        (3, 19 * hop, [19 * hop, 7, hop]),
+        (1, 15 * hop - 3, None),
+    ]
     for _ in range(2):
         for batch, samples, lengths in requests:
             audio = noise(batch, 1, samples)

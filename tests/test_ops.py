@@ -1,4 +1,4 @@
-"""The choice of backends: one signature everywhere, named backends that raise, `auto` that falls back."""
+"""The choice of backends: one signature, named backends that raise, `auto` that falls back."""
 
 import asyncio
 import inspect

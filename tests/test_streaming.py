@@ -1,4 +1,7 @@
-"""Streams give what the whole signal gives: any pieces, any slots. Mostly in float64, where nothing is a near tie."""
+"""Streams give what the whole signal gives: any pieces, any slots.
+
+Mostly in float64, where nothing is a near tie.
+"""
 
 import pytest
 import torch
@@ -78,7 +81,7 @@ def test_single_frames_give_the_whole(golden, name, fold, device):
 
 
 def test_other_forms_of_the_codec():
-    """A stride of 1, whose encoder gives a frame more; LeakyReLU; a quantizer without projections."""
+    """A stride of 1, whose encoder gives a frame more; LeakyReLU; codebooks without projections."""
     torch.manual_seed(0)
     rates = {"encoder_rates": [1, 3], "decoder_rates": [3, 1]}
     options = {
@@ -145,13 +148,15 @@ def test_look_ahead_of_the_presets():
 
 
 def run_slots(streams, signals, unit, lag, seed):
-    """Signals through slots that they join, pause in and leave at random. Per signal, all that came out for it.
+    """Signals through slots that they join, pause in and leave at random.
 
-    `unit`: positions of a signal per frame; `lag`: frames until the rest of an ended signal is out.
+    Returns all outputs of each signal. `unit`: positions of a signal per frame; `lag`: frames until
+    the rest of an ended signal is out.
     """
     generator = torch.Generator().manual_seed(seed)
     waiting, outputs = list(range(len(signals))), [[] for _ in signals]
-    slots = {}  # by its number, each slot in use: the signal, and the frames left of it, down to -lag
+    # Each slot in use, by its number: the signal, and the frames left of it, down to -lag.
+    slots = {}
     while waiting or slots:
         for i in range(streams.batch):
             if i not in slots and waiting:
@@ -228,7 +233,7 @@ def test_steady_state_is_one_fixed_computation(codec, monkeypatch):
 
 @torch.inference_mode()
 def test_captured_pushes_give_the_same(codec, pretend_graphs):
-    """Slots at random, and single signals: whatever a graph cannot do runs without it, on the same states."""
+    """Slots at random, and single signals; what a graph cannot do runs without it."""
     hop, lengths = codec.hop_length, (60, 1, 45)
     codes = [random_codes(codec, 1, frames, frames) for frames in lengths]
     audio = [random_audio(codec, 1, frames * hop, frames) for frames in lengths]
@@ -366,6 +371,58 @@ def test_a_flush_ends_a_signal(codec):
             assert torch.equal(
                 torch.cat([encoder.push(audio), encoder.flush()], dim=2), codec.encode(audio).codes
             )
+
+
+def test_a_reset_begins_a_new_signal(codec):
+    """Whatever of the old one was pushed, and of another batch."""
+    decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
+    decoder.reset()
+    encoder.reset()
+    for batch in (2, 3, 2):
+        decoder.push(random_codes(codec, batch, 30, seed=1))
+        encoder.push(random_audio(codec, batch, 301, seed=1))
+        decoder.reset()
+        encoder.reset()
+        codes, audio = random_codes(codec, 2, 30), random_audio(codec, 2, 301)
+        with torch.inference_mode():
+            restored = torch.cat([decoder.push(codes), decoder.flush()], dim=2)
+            torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
+            encoded = torch.cat([encoder.push(audio), encoder.flush()], dim=2)
+            assert torch.equal(encoded, codec.encode(audio).codes)
+
+
+def state(streams):
+    """All that a push depends on."""
+    tensors = [*streams._chain.tails, getattr(streams, "_pending", torch.zeros(()))]
+    return [tensor.clone() for tensor in tensors], list(streams._frames), list(streams._ends)
+
+
+def test_what_is_refused_changes_no_stream(codec):
+    """A slot that is not there, and a code that is not in its codebook."""
+    codes, size = random_codes(codec, 3, 40), codec.config.codebook_size
+    decoders, encoders = DecoderStreams(codec, 3), EncoderStreams(codec, 3)
+    decoders.push(codes)
+    encoders.push(random_audio(codec, 3, 40 * codec.hop_length))
+    for streams in (decoders, encoders):
+        before = state(streams)
+        for *good, bad in ([0, 3], [1, -1], [2, 1.0], [True]):
+            for call in (streams.reset, streams.end):
+                with pytest.raises(ValueError, match=f"slot is {bad}; accepted: 0 to 2"):
+                    call(iter([*good, bad]))
+        torch.testing.assert_close(state(streams), before, rtol=0, atol=0)
+
+    before, wrong = state(decoders), codes.clone()
+    wrong[2, 1, 7] = size
+    with pytest.raises(ValueError, match=f"slot 2: code {size}; accepted: 0 to {size - 1}"):
+        decoders.push(wrong)
+    torch.testing.assert_close(state(decoders), before, rtol=0, atol=0)
+    # Nobody looks at the codes of a stream that is not active.
+    active = [True, True, False]
+    twin = DecoderStreams(codec, 3)
+    twin.push(codes)
+    torch.testing.assert_close(
+        decoders.push(wrong, active), twin.push(codes, active), rtol=0, atol=0
+    )
 
 
 def test_bad_arguments_say_what_is_accepted(codec):

@@ -103,8 +103,7 @@ def _precisions(precision: PrecisionOption, device: torch.device) -> dict[str, s
 
 def _shapes(shapes: ShapesOption) -> dict[str, list[tuple[int, int]]]:
     if not isinstance(shapes, Mapping):
-        both = list(shapes)
-        shapes = {direction: both for direction in DIRECTIONS}
+        shapes = dict.fromkeys(DIRECTIONS, tuple(shapes))
     for direction, pairs in shapes.items():
         for pair in pairs:
             fits = len(pair) == 2 and all(isinstance(size, int) and size > 0 for size in pair)
@@ -168,17 +167,14 @@ class Engine:
         padded: bool,
     ) -> Encoded:
         """As `DAC.encode`, of checked arguments."""
-        hop = self._config.hop_length
-        if padded and (
-            bucket := self._bucket(
-                "encode", audio.shape[0], -(-audio.shape[2] // hop), n_quantizers
-            )
-        ):
+        batch, _, samples = audio.shape
+        frames = -(-samples // self._config.hop_length)
+        if padded and (bucket := self._bucket("encode", batch, frames, n_quantizers)):
             return self._encode_in(bucket, audio, lengths)
         z = self._run("encode", audio, lengths, padded)
-        frames = None if lengths is None else -(-lengths // hop)
+        lengths = self._frames(lengths)
         with float32_products(tf32=False):
-            return encoded(self._quantizer(z, n_quantizers, frames), frames)
+            return encoded(self._quantizer(z, n_quantizers, lengths), lengths)
 
     @torch.no_grad()
     def decode(self, z: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
@@ -196,6 +192,10 @@ class Engine:
             with self._replayed("decode", bucket, codes, lengths) as (audio,):
                 return audio[:batch, :, : frames * self._config.hop_length].clone()
         return self._run("decode", self._latent(codes), lengths, padded)
+
+    def _frames(self, lengths: Tensor | None) -> Tensor | None:
+        """Lengths in samples to lengths in frames."""
+        return None if lengths is None else -(-lengths // self._config.hop_length)
 
     def _latent(self, codes: Tensor) -> Tensor:
         """Codes to the quantised latent, with codes out of range clamped.
@@ -217,25 +217,26 @@ class Engine:
         plan = self.plans[direction]
         if direction in self._proven:
             return plan(x, lengths, padded)
-        names, finite = ["the input"], [x.isfinite().all()]
+        names: list[str] = []
+        finite: list[Tensor] = []
 
         def watch(name: str, tensor: Tensor) -> None:
             names.append(name)
             finite.append(tensor.isfinite().all())
 
         y = plan(x, lengths, padded, watch)
-        input_is_finite, *layer_is_finite = torch.stack(finite).tolist()
+        is_finite = torch.stack(finite).tolist()
         # An input that is not finite says nothing about the precision.
-        if not input_is_finite:
+        if not is_finite[0]:
             return y
-        if not all(layer_is_finite):
+        if not all(is_finite):
             precision = self.precision[direction]
             remedy = (
                 "try precision bf16 or fp32"
                 if precision == "fp16"
                 else "weights or input are too large"
             )
-            layer = names[1 + layer_is_finite.index(False)]
+            layer = names[is_finite.index(False)]
             raise PrecisionError(
                 f"{direction} in {precision}: {layer} gives infinity or NaN; {remedy}"
             )
@@ -261,8 +262,10 @@ class Engine:
         """
         z = self._run("encode", audio, lengths)
         frames = (-(-lengths // self._config.hop_length)).clamp(min=1)
+        counts = self._config.n_codebooks * (lengths > 0)
         with float32_products(tf32=False):
-            return self._quantizer(z, None, frames, self._config.n_codebooks * (lengths > 0))
+            outputs: tuple[Tensor, ...] = self._quantizer(z, None, frames, counts)
+        return outputs
 
     def _decode_request(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """What a graph of decode captures. lengths: frames, 0 for an item that is not there."""
@@ -286,13 +289,12 @@ class Engine:
 
     def _encode_in(self, bucket: Bucket, audio: Tensor, lengths: Tensor | None) -> Encoded:
         batch, _, samples = audio.shape
-        hop = self._config.hop_length
-        with self._replayed("encode", bucket, audio, lengths) as (z, codes, latents, *losses):
-            frames = -(-samples // hop)
-            tensors = [output[:batch, :, :frames].clone() for output in (z, codes, latents)]
+        frames = -(-samples // self._config.hop_length)
+        with self._replayed("encode", bucket, audio, lengths) as outputs:
+            z, codes, latents = (output[:batch, :, :frames].clone() for output in outputs[:3])
             # Means over the bucket's items, of which those that are not there count as 0.
-            losses = [loss * (bucket.batch / batch) for loss in losses]
-        return encoded((*tensors, *losses), None if lengths is None else -(-lengths // hop))
+            commitment, codebook = (loss * (bucket.batch / batch) for loss in outputs[3:])
+        return encoded((z, codes, latents, commitment, codebook), self._frames(lengths))
 
     def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]) -> None:
         """Let the layers choose at these sizes, then capture them, the largest first."""

@@ -84,9 +84,7 @@ def _plain(conv: Conv1d | ConvTranspose1d) -> nn.Module:
     first, second, kernel = weight.shape
     plain: nn.Conv1d | nn.ConvTranspose1d
     if isinstance(conv, ConvTranspose1d):
-        plain = nn.ConvTranspose1d(
-            first, second, kernel, conv.stride, conv.padding, device="meta"
-        )
+        plain = nn.ConvTranspose1d(first, second, kernel, conv.stride, conv.padding, device="meta")
     else:
         plain = nn.Conv1d(
             second, first, kernel, conv.stride, conv.padding, conv.dilation, device="meta"

@@ -217,6 +217,9 @@ class Unit:
         self.name = name
         self.choices = choices
         _, dilated, middle, pointwise = unit.block
+        assert isinstance(dilated, Conv1d)
+        assert isinstance(middle, Snake)
+        assert isinstance(pointwise, Conv1d)
         common = (dtype, tf32, choices)
         self.first = Convolution(
             f"{name}.block.1", dilated, *common, middle.alpha.detach(), keep=False
@@ -235,7 +238,8 @@ class Unit:
         padded: bool = True,
     ) -> Result:
         """The unit's result and Snake of it; x and Snake of x: [B, C, T]."""
-        assert x is not None and snaked is not None
+        assert x is not None
+        assert snaked is not None
         first, second = self.first, self.second
         padding = first.padding if padded else 0
         weights = (first.weight, first.bias, first.alpha, second.weight, second.bias)
@@ -315,13 +319,16 @@ class Plan:
             lengths: int64 [B], positions of each item in x, for padded convolutions. What lies past
                 them does not matter; the result is zero past the frames that they reach into.
             padded: False runs every convolution without its padding.
-            watch: called with the name of each layer and each tensor that the layer computes.
+            watch: called with x as the layers read it, and each tensor that they compute; before it
+                with "the input", or the layer's name.
         Returns:
-            of x's dtype. Audio that is not a multiple of the hop gives a frame more; and every frame
-            gives a hop of audio, though the module stops short where a stride is odd.
+            of x's dtype. Audio that does not fill its last frame is filled up with zeros; and so is
+            the audio of the last frame, since the module stops short where a stride is odd.
         """
         if padded:
             x, lengths = whole_frames(x, lengths, self._frame_in)
+        if watch is not None:
+            watch("the input", x)
         # Channels innermost, as in all that follows.
         y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         snaked: Tensor | None = None

@@ -157,7 +157,9 @@ def _stacked(signals: Sequence[Tensor], codec) -> tuple[Tensor, Tensor | None]:
     lengths = torch.tensor([signal.shape[2] for signal in signals for _ in signal])
     longest = int(lengths.max())
     dtype = parameter.dtype if signals[0].is_floating_point() else signals[0].dtype
-    batch = torch.zeros(len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda)
+    batch = torch.zeros(
+        len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda
+    )
     item = 0
     for signal in signals:
         batch[item : item + signal.shape[0], :, : signal.shape[2]] = signal

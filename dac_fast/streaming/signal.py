@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dac_fast.streaming.slots import DecoderStreams, EncoderStreams, OptimizableCodec
 
-Streams = TypeVar("Streams", DecoderStreams, EncoderStreams)
+Streams = TypeVar("Streams", bound=DecoderStreams | EncoderStreams)
 
 
 class _Signal(Generic[Streams]):

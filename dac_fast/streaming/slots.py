@@ -53,7 +53,7 @@ class RecordedStep:
     def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], block: Tensor):
         capturer = cuda_graph.Capturer(block.device)
         active = torch.ones(block.shape[0], dtype=torch.bool, device=block.device)
-        # In the first call kernels are compiled and chosen; the second one runs as the capture will.
+        # The first call compiles and chooses kernels; the second one runs as the capture will.
         for _ in range(2):
             capturer.run(compute, block, active)
         self._graph = capturer.capture(compute, block.clone(), active)
@@ -162,9 +162,7 @@ class _Streams:
         """Record the steady step for blocks of that shape; the streams stay as they are."""
         states = [kept.clone() for kept in self._chain.tails]
         with choosing(self._chain.choices):
-            self._recorded[block.shape] = RecordedStep(
-                self._compute, block.to(self._empty.device)
-            )
+            self._recorded[block.shape] = RecordedStep(self._compute, block.to(self._empty.device))
         for kept, state in zip(self._chain.tails, states, strict=True):
             kept.copy_(state)
 
@@ -341,7 +339,12 @@ class EncoderStreams(_Streams):
 
     def _reset(self, slots: list[int]) -> None:
         super()._reset(slots)
-        self._pending[slots] = 0
+        pending = self._empty.new_zeros(self.batch, 1, -self._origin)
+        others = [i for i in range(self.batch) if i not in slots]
+        # Signals in step, which may have pushed parts of a frame, are all reset at once.
+        if others:
+            pending[others] = self._pending[others]
+        self._pending = pending
 
     def _input(self, block: Tensor) -> Tensor:
         return block
