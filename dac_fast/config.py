@@ -170,3 +170,16 @@ PRESETS = {
     ),
     "tiny": Config(encoder_dim=16, decoder_dim=192, quantizer_dropout=0.5),
 }
+
+
+def codebook_count(wanted: int | None, available: int) -> int:
+    """How many codebooks to use: the first that many of those that are available; None: all.
+
+    Raises:
+        ValueError: there are not so many, or fewer than one are wanted.
+    """
+    if wanted is None:
+        return available
+    if not 1 <= wanted <= available:
+        raise ValueError(f"{wanted} codebooks; accepted: 1 to {available}")
+    return wanted

@@ -93,27 +93,9 @@ WhenExisting = Annotated[
 def load_codec(name: str, device: str):
     """The codec of that name on that device, folded for inference."""
     from dac_fast import load
+    from dac_fast.ops.device import checked_device
 
-    return load(name, device=checked_device(device)).fold_weight_norm()
-
-
-def checked_device(name: str):
-    """The `torch.device` of that name, "auto": a GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; accepted: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
+    return load(name, device=checked_device(device, "--device")).fold_weight_norm()
 
 
 def use_engine(codec, stage: str, precision: Precision | None, tuned_seconds: float):
@@ -136,7 +118,9 @@ def use_engine(codec, stage: str, precision: Precision | None, tuned_seconds: fl
 
 def batching(device: str, batch_seconds: float | None) -> dict:
     """How many files are read and computed at once: options of `compress_all` and `decompress_all`."""
-    on_gpu = checked_device(device).type == "cuda"
+    from dac_fast.ops.device import checked_device
+
+    on_gpu = checked_device(device, "--device").type == "cuda"
     if batch_seconds is None:
         batch_seconds = 60.0 if on_gpu else 0.0
     if not 0 <= batch_seconds < math.inf:

@@ -208,12 +208,17 @@ class Block(nn.Module):
         return self.block.output_length(length, padded)
 
     def forward(self, x, lengths=None, padded=True):  # noqa: D102
-        if self.checkpointed and torch.is_grad_enabled():
-            # Nothing in a block is random, and saving the generator's state would wait for the GPU.
-            return checkpoint(
-                self.block, x, lengths, padded, use_reentrant=False, preserve_rng_state=False
-            )
-        return self.block(x, lengths, padded)
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return self.block(x, lengths, padded)
+        backend = ops.backend()
+
+        def run(*args):
+            # Computed again by a thread of autograd's, for which the caller has set no backend.
+            with ops.use_backend(backend):
+                return self.block(*args)
+
+        # Nothing in a block is random, and saving the generator's state would wait for the GPU.
+        return checkpoint(run, x, lengths, padded, use_reentrant=False, preserve_rng_state=False)
 
 
 class ResidualUnit(Block):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.config import codebook_count
 from dac_fast.model.ema_codebook import EMACodebook, nearest_row
 from dac_fast.model.layers import Conv1d
 from dac_fast.ops.reference import nearest_code, valid_mask
@@ -106,7 +107,7 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError: n_quantizers is not between 1 and the number of stages.
         """
-        n = self._checked_count(n_quantizers)
+        n = codebook_count(n_quantizers, len(self.quantizers))
         if counts is None and self.training and self.dropout and n_quantizers is None:
             counts = torch.full((z.shape[0],), n, device=z.device)
             dropped = int(z.shape[0] * self.dropout)
@@ -175,14 +176,14 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError: more codes per frame than stages.
         """
-        n = self._checked_count(codes.shape[1])
+        n = codebook_count(codes.shape[1], len(self.quantizers))
         if self.form in ("unprojected", "ema"):
             return sum(self._entries(codes))
         return ops.rvq_decode(codes, *self._decode_weights(n))
 
     def _entries(self, codes: Tensor) -> list[Tensor]:
         """The codebook entries [B, d, F] of codes [B, N, F], stage by stage."""
-        n = self._checked_count(codes.shape[1])
+        n = codebook_count(codes.shape[1], len(self.quantizers))
         return [
             F.embedding(codes[:, i], self.quantizers[i].codebook.weight).transpose(1, 2)
             for i in range(n)
@@ -203,11 +204,3 @@ class ResidualVectorQuantizer(nn.Module):
         parts = latents.split(dims[:n], dim=1)
         codes = [q.search(part) for part, q in zip(parts, self.quantizers, strict=False)]
         return self.from_codes(torch.stack(codes, dim=1))
-
-    def _checked_count(self, n_quantizers: int | None) -> int:
-        available = len(self.quantizers)
-        if n_quantizers is None:
-            return available
-        if not 1 <= n_quantizers <= available:
-            raise ValueError(f"{n_quantizers} codebooks; accepted: 1 to {available}")
-        return n_quantizers

@@ -21,6 +21,7 @@ import torch
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording
 from dac_fast.audio.resample import resampled
+from dac_fast.config import codebook_count
 from dac_fast.recordings import windows
 from dac_fast.recordings.pipeline import in_batches, read_ahead
 from dac_fast.storage.dac2 import DACFile
@@ -182,11 +183,9 @@ def _assembled(codec, parts: Iterable, progress: Callable[[float], None]) -> DAC
 
 def check_options(codec, chunk_seconds=None, n_quantizers=None, normalize_db=None):
     """Raises ValueError where an option of `compress` is out of range."""
-    available = codec.config.n_codebooks
     if chunk_seconds is not None and not 0 < chunk_seconds < math.inf:
         raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
-    if n_quantizers is not None and n_quantizers not in range(1, available + 1):
-        raise ValueError(f"{n_quantizers} codebooks; accepted: 1 to {available}")
+    codebook_count(n_quantizers, codec.config.n_codebooks)
     if normalize_db is not None and not -100 <= normalize_db <= 20:
         raise ValueError(f"normalize_db is {normalize_db}; accepted: -100 to 20 LUFS, or None")
 
