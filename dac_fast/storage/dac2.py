@@ -1,7 +1,7 @@
 """`.dac` files: the codes of a recording, and what it takes to turn them back into audio.
 
-Two formats are read and written. "dac1" is the published package's: a pickled dict inside a .npy file; `dac_fast.dac1`
-reads it without unpickling. "dac2" is ours, little-endian throughout, with C channels, N codebooks and F frames:
+Two formats are read and written. "dac1" is the published package's, see `dac_fast.storage.dac1`.
+"dac2" is ours, little-endian throughout, with C channels, N codebooks and F frames:
 
     offset  size  type    content
     0       8     bytes   magic: 89 44 41 43 0D 0A 1A 0A ("\\x89DAC\\r\\n\\x1a\\n")
@@ -20,16 +20,18 @@ reads it without unpickling. "dac2" is ours, little-endian throughout, with C ch
     60      1     uint8   L, the length of the model's name
     61      L     UTF-8   the model's name
             4*C   float32 gains, one per channel, where flag bit 1 is set
-            P     bits    codes, in the order [channel][codebook][frame] (frames vary fastest), each of
-                          b = max(1, ceil(log2 S)) bits, most significant first, without gaps; the last byte is
-                          filled with zeros: P = ceil(C * N * F * b / 8)
+            P     bits    codes, in the order [channel][codebook][frame] (frames vary fastest),
+                          each of b = max(1, ceil(log2 S)) bits, most significant first, without
+                          gaps; the last byte is filled with zeros: P = ceil(C * N * F * b / 8)
             4     uint32  CRC-32 (that of zlib and PNG) of all bytes before it
 """
 
+import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +43,8 @@ MAGIC = b"\x89DAC\r\n\x1a\n"
 VERSION = 2
 HEADER = struct.Struct("<8sHHIIIIHHQQQfB")
 FORMATS = ("dac2", "dac1")
+# What a dac2 file says of its model, and the highest values.
+MODEL_NUMBERS = {"codebook_size": 65536, "model_sample_rate": 1_000_000, "hop_length": 2**31}
 
 
 class DACFileError(ValueError):
@@ -58,9 +62,11 @@ class DACFile:
         input_db: its loudness before encoding, LUFS.
         channels: C.
         sample_rate: of the recording, Hz.
-        padding: False: encoded in the published package's chunk mode, without the padding of the convolutions.
+        padding: False: encoded in the published package's chunk mode, by unpadded convolutions.
         gains: float32 [C], what each channel was multiplied by before encoding; None in dac1 files.
-        codebook_size, model_sample_rate (Hz), hop_length (samples per frame): of the model; None in dac1 files.
+        codebook_size: of the model; None in dac1 files.
+        model_sample_rate: of the model, Hz; None in dac1 files.
+        hop_length: of the model, samples per frame; None in dac1 files.
         model: the model's name, "" where it has none.
 
     Raises:
@@ -80,7 +86,7 @@ class DACFile:
     hop_length: int | None = None
     model: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             codes = torch.as_tensor(self.codes)
         except (TypeError, ValueError) as error:
@@ -112,20 +118,13 @@ class DACFile:
             raise DACFileError(f"input_db is {self.input_db!r}; accepted: a number") from error
         _require(abs(self.input_db) <= 200, "input_db", self.input_db, "a loudness in LUFS")
         if self.gains is not None:
-            gains = np.asarray(self.gains, np.float32)
-            positive = (
-                gains.shape == (n_channels,) and np.isfinite(gains).all() and (gains > 0).all()
-            )
-            _require(
-                positive, "gains", gains.tolist(), f"{n_channels} positive numbers, one per channel"
-            )
+            gains = np.array(self.gains, np.float32)
+            positive = bool((np.isfinite(gains) & (gains > 0)).all())
+            accepted = f"{n_channels} positive numbers, one per channel"
+            _require(gains.shape == (n_channels,) and positive, "gains", gains.tolist(), accepted)
             object.__setattr__(self, "gains", gains)
 
-        for name, highest in (
-            ("codebook_size", 65536),
-            ("model_sample_rate", 1_000_000),
-            ("hop_length", 2**31),
-        ):
+        for name, highest in MODEL_NUMBERS.items():
             if getattr(self, name) is not None:
                 self._number(name, 1, highest)
         size = self.codebook_size or 65536
@@ -133,14 +132,13 @@ class DACFile:
         _require(low >= 0 and high < size, "a code", low if low < 0 else high, f"0 to {size - 1}")
         if self.model_sample_rate and self.hop_length:
             # One frame more than needed: encoders differ in how they round.
-            longest = (
-                n_frames + 1
-            ) * self.hop_length * self.sample_rate // self.model_sample_rate + 1
+            samples = (n_frames + 1) * self.hop_length
+            longest = samples * self.sample_rate // self.model_sample_rate + 1
             self._number("original_length", 1, longest)
         valid = isinstance(self.model, str) and len(self.model.encode("utf-8", "replace")) <= 255
         _require(valid, "model", self.model, "a name of up to 255 bytes")
 
-    def _number(self, name: str, low: int, high: int):
+    def _number(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         accepted = f"{low}" if low == high else f"a whole number from {low} to {high}"
@@ -169,20 +167,17 @@ class DACFile:
 
     @property
     def bitrate(self) -> float | None:
-        """Bits of all codes per second of the recording, all channels together; None as for `bits_per_code`."""
-        return (
-            None
-            if self.codebook_size is None
-            else self.codes.numel() * self.bits_per_code / self.duration
-        )
+        """Bits of all channels' codes per second of the recording; None as for `bits_per_code`."""
+        bits = self.bits_per_code
+        return None if bits is None else self.codes.numel() * bits / self.duration
 
-    def save(self, path: str | os.PathLike, format: str = "dac2"):
-        """Writes the file; complete or not at all.
+    def save(self, path: str | os.PathLike[str], format: str = "dac2") -> None:
+        """Writes the file, complete or not at all.
 
         Args:
             path: written as it is; the published package expects the suffix .dac.
-            format: "dac2" (ours) or "dac1" (the published package's, which has no room for the gains, the codebook
-                size and the model's name and rates).
+            format: "dac2" (ours) or "dac1" (the published package's, which has no room for the
+                gains, the codebook size and the model's name and rates).
         Raises:
             DACFileError: the format lacks what this file has, or needs what it lacks.
             OutputError: the file cannot be written there.
@@ -192,11 +187,11 @@ class DACFile:
         write_bytes(path, self._to_dac1() if format == "dac1" else self._to_dac2())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "DACFile":
+    def load(cls, path: str | os.PathLike[str]) -> "DACFile":
         """Reads a file of either format; nothing in it is ever executed.
 
         Raises:
-            DACFileError: no such file, not a .dac file, damaged, or of a version that is not known here.
+            DACFileError: no such file, not a .dac file, damaged, or of an unknown version.
         """
         if not os.path.isfile(path):
             raise DACFileError(
@@ -206,7 +201,7 @@ class DACFile:
             data = file.read()
         try:
             if data.startswith(MAGIC):
-                return cls(**_from_dac2(data))
+                return _from_dac2(data)
             if data.startswith(dac1.MAGIC):
                 return cls(**dac1.loads(data))
             raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
@@ -225,19 +220,20 @@ class DACFile:
         )
 
     def _to_dac2(self) -> bytes:
-        for name in ("codebook_size", "model_sample_rate", "hop_length"):
-            if getattr(self, name) is None:
-                raise DACFileError(
-                    f"{name} is None; format 'dac2' needs it (dac1 files do not say it)"
-                )
+        size, model_rate, hop = self.codebook_size, self.model_sample_rate, self.hop_length
+        if size is None or model_rate is None or hop is None:
+            missing = next(name for name in MODEL_NUMBERS if getattr(self, name) is None)
+            raise DACFileError(
+                f"{missing} is None; format 'dac2' needs it (dac1 files do not say it)"
+            )
         name = self.model.encode("utf-8", "replace")
         head = HEADER.pack(
             MAGIC,
             VERSION,
             self.padding | (self.gains is not None) << 1,
-            self.codebook_size,
-            self.model_sample_rate,
-            self.hop_length,
+            size,
+            model_rate,
+            hop,
             self.sample_rate,
             *self.codes.shape,
             self.chunk_length,
@@ -246,55 +242,69 @@ class DACFile:
             len(name),
         )
         gains = b"" if self.gains is None else self.gains.astype("<f4").tobytes()
-        body = head + name + gains + pack(self.codes.numpy(), _bits(self.codebook_size))
+        body = head + name + gains + pack(self.codes.numpy(), _bits(size))
         return body + struct.pack("<I", zlib.crc32(body))
 
 
-def _from_dac2(data: bytes) -> dict:
-    """The arguments of the `DACFile` in a dac2 file's bytes."""
+class _Header(NamedTuple):
+    """The numbers at the head of a dac2 file, in the order of `HEADER`."""
+
+    magic: bytes
+    version: int
+    flags: int
+    codebook_size: int
+    model_sample_rate: int
+    hop_length: int
+    sample_rate: int
+    channels: int
+    n_codebooks: int
+    n_frames: int
+    chunk_length: int
+    original_length: int
+    input_db: float
+    name_length: int
+
+
+def _from_dac2(data: bytes) -> DACFile:
+    """The file in a dac2 file's bytes."""
     if len(data) < HEADER.size:
         raise DACFileError(f"cut short: {len(data)} bytes, less than a header")
-    _, version, flags, size, model_rate, hop, rate, c, n, f, chunk, length, db, name_length = (
-        HEADER.unpack_from(data)
-    )
-    if version > VERSION:
-        raise DACFileError(
-            f"written by a newer dac_fast: version is {version}; accepted: {VERSION}"
-        )
-    if version != VERSION:
-        raise DACFileError(f"version is {version}; accepted: {VERSION}")
-    if not 1 <= size <= 65536:
-        raise DACFileError(f"codebook_size is {size}; accepted: 1 to 65536")
-    # Before anything is allocated: what the header promises is what is there. Python's integers do not overflow.
-    gains_start = HEADER.size + name_length
-    codes_start = gains_start + (4 * c if flags & 2 else 0)
-    end = codes_start + (c * n * f * _bits(size) + 7) // 8
+    head = _Header(*HEADER.unpack_from(data))
+    if head.version != VERSION:
+        newer = "written by a newer dac_fast: " if head.version > VERSION else ""
+        raise DACFileError(f"{newer}version is {head.version}; accepted: {VERSION}")
+    if not 1 <= head.codebook_size <= 65536:
+        raise DACFileError(f"codebook_size is {head.codebook_size}; accepted: 1 to 65536")
+    bits, shape = _bits(head.codebook_size), (head.channels, head.n_codebooks, head.n_frames)
+    # What the header promises has to be there before anything is allocated for it.
+    gains_start = HEADER.size + head.name_length
+    codes_start = gains_start + (4 * head.channels if head.flags & 2 else 0)
+    end = codes_start + (math.prod(shape) * bits + 7) // 8
     if len(data) != end + 4:
-        raise DACFileError(
-            f"{'cut short' if len(data) < end + 4 else 'too long'}: {len(data)} bytes, not {end + 4}"
-        )
-    if zlib.crc32(memoryview(data)[:end]) != struct.unpack_from("<I", data, end)[0]:
+        wrong = "cut short" if len(data) < end + 4 else "too long"
+        raise DACFileError(f"{wrong}: {len(data)} bytes, not {end + 4}")
+    if zlib.crc32(memoryview(data)[:end]) != int.from_bytes(data[end:], "little"):
         raise DACFileError("damaged: the checksum does not match")
-    if flags & ~3:
-        raise DACFileError(f"flags are {flags:#x}; accepted: bits 0 and 1")
-    return {
-        "codes": unpack(data[codes_start:end], _bits(size), (c, n, f)),
-        "chunk_length": chunk,
-        "original_length": length,
-        "input_db": db,
-        "channels": c,
-        "sample_rate": rate,
-        "padding": bool(flags & 1),
-        "gains": np.frombuffer(data, "<f4", c, gains_start).copy() if flags & 2 else None,
-        "codebook_size": size,
-        "model_sample_rate": model_rate,
-        "hop_length": hop,
-        "model": data[HEADER.size : gains_start].decode("utf-8", "replace"),
-    }
+    if head.flags & ~3:
+        raise DACFileError(f"flags are {head.flags:#x}; accepted: bits 0 and 1")
+    return DACFile(
+        codes=torch.from_numpy(unpack(data[codes_start:end], bits, shape)),
+        chunk_length=head.chunk_length,
+        original_length=head.original_length,
+        input_db=head.input_db,
+        channels=head.channels,
+        sample_rate=head.sample_rate,
+        padding=bool(head.flags & 1),
+        gains=np.frombuffer(data[gains_start:codes_start], "<f4") if head.flags & 2 else None,
+        codebook_size=head.codebook_size,
+        model_sample_rate=head.model_sample_rate,
+        hop_length=head.hop_length,
+        model=data[HEADER.size : gains_start].decode("utf-8", "replace"),
+    )
 
 
 def pack(codes: np.ndarray, bits: int) -> bytes:
-    """Integers of `bits` bits (up to 16) each, most significant bit first; the last byte filled with zeros."""
+    """Integers of `bits` bits (up to 16), most significant first; zeros fill the last byte."""
     parts = []
     flat = codes.reshape(-1)
     # In pieces, as a bit takes a byte on the way; each but the last is a whole number of bytes.
@@ -311,9 +321,8 @@ def unpack(data: bytes, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     for start in range(0, flat.size, 1 << 16):
         n = min(1 << 16, flat.size - start)
         first = start * bits // 8
-        narrow = np.unpackbits(packed[first : first + (n * bits + 7) // 8], count=n * bits).reshape(
-            n, bits
-        )
+        piece = packed[first : first + (n * bits + 7) // 8]
+        narrow = np.unpackbits(piece, count=n * bits).reshape(n, bits)
         wide = np.pad(narrow, ((0, 0), (16 - bits, 0)))
         flat[start : start + n] = np.packbits(wide, axis=1).view(">u2").reshape(-1)
     return flat.reshape(shape)
@@ -323,6 +332,6 @@ def _bits(codebook_size: int) -> int:
     return max(1, (codebook_size - 1).bit_length())
 
 
-def _require(holds: bool, name: str, value, accepted: str):
+def _require(holds: bool, name: str, value: object, accepted: str) -> None:
     if not holds:
         raise DACFileError(f"{name} is {value!r:.80}; accepted: {accepted}")
