@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dac_fast
 from dac_fast import DAC, PRESETS
-from dac_fast.storage import checkpoint, download
+from dac_fast.storage import download, hugging_face
 from dac_fast.storage.checkpoint import CheckpointError
 
 
@@ -220,7 +220,7 @@ def test_download_from_a_folder_and_without_a_network(release, monkeypatch):
 
 
 def test_hugging_face_names_cover_the_whole_model(codec):
-    names = set(checkpoint._hugging_face_names(codec.config).values())
+    names = set(hugging_face._published_names(codec.config).values())
     modules = {
         key.rsplit(".", 1)[0] for key in codec.state_dict() if not key.startswith("quantizer.")
     }

@@ -12,12 +12,13 @@ numpy's names (`ndarray`, `dtype`, `_reconstruct`, `scalar`) stand for `Array` a
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dac_fast.storage.pickled import Machine, Name, RefusedError
+from dac_fast.storage.pickled import Machine, Name, dimensions
 
 MAGIC = b"\x93NUMPY"
 DAC_VERSION = "1.0.0"
@@ -105,7 +106,7 @@ class _DType:
 class _Array:
     """What numpy pickles of an array or scalar: `data` is bytes, or a list where objects are."""
 
-    shape: tuple[int, ...] = ()
+    shape: Sequence[int] = ()
     dtype: _DType | None = None
     fortran: bool = False
     data: bytes | list[object] = b""
@@ -142,11 +143,9 @@ class _Machine(Machine):
                 target.order = order
             case (
                 _Array(),
-                (_, tuple(shape), _DType() as dtype, bool(fortran), bytes() | list() as data),
+                (_, shape, _DType() as dtype, bool(fortran), bytes() | list() as data),
             ):
-                if not all(type(n) is int and n >= 0 for n in shape):
-                    raise RefusedError("an array of no shape")
-                target.shape, target.dtype = shape, dtype
+                target.shape, target.dtype = dimensions(shape), dtype
                 target.fortran, target.data = fortran, data
             case _:
                 super().filled(target, state)

@@ -24,6 +24,10 @@ Two formats are read and written. "dac1" is the published package's, see `dac_fa
                           each of b = max(1, ceil(log2 S)) bits, most significant first, without
                           gaps; the last byte is filled with zeros: P = ceil(C * N * F * b / 8)
             4     uint32  CRC-32 (that of zlib and PNG) of all bytes before it
+
+A dac2 file has one form: a name that is not UTF-8, or a last byte that is filled with anything but
+zeros, is refused, so that files of equal content are equal. (A dac1 file has many: its pickle
+depends on the versions of numpy and Python, and each of them is read.)
 """
 
 import math
@@ -41,8 +45,11 @@ from dac_fast.storage import dac1
 
 MAGIC = b"\x89DAC\r\n\x1a\n"
 VERSION = 2
+PADDING = 1 << 0  # flags
+GAINS = 1 << 1
 HEADER = struct.Struct("<8sHHIIIIHHQQQfB")
 FORMATS = ("dac2", "dac1")
+MOST_CODES = 2**30  # five days of audio at 24 kHz and 32 codebooks; 8 GB in memory
 # What a dac2 file says of its model, and the highest values.
 MODEL_NUMBERS = {"codebook_size": 65536, "model_sample_rate": 1_000_000, "hop_length": 2**31}
 
@@ -99,6 +106,7 @@ class DACFile:
             list(codes.shape),
             "[C, N, F], none of 0",
         )
+        _require_few(codes.numel())
         integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
         _require(integer, "the dtype of codes", codes.dtype, "integers")
         codes = codes.detach().to("cpu", torch.int64)
@@ -114,14 +122,15 @@ class DACFile:
         _require(isinstance(self.padding, bool), "padding", self.padding, "True or False")
         try:
             object.__setattr__(self, "input_db", float(self.input_db))
-        except (TypeError, ValueError) as error:
-            raise DACFileError(f"input_db is {self.input_db!r}; accepted: a number") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DACFileError(f"input_db is {self.input_db!r:.80}; accepted: a number") from error
         _require(abs(self.input_db) <= 200, "input_db", self.input_db, "a loudness in LUFS")
         if self.gains is not None:
             gains = np.array(self.gains, np.float32)
-            positive = bool((np.isfinite(gains) & (gains > 0)).all())
-            accepted = f"{n_channels} positive numbers, one per channel"
-            _require(gains.shape == (n_channels,) and positive, "gains", gains.tolist(), accepted)
+            # Audio is divided by them: infinite samples would come of those beyond.
+            fits = gains.shape == (n_channels,) and ((gains >= 1e-20) & (gains <= 1e20)).all()
+            accepted = f"{n_channels} positive numbers, one per channel, from 1e-20 to 1e20"
+            _require(bool(fits), "gains", gains.tolist(), accepted)
             object.__setattr__(self, "gains", gains)
 
         for name, highest in MODEL_NUMBERS.items():
@@ -197,13 +206,17 @@ class DACFile:
             raise DACFileError(
                 f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}"
             )
-        with open(path, "rb") as file:
-            data = file.read()
         try:
-            if data.startswith(MAGIC):
-                return _from_dac2(data)
-            if data.startswith(dac1.MAGIC):
-                return cls(**dac1.loads(data))
+            with open(path, "rb") as file:
+                # The rest is read only if a file of that size can be one.
+                head, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+                if head.startswith(MAGIC):
+                    header = _Header.of(head, size)
+                    return _from_dac2(header, head + file.read())
+                if head.startswith(dac1.MAGIC):
+                    if size > 2 * MOST_CODES:
+                        raise DACFileError(f"{size} bytes; accepted: up to {2 * MOST_CODES}")
+                    return cls(**dac1.loads(head + file.read()))
             raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
         except ValueError as error:
             raise DACFileError(f"{path}: {error}") from error
@@ -230,7 +243,7 @@ class DACFile:
         head = HEADER.pack(
             MAGIC,
             VERSION,
-            self.padding | (self.gains is not None) << 1,
+            PADDING * self.padding | GAINS * (self.gains is not None),
             size,
             model_rate,
             hop,
@@ -264,42 +277,79 @@ class _Header(NamedTuple):
     input_db: float
     name_length: int
 
+    @classmethod
+    def of(cls, data: bytes, size: int) -> "_Header":
+        """The header that the first bytes are of a file of that size.
 
-def _from_dac2(data: bytes) -> DACFile:
-    """The file in a dac2 file's bytes."""
-    if len(data) < HEADER.size:
-        raise DACFileError(f"cut short: {len(data)} bytes, less than a header")
-    head = _Header(*HEADER.unpack_from(data))
-    if head.version != VERSION:
-        newer = "written by a newer dac_fast: " if head.version > VERSION else ""
-        raise DACFileError(f"{newer}version is {head.version}; accepted: {VERSION}")
-    if not 1 <= head.codebook_size <= 65536:
-        raise DACFileError(f"codebook_size is {head.codebook_size}; accepted: 1 to 65536")
-    bits, shape = _bits(head.codebook_size), (head.channels, head.n_codebooks, head.n_frames)
-    # What the header promises has to be there before anything is allocated for it.
-    gains_start = HEADER.size + head.name_length
-    codes_start = gains_start + (4 * head.channels if head.flags & 2 else 0)
-    end = codes_start + (math.prod(shape) * bits + 7) // 8
-    if len(data) != end + 4:
-        wrong = "cut short" if len(data) < end + 4 else "too long"
-        raise DACFileError(f"{wrong}: {len(data)} bytes, not {end + 4}")
+        Raises:
+            DACFileError: cut short, too long, or of another version.
+        """
+        if len(data) < HEADER.size:
+            raise DACFileError(f"cut short: {len(data)} bytes, less than a header")
+        head = cls(*HEADER.unpack_from(data))
+        if head.version != VERSION:
+            newer = "written by a newer dac_fast: " if head.version > VERSION else ""
+            raise DACFileError(f"{newer}version is {head.version}; accepted: {VERSION}")
+        if not 1 <= head.codebook_size <= 65536:
+            raise DACFileError(f"codebook_size is {head.codebook_size}; accepted: 1 to 65536")
+        if size != head.size:
+            wrong = "cut short" if size < head.size else "too long"
+            raise DACFileError(f"{wrong}: {size} bytes, not {head.size}")
+        _require_few(math.prod(head.shape))
+        return head
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return _bits(self.codebook_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the codes, [C, N, F]."""
+        return self.channels, self.n_codebooks, self.n_frames
+
+    @property
+    def codes_start(self) -> int:
+        """Where the codes begin in the file, in bytes."""
+        gains = 4 * self.channels if self.flags & GAINS else 0
+        return HEADER.size + self.name_length + gains
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self.codes_start + -(-math.prod(self.shape) * self.bits // 8) + 4
+
+
+def _from_dac2(head: _Header, data: bytes) -> DACFile:
+    """The file in a dac2 file's bytes, which begin with that header."""
+    end = head.size - 4
     if zlib.crc32(memoryview(data)[:end]) != int.from_bytes(data[end:], "little"):
         raise DACFileError("damaged: the checksum does not match")
-    if head.flags & ~3:
+    if head.flags & ~(PADDING | GAINS):
         raise DACFileError(f"flags are {head.flags:#x}; accepted: bits 0 and 1")
+    filler = -math.prod(head.shape) * head.bits % 8
+    if data[end - 1] & (1 << filler) - 1:
+        raise DACFileError("the bits after the last code are not zeros")
+    name = data[HEADER.size : HEADER.size + head.name_length]
+    gains = np.frombuffer(data[HEADER.size + head.name_length : head.codes_start], "<f4")
+    try:
+        model = name.decode()
+    except UnicodeDecodeError as error:
+        raise DACFileError(f"model is {name!r:.80}; accepted: UTF-8") from error
+    codes = unpack(data[head.codes_start : end], head.bits, head.shape)
     return DACFile(
-        codes=torch.from_numpy(unpack(data[codes_start:end], bits, shape)),
+        codes=torch.from_numpy(codes),
         chunk_length=head.chunk_length,
         original_length=head.original_length,
         input_db=head.input_db,
         channels=head.channels,
         sample_rate=head.sample_rate,
-        padding=bool(head.flags & 1),
-        gains=np.frombuffer(data[gains_start:codes_start], "<f4") if head.flags & 2 else None,
+        padding=bool(head.flags & PADDING),
+        gains=gains if head.flags & GAINS else None,
         codebook_size=head.codebook_size,
         model_sample_rate=head.model_sample_rate,
         hop_length=head.hop_length,
-        model=data[HEADER.size : gains_start].decode("utf-8", "replace"),
+        model=model,
     )
 
 
@@ -335,3 +385,7 @@ def _bits(codebook_size: int) -> int:
 def _require(holds: bool, name: str, value: object, accepted: str) -> None:
     if not holds:
         raise DACFileError(f"{name} is {value!r:.80}; accepted: {accepted}")
+
+
+def _require_few(codes: int) -> None:
+    _require(codes <= MOST_CODES, "the number of codes", codes, f"up to {MOST_CODES}")

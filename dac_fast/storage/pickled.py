@@ -14,6 +14,8 @@ LITERALS = {
     *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
 
+MOST_DIMENSIONS = 8
+
 
 class RefusedError(ValueError):
     """The pickle holds `what`, as no file of its format does."""
@@ -27,6 +29,20 @@ class Name:
     """A name that the pickle mentions, not what it stands for in Python."""
 
     name: str
+
+
+def dimensions(values: object) -> list[int]:
+    """An array's sizes or strides, which `values` has to be.
+
+    Raises:
+        RefusedError: it is something else, or so many that their product takes time.
+    """
+    if not isinstance(values, tuple) or len(values) > MOST_DIMENSIONS:
+        raise RefusedError("an array of no shape")
+    numbers = [n for n in values if type(n) is int and n >= 0]
+    if len(numbers) != len(values):
+        raise RefusedError("an array of no shape")
+    return numbers
 
 
 class Machine:
@@ -85,6 +101,9 @@ class Machine:
             case "PROTO" | "FRAME":
                 pass
             case _ if operation in LITERALS:
+                # The product of longer numbers would take time.
+                if isinstance(argument, int) and argument.bit_length() > 64:
+                    raise RefusedError("a number of more than 64 bits")
                 stack.append(argument)
             case "NONE":
                 stack.append(None)
