@@ -243,7 +243,8 @@ class DAC(nn.Module):
             CheckpointError: it is no codec checkpoint, or damaged.
         """
         config, state = checkpoint.read(path)
-        codec = cls(**config.to_dict())
+        with torch.device("meta"):
+            codec = cls(**config.to_dict())
         checkpoint.restore(codec, state, path)
         return codec.eval()
 
