@@ -180,7 +180,7 @@ class ConvTranspose1d(WeightNorm, Layer):
 class Snake(nn.Module):
     """Snake activation with one learned frequency per channel, see `dac_fast.ops.snake`."""
 
-    __call__: Callable[[Tensor], Tensor]
+    __call__: Callable[..., Tensor]
 
     def __init__(self, channels: int) -> None:
         super().__init__()
