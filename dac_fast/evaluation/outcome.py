@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dac_fast.files import atomic_path, make_folder
-from dac_fast.metrics import codebook_entropy
+from dac_fast.metrics import efficiency
 
 METRICS = ("mel_distance", "stft_distance", "si_sdr", "visqol")
 OVERALL = "overall"
@@ -147,10 +147,8 @@ def _means(domain: str, group: list[Measured], config) -> list[dict]:
                 values = [r[name] for r in same_count if r[name] is not None]
                 row[name] = round(math.fsum(values) / len(values), 6) if values else None
         if config:
-            entropy = codebook_entropy(sum(found.counts[: row["codebooks"]] for found in group)).mean()
-            # A codebook of one entry takes no bits, and wastes none.
-            bits = math.log2(config.codebook_size)
-            row["bitrate_efficiency"] = round(entropy.item() / bits, 6) if bits else 1.0
+            counts = sum(found.counts[: row["codebooks"]] for found in group)
+            row["bitrate_efficiency"] = round(efficiency(counts), 6)
         rows.append(row)
     return rows
 
