@@ -11,8 +11,9 @@ from bench.case import Outputs, Peer, Run
 from dac_fast import ops
 from dac_fast.ops import reference
 
-# An op's function, or the reason why it cannot run.
-Function = Callable[..., Any] | str
+# An op of any signature, and such a one or the reason why it cannot run.
+Op = Callable[..., Any]
+Function = Op | str
 
 
 def functions(op: str, *args: Any, scripted: bool = False) -> dict[str, Function]:
@@ -46,7 +47,7 @@ def implementations(op: str, *args: Any, **options: Any) -> dict[str, Function]:
 def forward(functions: dict[str, Function], *args: Any) -> dict[str, Peer]:
     """Peers that call each function on `args` without gradients; the outputs are its tensors, flat."""
 
-    def peer(function: Callable[..., Any]) -> Peer:
+    def peer(function: Op) -> Peer:
         return lambda: Run(torch.no_grad()(lambda: tree_leaves(function(*args))))
 
     return {name: f if isinstance(f, str) else peer(f) for name, f in functions.items()}
@@ -67,7 +68,7 @@ def backward(
         gradients: of the function's tensors, flat.
     """
 
-    def peer(function: Callable[..., Any]) -> Peer:
+    def peer(function: Op) -> Peer:
         def start() -> Run:
             # A compiled graph that donates its buffers could run backward only once.
             with torch._functorch.config.patch(donated_buffer=False):
