@@ -251,7 +251,7 @@ class Block(Layer):
         backend = ops.backend()
 
         def run(x: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
-            # Autograd computes the block again in a thread of its own, which is in no caller's block.
+            # Autograd computes the block again in its own thread, where no backend is set.
             with ops.use_backend(backend):
                 return self.block(x, lengths, padded)
 
