@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 def record_launches(every):
     """(kernel, arguments, options) of every configuration that the cases below can take."""
-    from dac_kernels import conv1d, residual_unit, rvq, rvq_kernels, snake
+    from dac_kernels import conv1d, residual_unit, rvq, rvq_kernels, snake, tiles
 
     launches = []
-    for module in (snake, rvq, rvq_kernels, conv1d, residual_unit):
+    for module in (snake, rvq, rvq_kernels, tiles, conv1d, residual_unit):
         module.device_unsupported = lambda x: None
         module.launch = lambda kernel, programs, *args, **options: launches.append(
             (kernel, args, options)

@@ -83,7 +83,8 @@ class Evaluation:
         _write(folder / "files.csv", _csv(self.files))
         _write(folder / "summary.csv", _csv(self.summary))
         _write(
-            folder / "evaluation.json", json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            folder / "evaluation.json",
+            json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         )
         if plot and any("kbps" in row for row in self.summary):
             from dac_fast.plots import rate_distortion
@@ -107,7 +108,13 @@ class Evaluation:
         return table
 
 
-def summarize(measured: Sequence[tuple], settings: dict, notes: Sequence[str], config=None, without_reference=()):
+def summarize(
+    measured: Sequence[tuple],
+    settings: dict,
+    notes: Sequence[str],
+    config=None,
+    without_reference=(),
+):
     """An `Evaluation` of what was found.
 
     Args:
@@ -128,7 +135,11 @@ def summarize(measured: Sequence[tuple], settings: dict, notes: Sequence[str], c
         settings=settings,
         files=[row for _, found in measured for row in found.rows],
         summary=summary,
-        failures=[{"file": source.name, "problem": found.problem} for source, found in measured if found.problem],
+        failures=[
+            {"file": source.name, "problem": found.problem}
+            for source, found in measured
+            if found.problem
+        ],
         without_reference=list(without_reference),
         notes=list(notes),
     )
@@ -141,7 +152,10 @@ def _means(domain: str, group: list[Measured], config) -> list[dict]:
         row = {"domain": domain}
         if config:
             row |= {name: same_count[0][name] for name in ("codebooks", "kbps")}
-        row |= {"files": len(group), "seconds": round(math.fsum(r["seconds"] for r in same_count), 6)}
+        row |= {
+            "files": len(group),
+            "seconds": round(math.fsum(r["seconds"] for r in same_count), 6),
+        }
         for name in METRICS:
             if name in same_count[0]:
                 values = [r[name] for r in same_count if r[name] is not None]

@@ -30,10 +30,10 @@ import torch
 
 from dac_fast import ops
 from dac_fast.audio.reading import SAMPLE_RATES, AudioError, Recording, resample
-from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
-from dac_fast.metrics import codebook_counts, mel_distance, si_sdr, stft_distance
 from dac_fast.audio.resample import resampled
 from dac_fast.audio.sources import AudioFile, audio_files, files_below
+from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
+from dac_fast.metrics import codebook_counts, mel_distance, si_sdr, stft_distance
 
 SHORTEST = 1025  # samples; the longest window of the distances is reflected at the edges
 LENGTH_TOLERANCE = 0.1  # seconds; decoders of other formats add or drop some 10 ms
@@ -79,7 +79,9 @@ def evaluate_codec(
         codebooks = [c.n_codebooks >> halvings for halvings in range(c.n_codebooks.bit_length())]
     for count in codebooks:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= c.n_codebooks:
-            raise ValueError(f"codebooks has {count!r}; accepted: whole numbers from 1 to {c.n_codebooks}")
+            raise ValueError(
+                f"codebooks has {count!r}; accepted: whole numbers from 1 to {c.n_codebooks}"
+            )
     codebooks = sorted(set(codebooks))
     if not codebooks:
         raise ValueError(f"codebooks is empty; accepted: whole numbers from 1 to {c.n_codebooks}")
@@ -91,7 +93,12 @@ def evaluate_codec(
     visqol, notes = _visqol_choice(visqol)
     task = _CodecTask(sample_rate, seconds, visqol, codec, codebooks)
     measured = _run(task, sources, jobs, progress)
-    settings = {"model": codec.name, "config": c.to_dict(), "measured_at": sample_rate, "seconds": seconds}
+    settings = {
+        "model": codec.name,
+        "config": c.to_dict(),
+        "measured_at": sample_rate,
+        "seconds": seconds,
+    }
     return summarize(measured, settings, notes, c)
 
 
@@ -132,7 +139,9 @@ def _references(data: str | os.PathLike) -> list[AudioFile]:
     files = audio_files(data)
     for file in files:
         if file.domain == OVERALL:
-            raise ValueError(f"{data}: {file.name} is of domain {OVERALL!r}, which is the name of all together")
+            raise ValueError(
+                f"{data}: {file.name} is of domain {OVERALL!r}, which is the name of all together"
+            )
     return files
 
 
@@ -144,7 +153,9 @@ def _paired(references: list[AudioFile], others: list[AudioFile]) -> tuple[list[
     pairs, used = [], set()
     for file in references:
         candidates = by_stem.get(Path(file.name).with_suffix(""), [])
-        partner = next((c for c in candidates if c.name == file.name), candidates[0] if candidates else None)
+        partner = next(
+            (c for c in candidates if c.name == file.name), candidates[0] if candidates else None
+        )
         pairs.append(Pair(**vars(file), restored=partner and partner.path))
         used.add(partner and partner.name)
     return pairs, sorted(other.name for other in others if other.name not in used)
@@ -163,7 +174,9 @@ class _Task:
             return self.measure(source)
         # The faults of one file; anything else is a bug and stops the run.
         except (ValueError, OSError) as error:
-            return Measured([], problem=" ".join(str(error).split()).removeprefix(f"{source.path}: "))
+            return Measured(
+                [], problem=" ".join(str(error).split()).removeprefix(f"{source.path}: ")
+            )
 
     def read(self, path: Path, sample_rate: int | None) -> tuple[np.ndarray, int]:
         """The audio [C, T], as much of it as is wanted, at that rate (None: its own), and the rate."""
@@ -178,7 +191,9 @@ class _Task:
                 break
         audio = np.concatenate(pieces, axis=1)
         if audio.shape[1] < SHORTEST:
-            raise AudioError(f"{audio.shape[1]} samples at {rate} Hz are too few to compare; accepted: from {SHORTEST}")
+            raise AudioError(
+                f"{audio.shape[1]} samples at {rate} Hz are too few to compare; accepted: from {SHORTEST}"
+            )
         return audio, rate
 
     def compare(self, x: np.ndarray, y: np.ndarray, rate: int) -> dict:
@@ -194,7 +209,10 @@ class _Task:
         if self.visqol:
             values["visqol"] = _visqol(x, y, rate)
         # JSON has neither NaN nor infinity; digits beyond these differ between machines.
-        return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+        return {
+            name: round(value, 6) if math.isfinite(value) else None
+            for name, value in values.items()
+        }
 
 
 @dataclass
@@ -211,7 +229,9 @@ class _CodecTask(_Task):
             restored, _ = self.codec.decompress(replace(file, codes=file.codes[:, :count]))
             if not np.isfinite(restored).all():
                 raise AudioError(f"what the codec gives is not finite ({count} codebooks)")
-            kbps = round(self.codec.config.bitrate * count / self.codec.config.n_codebooks / 1000, 6)
+            kbps = round(
+                self.codec.config.bitrate * count / self.codec.config.n_codebooks / 1000, 6
+            )
             row = _row(source, audio, rate) | {"codebooks": count, "kbps": kbps}
             rows.append(row | self.compare(audio, restored, rate))
         return Measured(rows, codebook_counts(file.codes, self.codec.config.codebook_size))
@@ -226,13 +246,19 @@ class _PairTask(_Task):
         try:
             y, _ = self.read(source.restored, rate)
         except AudioError as error:
-            raise AudioError(f"the reconstruction: {str(error).removeprefix(f'{source.restored}: ')}") from error
+            raise AudioError(
+                f"the reconstruction: {str(error).removeprefix(f'{source.restored}: ')}"
+            ) from error
         if len(x) != len(y):
-            raise AudioError(f"the reconstruction has {len(y)} channels; accepted: {len(x)}, as the reference")
+            raise AudioError(
+                f"the reconstruction has {len(y)} channels; accepted: {len(x)}, as the reference"
+            )
         lengths = x.shape[1], y.shape[1]
         if max(lengths) - min(lengths) > LENGTH_TOLERANCE * rate:
             lasting = [length / rate for length in lengths]
-            raise AudioError(f"the reconstruction lasts {lasting[1]:.3f} s; accepted: {lasting[0]:.3f} s within 0.1 s")
+            raise AudioError(
+                f"the reconstruction lasts {lasting[1]:.3f} s; accepted: {lasting[0]:.3f} s within 0.1 s"
+            )
         x, y = (audio[:, : min(lengths)] for audio in (x, y))
         return Measured([_row(source, x, rate) | self.compare(x, y, rate)])
 
@@ -256,7 +282,9 @@ def _visqol_choice(wanted: bool | None) -> tuple[bool, list[str]]:
     missing = "visqol-python is not installed (pip install 'dac-fast[metrics]')"
     if wanted and not installed:
         raise ValueError(f"ViSQOL cannot be measured: {missing}")
-    return installed and wanted is not False, [] if installed or wanted is False else [f"no ViSQOL: {missing}"]
+    return installed and wanted is not False, [] if installed or wanted is False else [
+        f"no ViSQOL: {missing}"
+    ]
 
 
 def _visqol(x: np.ndarray, y: np.ndarray, rate: int) -> float:
@@ -265,7 +293,9 @@ def _visqol(x: np.ndarray, y: np.ndarray, rate: int) -> float:
 
     api = VisqolApi()
     api.create(mode="audio")
-    x, y = (resample(audio.mean(axis=0), rate, VISQOL_RATE)[0].astype(np.float64) for audio in (x, y))
+    x, y = (
+        resample(audio.mean(axis=0), rate, VISQOL_RATE)[0].astype(np.float64) for audio in (x, y)
+    )
     try:
         return float(api.measure_from_arrays(x, y, VISQOL_RATE).moslqo)
     # Less audio than its patches take.
@@ -273,9 +303,13 @@ def _visqol(x: np.ndarray, y: np.ndarray, rate: int) -> float:
         return math.nan
 
 
-def _run(task: _Task, sources: list[AudioFile], jobs: int | None, progress) -> list[tuple[AudioFile, Measured]]:
+def _run(
+    task: _Task, sources: list[AudioFile], jobs: int | None, progress
+) -> list[tuple[AudioFile, Measured]]:
     """The task on every source, in their order."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     jobs = min(cores if jobs is None else jobs, len(sources))
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; accepted: 1 or more")
@@ -295,7 +329,9 @@ def _run(task: _Task, sources: list[AudioFile], jobs: int | None, progress) -> l
                     measured[futures[future]] = future.result()
                     progress(len(measured), len(sources))
             except BrokenProcessPool as error:
-                raise OSError("a worker process died (out of memory?); fewer jobs take less") from error
+                raise OSError(
+                    "a worker process died (out of memory?); fewer jobs take less"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
