@@ -1,4 +1,4 @@
-"""Reading, resampling, loudness and writing; the published package's numbers are in tests/golden."""
+"""Reading, resampling, loudness, writing; the published package's numbers are in tests/golden."""
 
 import json
 import os

@@ -108,8 +108,8 @@ class DACFile:
         _require(isinstance(self.padding, bool), "padding", self.padding, "True or False")
         try:
             object.__setattr__(self, "input_db", float(self.input_db))
-        except (TypeError, ValueError) as error:
-            raise DACFileError(f"input_db is {self.input_db!r}; accepted: a number") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DACFileError(f"input_db is {self.input_db!r:.80}; accepted: a number") from error
         _require(abs(self.input_db) <= 200, "input_db", self.input_db, "a loudness in LUFS")
         if self.gains is not None:
             gains = np.asarray(self.gains, np.float32)
@@ -176,20 +176,25 @@ class DACFile:
             else self.codes.numel() * self.bits_per_code / self.duration
         )
 
-    def save(self, path: str | os.PathLike, format: str = "dac2"):
-        """Writes the file; complete or not at all.
+    def save(self, path: str | os.PathLike[str], format: str = "dac2", replace: bool = True) -> None:
+        """Writes the file, complete or not at all.
 
         Args:
             path: written as it is; the published package expects the suffix .dac.
             format: "dac2" (ours) or "dac1" (the published package's, which has no room for the gains, the codebook
                 size and the model's name and rates).
+            replace: as of `dac_fast.files.atomic_path`.
         Raises:
             DACFileError: the format lacks what this file has, or needs what it lacks.
             OutputError: the file cannot be written there.
         """
+        write_bytes(path, self.to_bytes(format), replace)
+
+    def to_bytes(self, format: str = "dac2") -> bytes:
+        """What `save` writes; raises DACFileError as it does."""
         if format not in FORMATS:
             raise DACFileError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
-        write_bytes(path, self._to_dac1() if format == "dac1" else self._to_dac2())
+        return self._to_dac1() if format == "dac1" else self._to_dac2()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DACFile":
