@@ -65,7 +65,8 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
         replace: False: to raise where `path` is there when the block ends, even if another process
             has made it meanwhile.
     Raises:
-        OutputError: the folder is missing or cannot be written, or `path` is no regular file.
+        OutputError: the folder is missing or cannot be written, `path` is no regular file, or the
+            disk is full.
         FileExistsError: `path` is there and not to be replaced.
     """
     target = Path(os.path.realpath(path))
@@ -80,17 +81,17 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
         raise OutputError(f"{path}: cannot write: {error.strerror}") from error
     try:
         yield temporary
-        try:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            if replace:
-                os.replace(temporary, target)
-            else:
-                _move_to_free(temporary, target)
-        except FileExistsError as error:
-            raise FileExistsError(f"{path}: it was written by another process meanwhile") from error
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, target)
+        else:
+            _move_to_free(temporary, target)
+    except OSError as error:
+        # What is a sentence already, or about another file, is left as it is.
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
         os.close(lock)
@@ -137,15 +138,13 @@ def _remove_unless_locked(path: str) -> None:
 
 
 def _move_to_free(temporary: Path, target: Path) -> None:
-    """Renames a file; raises FileExistsError where there is one of the new name."""
+    """Renames a file, unless there is one of the new name."""
     try:
         os.link(temporary, target)
-    except FileExistsError:
-        raise
-    # The file system has no links: another process can come between the two steps.
-    except OSError:
+    except OSError as error:
         if target.exists():
-            raise FileExistsError from None
+            raise FileExistsError(f"{target}: another process wrote it meanwhile") from error
+        # The file system has no links: another process can come between this and the last step.
         os.replace(temporary, target)
 
 
@@ -164,9 +163,6 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, replace: bool = True) -> None:
-    """Makes `data` the content of the file; raises as `atomic_path`, or where the disk is full."""
+    """Makes `data` the content of the file; raises as `atomic_path`."""
     with atomic_path(path, replace) as temporary:
-        try:
-            temporary.write_bytes(data)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+        temporary.write_bytes(data)

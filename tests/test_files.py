@@ -2,7 +2,6 @@
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 
@@ -19,7 +18,11 @@ def python(program, *arguments, **options):
     paths = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, **options
+        command,
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -76,11 +79,11 @@ def test_of_two_that_must_not_replace_one_wins(tmp_path, monkeypatch):
         path = tmp_path / f"{links}.txt"
         if not links:
             monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError))
-        with pytest.raises(FileExistsError, match="written by another process meanwhile"):
-            with atomic_path(path, replace=False) as first:
-                write_bytes(path, b"second", replace=False)
-                first.write_bytes(b"first")
-        assert path.read_bytes() == b"second"
+        with atomic_path(path, replace=False) as temporary:
+            temporary.write_bytes(b"first")
+        with pytest.raises(FileExistsError, match="another process wrote it meanwhile"):
+            write_bytes(path, b"second", replace=False)
+        assert path.read_bytes() == b"first"
     assert len(os.listdir(tmp_path)) == 2
 
 

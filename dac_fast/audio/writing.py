@@ -87,7 +87,7 @@ class AudioWriter:
                 format=self._format,
             )
         except (soundfile.SoundFileError, ValueError, TypeError) as error:
-            self._raise_of_disk()
+            self._disk.check()
             what = f"{self.channels} channels at {self.sample_rate} Hz"
             raise AudioError(
                 f"{self.path}: cannot write {what} as {self._format} {self._subtype}: "
@@ -100,7 +100,7 @@ class AudioWriter:
         Raises:
             AudioError: another number of channels, samples that are not finite, or more than the
                 4 GiB that a wav file holds.
-            OutputError: the disk does not take them.
+            OSError: the disk does not take them; an OutputError where the `with` block ends.
         """
         if block.ndim != 2 or block.shape[0] != self.channels:
             raise AudioError(
@@ -143,29 +143,26 @@ class AudioWriter:
         try:
             yield
         except (soundfile.SoundFileError, AssertionError) as error:
-            self._raise_of_disk()
+            self._disk.check()
             raise OutputError(f"{self.path}: cannot write ({error})") from error
-        self._raise_of_disk()
-
-    def _raise_of_disk(self) -> None:
-        error = self._disk.error
-        if isinstance(error, OSError):
-            raise OutputError(f"{self.path}: cannot write: {error.strerror}") from error
-        if error is not None:
-            raise error
+        self._disk.check()
 
 
 class _Disk:
     """The file that libsndfile writes to.
 
-    Attributes:
-        error: the first that was raised here. It cannot pass through libsndfile, whose closing of a
-            file never fails.
+    An exception cannot pass through libsndfile, which says nothing of what fails while it closes a
+    file. The exception is kept, and raised by `check`.
     """
 
     def __init__(self, file: FileIO):
         self._file = file
-        self.error: BaseException | None = None
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises the first exception of writing."""
+        if self._error is not None:
+            raise self._error
 
     def write(self, data: bytes) -> int:
         """Writes all of it; 0 where that fails."""
@@ -176,7 +173,7 @@ class _Disk:
             return len(data)
         # An interrupt too would be lost in libsndfile.
         except BaseException as error:
-            self.error = self.error or error
+            self._error = self._error or error
             return 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
