@@ -1,4 +1,4 @@
-"""Many recordings at once: chunks of all of them in common batches, read ahead by threads, with the results of each."""
+"""Many recordings at once: windows of all in common batches, read ahead by threads."""
 
 import dataclasses
 import threading

@@ -30,7 +30,7 @@ def dac_fast_cli(capsys, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Recordings in a tree: two good ones, one that is not audio, one empty, one that is no recording."""
+    """Two recordings in a tree, with files that are not audio, empty, and no recording at all."""
     rng = np.random.default_rng(0)
     root = tmp_path / "in"
     (root / "deep").mkdir(parents=True)
@@ -137,7 +137,8 @@ def test_faults_of_single_files_do_not_stop_the_others(
     code, out, err = dac_fast_cli("encode", folder, "-o", "codes [b]")
     assert (code, "encoded 1 of 5, 4 failed" in out) == (1, True)
     assert err.count("2 inputs would become codes [b]/a.dac; convert them apart") == 2
-    # a file of the published package's chunk mode with a chunk too short to decode; one that names a path as its model
+    # A file of the published package's chunk mode with a chunk too short to decode, and one that
+    # names a path as its model.
     good = DACFile.load("codes [b]/deep/b.dac")
     unpadded = dataclasses.replace(good, padding=False, chunk_length=4, gains=None)
     unpadded.save(tmp_path / "codes [b]" / "short.dac", format="dac1")
@@ -257,7 +258,7 @@ def test_bad_input_is_one_line_and_exit_code_1(
 
 
 def test_entry_point_and_doctor(tmp_path):
-    """In a process of its own, as installed; and the backend can be asked for by the environment."""
+    """In a process of its own, as installed."""
     command = [sys.executable, "-c", "from dac_fast.cli import main; main()"]
     done = subprocess.run(
         [*command, "doctor"], capture_output=True, text=True, cwd=tmp_path, check=False

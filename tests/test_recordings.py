@@ -1,4 +1,4 @@
-"""compress and decompress: golden files of the published package, and chunks that change nothing."""
+"""compress and decompress: golden files of the published package; chunks that change nothing."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_length_rate_and_channels_come_back(codec, rate, channels):
 
 
 def test_silence_and_levels_come_back(codec):
-    """The gains are taken back: a recording at a hundredth of the level gives the same, at a hundredth."""
+    """The gains are taken back: a hundredth of the level gives a hundredth of the same."""
     silent, _ = codec.decompress(
         codec.compress((np.zeros((1, 5000), np.float32), codec.sample_rate))
     )
@@ -83,7 +83,7 @@ def computed(cut, run, channels):
 @pytest.mark.parametrize("frames", [1, 3, 17, 50, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunks_change_nothing(codec, frames, dtype):
-    """Codes of any chunk size are those of the whole signal, and so is the audio; exactly so where nothing rounds."""
+    """Codes and audio of any chunk size are those of the whole signal, up to rounding."""
     codec, hop = copy.deepcopy(codec).to(dtype), codec.hop_length
     audio = 0.3 * torch.randn(2, 150 * hop + 5, generator=torch.Generator().manual_seed(1)).to(
         dtype
@@ -105,7 +105,7 @@ def test_chunks_change_nothing(codec, frames, dtype):
 
 
 def test_long_recordings_pass_through_in_pieces(codec):
-    """Neither encoder nor decoder ever gets more than a chunk and its context, however long the recording is."""
+    """Neither encoder nor decoder ever gets more than a chunk and its context."""
     seen = {}
 
     def record(name):

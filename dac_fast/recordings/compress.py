@@ -296,10 +296,14 @@ def decompress(codec: Codec, file: DACFile | str | os.PathLike[str]) -> tuple[Sa
     return np.concatenate(list(decompressed_blocks(codec, file)), axis=1), file.sample_rate
 
 
-def decompressed_blocks(codec: Codec, file: DACFile) -> Iterator[Samples]:
-    """What `decompress` returns whole, block by block."""
-    seconds = _batch_seconds(codec)
-    for _, result in decompress_all(lambda file: (codec, file), [file], batch_seconds=seconds):
+def decompressed_blocks(
+    codec: Codec, file: DACFile, chunk_seconds: float | None = None
+) -> Iterator[Samples]:
+    """What `decompress` returns whole, block by block; chunk_seconds as of `decompress_all`."""
+    batch_seconds = _batch_seconds(codec)
+    for _, result in decompress_all(
+        lambda file: (codec, file), [file], chunk_seconds, batch_seconds=batch_seconds
+    ):
         if isinstance(result, Exception):
             raise result
         yield from result[1]
@@ -308,6 +312,7 @@ def decompressed_blocks(codec: Codec, file: DACFile) -> Iterator[Samples]:
 def decompress_all(
     load: Callable[[Named], tuple[Codec, DACFile]],
     sources: Sequence[Named],
+    chunk_seconds: float | None = None,
     *,
     batch_seconds: float = 0.0,
     threads: int = 0,
@@ -317,6 +322,7 @@ def decompress_all(
     Args:
         load: gives the codec and the file of a source. Called by the threads.
         sources: anything that `load` knows; fast where neighbours are about as long as each other.
+        chunk_seconds: what is decoded at once of a padded file; None: 10 s.
         batch_seconds: audio that is decoded at once, all channels added; 0: each channel of a chunk
             by itself.
         threads: that load ahead of time; 0: none.
@@ -325,7 +331,8 @@ def decompress_all(
         [C, n], to be taken before the next source (and raising what went wrong with them); or the
         ValueError or OSError that it caused.
     """
-    jobs = [_Decoding(load, source) for source in sources]
+    chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
+    jobs = [_Decoding(load, source, chunk_seconds) for source in sources]
     yield from enumerate(results(jobs, windows.decode_batch, batch_seconds, threads))
 
 
@@ -335,6 +342,7 @@ class _Decoding(Generic[Named]):
 
     load: Callable[[Named], tuple[Codec, DACFile]]
     source: Named
+    chunk_seconds: float
     codec: Codec = field(init=False)
     file: DACFile = field(init=False)
 
@@ -343,7 +351,7 @@ class _Decoding(Generic[Named]):
         self.codec, self.file = codec, file = self.load(self.source)
         _check_fits(codec, file)
         if file.padding:
-            frames = max(round(DEFAULT_CHUNK_SECONDS * codec.sample_rate / codec.hop_length), 1)
+            frames = max(round(self.chunk_seconds * codec.sample_rate / codec.hop_length), 1)
             yield from windows.code_windows(codec, file.codes, frames)
         else:
             yield from windows.unpadded_code_windows(codec, file.codes, file.chunk_length)

@@ -180,20 +180,27 @@ class DACFile:
         bits = self.bits_per_code
         return None if bits is None else self.codes.numel() * bits / self.duration
 
-    def save(self, path: str | os.PathLike[str], format: str = "dac2") -> None:
+    def save(
+        self, path: str | os.PathLike[str], format: str = "dac2", replace: bool = True
+    ) -> None:
         """Writes the file, complete or not at all.
 
         Args:
             path: written as it is; the published package expects the suffix .dac.
             format: "dac2" (ours) or "dac1" (the published package's, which has no room for the
                 gains, the codebook size and the model's name and rates).
+            replace: as of `dac_fast.files.atomic_path`.
         Raises:
             DACFileError: the format lacks what this file has, or needs what it lacks.
             OutputError: the file cannot be written there.
         """
+        write_bytes(path, self.to_bytes(format), replace)
+
+    def to_bytes(self, format: str = "dac2") -> bytes:
+        """What `save` writes; raises DACFileError as it does."""
         if format not in FORMATS:
             raise DACFileError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
-        write_bytes(path, self._to_dac1() if format == "dac1" else self._to_dac2())
+        return self._to_dac1() if format == "dac1" else self._to_dac2()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DACFile":
