@@ -53,6 +53,7 @@ from dac_fast.cli.options import (
     load_codec,
     use_engine,
 )
+from dac_fast.cli.tokenize import tokenize
 from dac_fast.config import PRESETS
 from dac_fast.files import make_folder
 from dac_fast.version import __version__
@@ -501,6 +502,9 @@ def doctor():
     from dac_fast.cli.doctor import report
 
     report(out)
+
+
+app.command()(tokenize)
 
 
 def main():
