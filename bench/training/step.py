@@ -131,9 +131,7 @@ def groups(settings: TrainSettings) -> list[list[tuple[str, str]]]:
     the memory for itself.
     """
     if settings.device == "cpu":
-        return [
-            [(name, precision) for name in settings.peers] for precision in settings.precisions
-        ]
+        return [[(name, precision) for name in settings.peers] for precision in settings.precisions]
     # Compiling takes minutes, so it comes last.
     pairs = sorted(
         product(settings.peers, settings.precisions),

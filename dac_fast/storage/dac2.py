@@ -30,12 +30,13 @@ zeros, is refused, so that files of equal content are equal. (A dac1 file has ma
 depends on the versions of numpy and Python, and each of them is read.)
 """
 
+import io
 import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -215,18 +216,34 @@ class DACFile:
             )
         try:
             with open(path, "rb") as file:
-                # The rest is read only if a file of that size can be one.
-                head, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
-                if head.startswith(MAGIC):
-                    header = _Header.of(head, size)
-                    return _from_dac2(header, head + file.read())
-                if head.startswith(dac1.MAGIC):
-                    if size > 2 * MOST_CODES:
-                        raise DACFileError(f"{size} bytes; accepted: up to {2 * MOST_CODES}")
-                    return cls(**dac1.loads(head + file.read()))
-            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+                return cls._read(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
             raise DACFileError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "DACFile":
+        """Reads what `to_bytes` gives, of either format; nothing in it is ever executed.
+
+        Raises:
+            DACFileError: not a .dac file, damaged, or of a version that is not known here.
+        """
+        try:
+            return cls._read(io.BytesIO(data), len(data))
+        except ValueError as error:
+            raise DACFileError(str(error)) from error
+
+    @classmethod
+    def _read(cls, file: BinaryIO, size: int) -> "DACFile":
+        """Reads a file of that many bytes; its content only if a file of that size can be one."""
+        head = file.read(HEADER.size)
+        if head.startswith(MAGIC):
+            header = _Header.of(head, size)
+            return _from_dac2(header, head + file.read())
+        if not head.startswith(dac1.MAGIC):
+            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+        if size > 2 * MOST_CODES:
+            raise DACFileError(f"{size} bytes; accepted: up to {2 * MOST_CODES}")
+        return cls(**dac1.loads(head + file.read()))
 
     def _to_dac1(self) -> bytes:
         return dac1.dumps(

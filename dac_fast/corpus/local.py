@@ -1,0 +1,114 @@
+"""Shards made in this process: a thread per worker, each with a thread that reads ahead."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from dac_fast.corpus.encoding import Encoder, Reading, record_of
+from dac_fast.corpus.folder import Failure, Folder, Work, write_shard
+from dac_fast.corpus.meter import Meter
+from dac_fast.corpus.plan import Shard
+from dac_fast.corpus.shards import Record
+from dac_fast.recordings.pipeline import in_batches, read_ahead
+from dac_fast.recordings.windows import Window
+
+
+def run(
+    folder: Folder, work: Work, encoders: Sequence[Encoder], batch_seconds: float, meter: Meter
+) -> None:
+    """Makes all shards that there are to make.
+
+    Args:
+        folder: of the dataset.
+        work: its shards.
+        encoders: one for each worker.
+        batch_seconds: audio that a worker may hold to encode it in common launches.
+        meter: told of everything.
+    Raises:
+        OutputError: a shard cannot be written.
+        EncodingError: the model cannot encode.
+    """
+    meter.capacity = dict.fromkeys(meter.capacity, len(encoders))
+    workers = [_Worker(folder, work, encoder, batch_seconds, meter) for encoder in encoders]
+    threads = torch.get_num_threads()
+    # Sums over a window would depend on how many threads share it.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(workers)) as pool:
+            futures = [pool.submit(worker.run) for worker in workers]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                for worker in workers:
+                    worker.stopped.set()
+            for future in futures:
+                future.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Worker:
+    """Makes shard after shard.
+
+    Attributes:
+        stopped: set to have it end with the recording that it is at.
+    """
+
+    def __init__(
+        self, folder: Folder, work: Work, encoder: Encoder, batch_seconds: float, meter: Meter
+    ):
+        self.folder, self.work, self.meter = folder, work, meter
+        self.encoder, self.batch_seconds = encoder, batch_seconds
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.is_set() and (claimed := self.work.claim()):
+            [shard] = claimed
+            outcomes = []
+            for outcome in self._outcomes(shard):
+                if self.stopped.is_set():
+                    return
+                outcomes.append(outcome)
+            keys = [item.key for item in self.folder.plan.shard(shard.number).items]
+            with self.meter.during("writing"):
+                path = self.folder.shard_path(shard.number)
+                write_shard(path, self.folder.card.layout, keys, outcomes)
+            self.work.written(shard)
+            failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
+            self.meter.shard(shard.seconds, len(outcomes) - failures, failures)
+
+    def _outcomes(self, shard: Shard) -> Iterator[Record | Failure]:
+        """What becomes of each recording of a shard, in order."""
+        card = self.folder.card
+        settings = card.settings
+        readings = [
+            Reading(self.encoder.codec, item, settings.normalize_db, settings.audio_column)
+            for item in shard.items
+        ]
+        ahead = read_ahead([self._timed(reading) for reading in readings], threads=1)
+        computed = in_batches(self.meter.taking("waiting", ahead), self._begin, self.batch_seconds)
+        for number, group in groupby(computed, key=lambda pair: pair[0]):
+            reading, parts = readings[number], [part for _, part in group]
+            if isinstance(error := parts[-1], Exception):
+                yield Failure(reading.item.key, reading.reason(error))
+            else:
+                assert reading.facts is not None
+                codes = [part[0].numpy().astype("uint16") for part in parts]
+                yield record_of(reading.item, reading.facts, codes, card.model.name, card.fields)
+
+    def _timed(self, reading: Reading) -> Callable[[], Iterator[Window]]:
+        return lambda: self.meter.taking("reading", reading.windows())
+
+    def _begin(self, windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
+        with self.meter.during("encoding"):
+            collect = self.encoder.begin(windows)
+
+        def timed() -> list[Tensor]:
+            with self.meter.during("encoding"):
+                return collect()
+
+        return timed
