@@ -24,7 +24,10 @@ from bench import timing
 from bench.document import SCHEMA, Json, environment, one_line, write
 from bench.peers.published_step import PublishedStep
 from bench.training.parts import AnyStep, count_work, time_discriminators, time_parts
+from bench.training.report import label
+from dac_fast.training.data import Excerpts
 from dac_fast.training.recipe import Recipe
+from dac_fast.training.split import find_files
 from dac_fast.training.step import TrainingStep
 
 COMPILED = "published, compiled"
@@ -248,9 +251,6 @@ def take_turns(
 
 def time_data(recipe: Recipe, folder: Path, seconds: float) -> Json:
     """How many excerpts of a folder's audio one process reads and augments per second."""
-    from dac_fast.training.data import Excerpts
-    from dac_fast.training.split import find_files
-
     rate = recipe.model.sample_rate
     files, unreadable = find_files(str(folder), rate, recipe.data.full_band)
     excerpts = Excerpts(files, recipe.data, rate, recipe.trainer.batch_size, recipe.trainer.seed)
@@ -261,11 +261,6 @@ def time_data(recipe: Recipe, folder: Path, seconds: float) -> Json:
         count += 1
     per_second = count / (time.perf_counter() - start)
     return {"files": len(files), "unreadable": len(unreadable), "excerpts_s_per_worker": per_second}
-
-
-def label(row: Json) -> str:
-    """A row in words."""
-    return f"batch {row['batch']}, {row['precision']}, {row['implementation']}"
 
 
 def print_rows(rows: Sequence[Json]) -> None:

@@ -88,9 +88,7 @@ class Reading:
                 for block in recording.blocks(self.codec.sample_rate)
             )
             frames = frames or chunk_frames(self.codec)
-            for window in sample_windows(self.codec, blocks, frames):
-                for channel in window.signal.split(1):
-                    yield window._replace(signal=channel)
+            yield from sample_windows(self.codec, blocks, frames)
             self.facts = Facts(
                 recording.channels,
                 recording.sample_rate,
@@ -194,7 +192,7 @@ class Encoder:
         except ValueError as error:
             raise EncodingError(str(error)) from error
         return lambda: [
-            part[..., window.begin : window.end].cpu()
+            part[..., window.keep].cpu()
             for part, window in zip(codes, windows, strict=True)
         ]
 

@@ -334,7 +334,7 @@ def write_shard(
     by_key: dict[str, Record | Failure] = {outcome.key: outcome for outcome in outcomes}
     if len(by_key) < len(keys):
         kept = shards.read(path, layout)
-        by_key = {record.key: _in_memory(record) for record in kept} | by_key
+        by_key = {**{record.key: _in_memory(record) for record in kept}, **by_key}
     records = [outcome for key in keys if isinstance(outcome := by_key[key], Record)]
     failures = [outcome for key in keys if isinstance(outcome := by_key[key], Failure)]
     shards.write(path, records, layout)

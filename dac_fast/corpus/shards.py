@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dac_fast.corpus.sources import Metadata
@@ -165,7 +166,7 @@ def _npy(codes: Codes) -> bytes:
 def _dac_file(record: Record, layout: Layout) -> DACFile:
     metadata = record.metadata
     return DACFile(
-        codes=record.codes.astype(np.int64),
+        codes=torch.from_numpy(record.codes.astype(np.int64)),
         chunk_length=metadata["frames"],
         original_length=metadata["samples"],
         input_db=metadata["loudness"],

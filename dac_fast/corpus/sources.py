@@ -307,10 +307,10 @@ def _items_of_tar(file: Found) -> Iterator[Item]:
                         problems[_sample(member.name)] = f"its {name.suffix} is damaged"
     except (tarfile.TarError, OSError) as error:
         broken = f"a damaged tar; what it holds beyond {len(members)} recordings is lost ({error})"
-    for name, place, header in members:
-        own = metadata.get(_sample(name), {})
-        problem = problems.get(_sample(name), "")
-        yield Item(_key(name), file.path, place, *header, own, problem)
+    for path, place, header in members:
+        own = metadata.get(_sample(path), {})
+        problem = problems.get(_sample(path), "")
+        yield Item(_key(path), file.path, place, *header, own, problem)
     if broken or not members:
         yield Item(file.name, file.path, problem=broken or "a tar without recordings")
 

@@ -98,7 +98,7 @@ def _compare(codec: DAC, item: Item, record: Record, folder: Folder, verdict: Ve
     begin = 0
     for number, window in enumerate(reading.windows(LONGER * chunk_frames(codec))):
         samples = F.pad(window.signal[None], (0, -window.signal.shape[1] % codec.hop_length))
-        z = codec.encoder(samples)[..., window.begin : window.end]
+        z = codec.encoder(samples)[..., window.keep]
         alone = codec.quantizer(z, codebooks)[1]
         channel, end = number % channels, begin + z.shape[2]
         found = torch.from_numpy(record.codes[channel, :, begin:end].astype("int64"))[None]
@@ -122,8 +122,9 @@ def regret_of(quantizer: ResidualVectorQuantizer, z: Tensor, codes: Tensor) -> T
     Returns:
         [B, N, F].
     """
+    stages = copy.deepcopy(quantizer).double().stages(codes.shape[1])
     residual, regrets = z.double(), []
-    for stage, code in zip(copy.deepcopy(quantizer).double().quantizers, codes.unbind(1)):
+    for stage, code in zip(stages, codes.unbind(1), strict=True):
         latent, entries = stage.in_proj(residual), stage.codebook.weight
         rows = latent.transpose(1, 2)
         if stage.normalized:

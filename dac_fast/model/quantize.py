@@ -97,20 +97,20 @@ class ResidualVectorQuantizer(nn.Module):
             VectorQuantizer(latent_dim, codebook_size, dim, form) for dim in codebook_dims
         )
 
-    def _stages(self, n: int) -> list[VectorQuantizer]:
+    def stages(self, n: int) -> list[VectorQuantizer]:
         """The first n stages."""
         return cast(list[VectorQuantizer], list(self.quantizers)[:n])
 
     def _encode_weights(self, n: int) -> tuple[list[Tensor], list[Tensor]]:
         """Weights [d, D] and biases [d] of the first n stages' projections to the codebook."""
-        projections = [_matrix(stage.in_proj) for stage in self._stages(n)]
+        projections = [_matrix(stage.in_proj) for stage in self.stages(n)]
         return [weight for weight, _ in projections], [bias for _, bias in projections]
 
     def _decode_weights(self, n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Codebooks [K, d], and weights [D, d] and biases [D] of the projections from them."""
-        projections = [_matrix(stage.out_proj) for stage in self._stages(n)]
+        projections = [_matrix(stage.out_proj) for stage in self.stages(n)]
         return (
-            [stage.codebook.weight for stage in self._stages(n)],
+            [stage.codebook.weight for stage in self.stages(n)],
             [weight for weight, _ in projections],
             [bias for _, bias in projections],
         )
@@ -143,13 +143,13 @@ class ResidualVectorQuantizer(nn.Module):
             counts[:dropped] = torch.randint(1, n + 1, (dropped,), device=z.device)
         # Small differences decide a search, too small for autocast's half precision.
         with torch.autocast(z.device.type, enabled=False):
-            z = z.to(self._stages(1)[0].codebook.weight.dtype)
+            z = z.to(self.stages(1)[0].codebook.weight.dtype)
             if self.form != "factorized":
-                return self._encode_stages(z, n, counts, lengths)
+                return self._encodestages(z, n, counts, lengths)
             weights = (*self._encode_weights(n), *self._decode_weights(n))
             return ops.rvq_encode(z, *weights, counts, lengths)
 
-    def _encode_stages(
+    def _encodestages(
         self, z: Tensor, n: int, counts: Tensor | None, lengths: Tensor | None
     ) -> Quantized:
         """The result of `ops.rvq_encode`, for the forms that the op does not know."""
@@ -164,7 +164,7 @@ class ResidualVectorQuantizer(nn.Module):
         commitment = codebook_loss = z.new_zeros(())
         codes = []
         latents = []
-        for i, stage in enumerate(self._stages(n)):
+        for i, stage in enumerate(self.stages(n)):
             latent = stage.in_proj(residual)
             if self.training and isinstance(stage.codebook, EMACodebook):
                 stage.codebook.update(latent.detach().transpose(1, 2)[valid[:, 0]])
@@ -209,7 +209,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _entries(self, codes: Tensor) -> list[Tensor]:
         """The codebook entries [B, d, F] of codes [B, N, F], stage by stage."""
-        stages = self._stages(codebook_count(codes.shape[1], len(self.quantizers)))
+        stages = self.stages(codebook_count(codes.shape[1], len(self.quantizers)))
         return [stage.entries(codes[:, i]) for i, stage in enumerate(stages)]
 
     def from_latents(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,14 +220,14 @@ class ResidualVectorQuantizer(nn.Module):
         Raises:
             ValueError: the channels are not those of the first stages, whole.
         """
-        dims = [stage.codebook.embedding_dim for stage in self._stages(len(self.quantizers))]
+        dims = [stage.codebook.embedding_dim for stage in self.stages(len(self.quantizers))]
         n = next((i for i in range(1, len(dims) + 1) if sum(dims[:i]) == latents.shape[1]), None)
         if n is None:
             raise ValueError(
                 f"{latents.shape[1]} latent channels; accepted: the sum of the first of {dims}"
             )
         parts = latents.split(dims[:n], dim=1)
-        codes = [stage.search(part) for part, stage in zip(parts, self._stages(n), strict=True)]
+        codes = [stage.search(part) for part, stage in zip(parts, self.stages(n), strict=True)]
         return self.from_codes(torch.stack(codes, dim=1))
 
 
