@@ -17,9 +17,9 @@ from dac_fast.cli.options import (
     NormalizeDb,
     Precision,
     batching,
-    checked_device,
 )
 from dac_fast.cli.terminal import err, out
+from dac_fast.ops.device import checked_device
 
 if TYPE_CHECKING:
     from dac_fast.corpus.meter import Meter
@@ -145,10 +145,10 @@ def tokenize(
         normalize_db=None if no_normalize else normalize_db,
         precision=precision.value,
         audio_column=audio_column,
-        device=checked_device(device).type,
+        device=checked_device(device, "--device").type,
         workers=_workers(workers),
         readers=readers,
-        batch_seconds=batching(device, batch_seconds)["batch_seconds"],
+        batch_seconds=batching(device, batch_seconds).seconds,
         local=local or shard is not None,
         address=address,
         share=(0, 1) if shard is None else _share(shard),

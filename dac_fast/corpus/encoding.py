@@ -192,8 +192,7 @@ class Encoder:
         except ValueError as error:
             raise EncodingError(str(error)) from error
         return lambda: [
-            part[..., window.keep].cpu()
-            for part, window in zip(codes, windows, strict=True)
+            part[..., window.keep].cpu() for part, window in zip(codes, windows, strict=True)
         ]
 
     def _alone(self, window: Window) -> Tensor:

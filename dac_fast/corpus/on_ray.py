@@ -227,8 +227,8 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
             "reading": seconds,
             "end": end,
             "signal": signal,
-            "first": 0 if window is None else window.begin,
-            "last": 0 if window is None else window.end,
+            "first": 0 if window is None else window.keep.start,
+            "last": 0 if window is None else window.keep.stop,
         }
         return pa.table({name: [value] for name, value in values.items()})
 
@@ -238,7 +238,7 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
             yield row(part, time.perf_counter() - begun, "", window)
             part, begun = part + 1, time.perf_counter()
         assert reading.facts is not None
-        end = {"facts": asdict(reading.facts)}
+        end: dict[str, Any] = {"facts": asdict(reading.facts)}
     except (ValueError, OSError) as error:
         end = {"failure": reading.reason(error)}
     yield row(part, time.perf_counter() - begun, json.dumps(end))
@@ -261,7 +261,7 @@ class _Encode:
         begun = time.perf_counter()
         waited = begun - self.idle_since
         there = [
-            (number, Window(self.encoder.codec, _signal(signal), first, last))
+            (number, Window(self.encoder.codec, _signal(signal), slice(first, last)))
             for number, (signal, first, last) in enumerate(
                 zip(*(rows[name].to_pylist() for name in ("signal", "first", "last")), strict=True)
             )
