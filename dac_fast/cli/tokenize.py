@@ -88,9 +88,7 @@ def tokenize(
         typer.Option(help="Tasks that read at once. Default: one per core, or what a cluster has."),
     ] = None,
     batch_seconds: BatchSeconds = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="In this process, without Ray.")
-    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster. Default: a Ray of this machine's own.")
     ] = None,
@@ -176,8 +174,7 @@ def tokenize(
     out.print(_progress(meter))
     whole = "complete" if card.complete else "not complete yet"
     out.print(
-        f"{output}: {whole}; {card.items} recordings, {card.hours:.2f} h, "
-        f"{card.failures} failures"
+        f"{output}: {whole}; {card.items} recordings, {card.hours:.2f} h, {card.failures} failures"
     )
     if verify is not None:
         out.print(_verdict(check(output, verify, model)))

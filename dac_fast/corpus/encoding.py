@@ -89,7 +89,7 @@ class Reading:
             )
             frames = frames or chunk_frames(self.codec)
             for window in sample_windows(self.codec, blocks, frames):
-                for channel in window.signal.split(1):
+                for channel in torch.split(window.signal, 1):
                     yield window._replace(signal=channel)
             self.facts = Facts(
                 recording.channels,
@@ -211,7 +211,7 @@ class Encoder:
             for start in range(0, len(numbers), size):
                 some = numbers[start : start + size]
                 launched = self._launch([windows[number].signal for number in some], size, frames)
-                codes.update(zip(some, launched.split(1), strict=False))
+                codes.update(zip(some, torch.split(launched, 1), strict=False))
         return [codes[number] for number in range(len(windows))]
 
     def _launch_frames(self, window: Window) -> int:

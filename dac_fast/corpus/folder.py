@@ -334,13 +334,13 @@ def write_shard(
     by_key: dict[str, Record | Failure] = {outcome.key: outcome for outcome in outcomes}
     if len(by_key) < len(keys):
         kept = shards.read(path, layout)
-        by_key = {record.key: _in_memory(record) for record in kept} | by_key
+        by_key = {**{record.key: _in_memory(record) for record in kept}, **by_key}
     records = [outcome for key in keys if isinstance(outcome := by_key[key], Record)]
     failures = [outcome for key in keys if isinstance(outcome := by_key[key], Failure)]
     shards.write(path, records, layout)
     report = {
         "items": len(records),
-        "frames": sum(record.metadata["channels"] * record.metadata["frames"] for record in records),
+        "frames": sum(record.codes.shape[0] * record.codes.shape[2] for record in records),
         "seconds": sum(record.metadata["duration"] for record in records),
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
@@ -389,7 +389,8 @@ def read_card(path: Path) -> Card:
 
 
 def _save_card(path: Path, card: Card) -> None:
-    write_bytes(path / CARD, (json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path / CARD, text.encode())
 
 
 def _fields(planned: Iterable[Shard]) -> dict[str, str]:
@@ -411,6 +412,7 @@ class _Locks:
 
     def __init__(self, path: Path):
         self.path = path
+        # Opened by the first lock, and open as long as locks are held.
         self._file: IO[bytes] | None = None
 
     def take(self, number: int) -> bool:
@@ -438,7 +440,7 @@ class _Locks:
 
     def _lock(self, number: int, operation: int) -> bool:
         if self._file is None:
-            self._file = open(self.path, "ab")
+            self._file = open(self.path, "ab")  # noqa: SIM115
         try:
             fcntl.lockf(self._file, operation, 1, number)
         except (BlockingIOError, PermissionError):

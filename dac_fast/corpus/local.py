@@ -90,16 +90,16 @@ class _Worker:
             for item in shard.items
         ]
         ahead = read_ahead([self._timed(reading) for reading in readings], threads=1)
-        computed = in_batches(
-            self.meter.taking("waiting", ahead), self._begin, self.batch_seconds
-        )
+        computed = in_batches(self.meter.taking("waiting", ahead), self._begin, self.batch_seconds)
         for number, group in groupby(computed, key=lambda pair: pair[0]):
             reading, parts = readings[number], [part for _, part in group]
             if isinstance(error := parts[-1], Exception):
                 yield Failure(reading.item.key, reading.reason(error))
             else:
                 assert reading.facts is not None
-                codes = [part[0].numpy().astype("uint16") for part in parts]
+                codes = [
+                    part[0].numpy().astype("uint16") for part in parts if isinstance(part, Tensor)
+                ]
                 yield record_of(reading.item, reading.facts, codes, card.model.name, card.fields)
 
     def _timed(self, reading: Reading) -> Callable[[], Iterator[Window]]:

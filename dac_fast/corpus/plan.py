@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def make(
     with ThreadPoolExecutor(THREADS) as pool:
         groups = pool.map(partial(items_of, audio_column=audio_column), files)
         items = sorted((item for group in groups for item in group), key=lambda item: item.key)
-    for one, other in zip(items, items[1:], strict=False):
+    for one, other in pairwise(items):
         if one.key == other.key:
             raise SourceError(
                 f"two recordings have the key {one.key!r}: {one.path} and {other.path}; "

@@ -307,10 +307,10 @@ def _items_of_tar(file: Found) -> Iterator[Item]:
                         problems[_sample(member.name)] = f"its {name.suffix} is damaged"
     except (tarfile.TarError, OSError) as error:
         broken = f"a damaged tar; what it holds beyond {len(members)} recordings is lost ({error})"
-    for name, place, header in members:
-        own = metadata.get(_sample(name), {})
-        problem = problems.get(_sample(name), "")
-        yield Item(_key(name), file.path, place, *header, own, problem)
+    for audio, place, header in members:
+        own = metadata.get(_sample(audio), {})
+        problem = problems.get(_sample(audio), "")
+        yield Item(_key(audio), file.path, place, *header, own, problem)
     if broken or not members:
         yield Item(file.name, file.path, problem=broken or "a tar without recordings")
 
@@ -375,9 +375,7 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def _audio_headers(
-    table: "pq.ParquetFile", group: int, column: str
-) -> Iterator[tuple[float, int]]:
+def _audio_headers(table: "pq.ParquetFile", group: int, column: str) -> Iterator[tuple[float, int]]:
     for batch in table.iter_batches(ROWS, [group], [column]):
         for value in batch.column(0).to_pylist():
             data = value.get("bytes") if isinstance(value, dict) else value

@@ -16,7 +16,7 @@ from dac_fast.corpus.encoding import Reading, chunk_frames, weights_sha256
 from dac_fast.corpus.folder import DatasetError, Folder
 from dac_fast.corpus.shards import Record
 from dac_fast.corpus.sources import Item
-from dac_fast.model.quantize import ResidualVectorQuantizer
+from dac_fast.model.quantize import ResidualVectorQuantizer, VectorQuantizer
 
 # Windows of the comparison are that many times as long, so that windows are compared as well.
 LONGER = 3
@@ -123,7 +123,10 @@ def regret_of(quantizer: ResidualVectorQuantizer, z: Tensor, codes: Tensor) -> T
         [B, N, F].
     """
     residual, regrets = z.double(), []
-    for stage, code in zip(copy.deepcopy(quantizer).double().quantizers, codes.unbind(1)):
+    stages = copy.deepcopy(quantizer).double().quantizers
+    for number, code in enumerate(codes.unbind(1)):
+        stage = stages[number]
+        assert isinstance(stage, VectorQuantizer)
         latent, entries = stage.in_proj(residual), stage.codebook.weight
         rows = latent.transpose(1, 2)
         if stage.normalized:
