@@ -208,7 +208,7 @@ class Encoder:
             for start in range(0, len(numbers), size):
                 some = numbers[start : start + size]
                 launched = self._launch([windows[number].signal for number in some], size, frames)
-                codes.update(zip(some, launched.split(1), strict=False))
+                codes.update(zip(some, torch.split(launched, 1), strict=False))
         return [codes[number] for number in range(len(windows))]
 
     def _launch_frames(self, window: Window) -> int:

@@ -340,9 +340,7 @@ def write_shard(
     shards.write(path, records, layout)
     report = {
         "items": len(records),
-        "frames": sum(
-            record.metadata["channels"] * record.metadata["frames"] for record in records
-        ),
+        "frames": sum(record.codes.shape[0] * record.codes.shape[2] for record in records),
         "seconds": sum(record.metadata["duration"] for record in records),
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
@@ -391,9 +389,8 @@ def read_card(path: Path) -> Card:
 
 
 def _save_card(path: Path, card: Card) -> None:
-    write_bytes(
-        path / CARD, (json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    text = json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path / CARD, text.encode())
 
 
 def _fields(planned: Iterable[Shard]) -> dict[str, str]:
@@ -415,6 +412,7 @@ class _Locks:
 
     def __init__(self, path: Path):
         self.path = path
+        # Opened by the first lock, and open as long as locks are held.
         self._file: IO[bytes] | None = None
 
     def take(self, number: int) -> bool:

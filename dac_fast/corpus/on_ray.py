@@ -125,19 +125,20 @@ def _connected(address: str | None, workers: int, readers: int | None) -> Iterat
     # Ray's own remarks on actors that may start again would go to the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ours = not ray.is_initialized()
-    if ours:
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if address is not None:
-            ray.init(address, **quiet)
-        else:
-            # Ray counts a CPU for every reader and worker; how many cores there are is another thing.
-            tasks = workers + (readers or 1)
-            store = STORE_BYTES * tasks
-            gpus = torch.cuda.device_count()
-            ray.init(
-                "local", num_cpus=tasks, num_gpus=gpus, object_store_memory=store,
-                include_dashboard=False, **quiet,
-            )  # fmt: skip
+    if ours and address is not None:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    elif ours:
+        # A CPU for every reader and worker, so that none waits for another's place.
+        tasks = workers + (readers or 1)
+        ray.init(
+            "local",
+            num_cpus=tasks,
+            num_gpus=torch.cuda.device_count(),
+            object_store_memory=STORE_BYTES * tasks,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -163,10 +164,9 @@ def _stream(
     pieces = [{"piece": piece} for shard in claimed for piece in _pieces(shard)]
     on_gpu = spec.device == "cuda"
     read = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-        _read,
+        functools.partial(_read, spec=spec),
         batch_size=1,
         batch_format="pyarrow",
-        fn_args=(spec,),
         num_cpus=1,
         compute=TaskPoolStrategy(size=readers),
     )
@@ -232,6 +232,7 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
         }
         return pa.table({name: [value] for name, value in values.items()})
 
+    end: dict[str, Any]
     part, begun = 0, time.perf_counter()
     try:
         for window in reading.windows():

@@ -41,7 +41,7 @@ FIELDS = {
     "gains": "list<float>",
     "model": "string",
 }
-# A row group of a Parquet file, which readers take at once, ends with the row that has so many codes.
+# A row group of a Parquet file, which readers take at once, ends with the row that reaches that.
 ROW_GROUP_CODES = 4 << 20
 
 
@@ -52,8 +52,8 @@ class Record(NamedTuple):
         key: its name.
         codes: uint16 [C, N, F], channels, codebooks, frames.
         metadata: frames; channels; rate (of the recording, Hz); samples (per channel, at that
-            rate); duration (s); loudness (LUFS) and gains (of each channel) before and for encoding;
-            model; and what the source said.
+            rate); loudness (LUFS) before encoding; gains (of each channel) for encoding; duration
+            (s); model; and what the source said.
     """
 
     key: str
