@@ -239,7 +239,7 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
             yield row(part, time.perf_counter() - begun, "", window)
             part, begun = part + 1, time.perf_counter()
         assert reading.facts is not None
-        end: dict[str, Any] = {"facts": asdict(reading.facts)}
+        end = {"facts": asdict(reading.facts)}
     except (ValueError, OSError) as error:
         end = {"failure": reading.reason(error)}
     yield row(part, time.perf_counter() - begun, json.dumps(end))
