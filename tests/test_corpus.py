@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,8 +19,10 @@ import pytest
 import soundfile
 import torch
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
 import dac_fast
+from dac_fast.cli.commands import app
 from dac_fast.corpus import DatasetError, read, shards
 from dac_fast.corpus.encoding import Encoder, Reading
 from dac_fast.corpus.meter import Meter
@@ -30,6 +33,7 @@ from dac_fast.files import OutputError
 from dac_fast.recordings.windows import sample_windows
 
 RATE = 8000
+MARK = "DAC_FAST_TEST_RUN"
 FORMATS = ("webdataset", "parquet", "npy")
 
 
@@ -544,3 +548,70 @@ def test_windows_do_not_hold_a_long_recording(model, tmp_path):
     sizes = [window.signal.shape[1] for window in reading.windows()]
     assert len(sizes) == 12
     assert max(sizes) < 11 * RATE
+
+
+def marked(value):
+    """Processes that were started with that value of `MARK`, and their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={value}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_text()
+        # It has ended meanwhile, or is another user's.
+        except OSError:
+            continue
+    return found
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_ray_makes_the_same_bytes_survives_a_worker_and_ends(clips, model, options, tmp_path):
+    pytest.importorskip("ray.data")
+    sources = shutil.copytree(clips, tmp_path / "clips")
+    (sources / "bad.wav").write_bytes(b"no audio")
+    made(sources, tmp_path / "local", options)
+    command = Command(
+        sources, "-o", tmp_path / "ray", "--model", model, "--workers", "2", "--batch-seconds",
+        "30", "--shard-hours", str(options.shard_hours), env={**os.environ, MARK: str(tmp_path)},
+    )  # fmt: skip
+    actors = []
+
+    def began():
+        actors[:] = [pid for pid, line in marked(tmp_path).items() if "MapWorker" in line]
+        return actors
+
+    assert until(began)
+    os.kill(actors[0], signal.SIGKILL)
+    code, out, err = command.end()
+    assert code == 0, err
+    assert "complete; 7 recordings" in out
+    assert "bad" in (tmp_path / "ray/failures.jsonl").read_text()
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert until(lambda: not marked(tmp_path)), marked(tmp_path)
+
+
+def test_without_ray_a_line_says_what_to_do(clips, options, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(ValueError, match=r"pip install 'dac-fast\[corpus\]', or --local"):
+        made(clips, tmp_path / "codes", replace(options, local=False))
+    assert not (tmp_path / "codes").exists()
+
+
+def test_the_command_tells_forecast_run_and_verdict(clips, model, tmp_path):
+    def command(*arguments):
+        result = CliRunner().invoke(app, ["tokenize", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    options = "-o", tmp_path / "codes", "--model", model, "--local", "--workers", "1"
+    assert re.search(r"recordings\W+7", command(clips, *options, "--dry-run"))
+    assert not (tmp_path / "codes").exists()
+    said = command(clips, *options, "--shuffle", "1", "--verify", "0.5")
+    assert "complete; 7 recordings, 0.01 h, 0 failures" in said
+    assert "bottleneck" in said
+    assert re.search(r"codes that differ\W+0", command(tmp_path / "codes", "--verify", "1"))
