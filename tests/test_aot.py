@@ -1,8 +1,9 @@
-"""Ahead-of-time compilation of every Triton configuration to sm_90: registers, spills and stack, without a GPU.
+"""Ahead-of-time compilation of every Triton configuration to sm_90: registers, spills and stack,
+without a GPU.
 
-The launches are recorded from the public functions themselves, in a process of its own: kernels that the interpreter
-runs cannot be compiled. `python tests/test_aot.py` prints the table, and with `every` also what repeats much of it:
-every kind of layer in every dtype.
+The launches are recorded from the public functions themselves, in a process of its own: kernels
+that the interpreter runs cannot be compiled. `python tests/test_aot.py` prints the table, and with
+`every` also what repeats much of it: every kind of layer in every dtype.
 """
 
 import json
@@ -45,7 +46,8 @@ def record_launches(every):
     return launches
 
 
-# Layers of the presets, by what they ask of the compiler: channels in and out, kernel, stride, padding, dilation.
+# Layers of the presets, by what they ask of the compiler: channels in and out, kernel, stride,
+# padding, dilation.
 LAYERS = {
     "wide": (768, 768, 7, 1, 9, 3),
     "narrow": (96, 96, 7, 1, 3, 1),
@@ -57,7 +59,9 @@ LAYERS = {
 
 
 def convolutions(conv1d, residual_unit, every):
-    """Call both modules as the engine does: alpha and bias in float32, in ragged batches, both outputs."""
+    """Call both modules as the engine does: alpha and bias in float32, in ragged batches, both
+    outputs.
+    """
     lengths = torch.zeros(2, dtype=torch.int64)
 
     def layer(name, dtype, tf32):
@@ -116,7 +120,9 @@ def convolutions(conv1d, residual_unit, every):
 
 
 def compile_launch(kernel, args, options):
-    """The kernel compiled as Triton's launcher would for these arguments: integers that are 1 or divide by 16 count."""
+    """The kernel compiled as Triton's launcher would for these arguments: integers that are 1 or
+    divide by 16 count.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -26,7 +26,9 @@ def innermost(tensor, axis=1):
 
 
 def make(*shapes, dtype=torch.float32, seed=0):
-    """A normal tensor of each shape, scaled for sums over all axes but the first two to stay near 1."""
+    """A normal tensor of each shape, scaled for sums over all axes but the first two to stay near
+    1.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 

@@ -1,4 +1,6 @@
-"""The fast training step against the published one, in float64: the same numbers, by whatever way they are computed."""
+"""The fast training step against the published one, in float64: the same numbers, by whatever way
+they are computed.
+"""
 
 import json
 
@@ -205,7 +207,8 @@ def test_four_processes_equal_one_with_the_same_batch(tmp_path):
     for name, weights in alone.state_dict()["networks"].items():
         for key, weight in weights.items():
             assert all(torch.equal(rank[name][key], ranks[0][name][key]) for rank in ranks)
-            # Sums over the batch are rounded in another order; a step changes a weight by up to 1e-4.
+            # Sums over the batch are rounded in another order; a step changes a weight by up to
+            # 1e-4.
             assert (ranks[0][name][key] - weight).abs().max() <= 1e-5, key
 
 

@@ -1,4 +1,6 @@
-"""Whole training runs: killed and resumed, in two processes, stopped, out of disk, and learning something."""
+"""Whole training runs: killed and resumed, in two processes, stopped, out of disk, and learning
+something.
+"""
 
 import io
 import json
@@ -163,8 +165,9 @@ def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
     quiet_train(tones, tmp_path / "one", *overrides)
 
-    # Sums over the batch are rounded in another order: equal within 1e-4 for metrics; for weights, within a tenth
-    # of what one step changes (the learning rate, 1e-4); for the optimizers' moments, within 1e-4 of the largest.
+    # Sums over the batch are rounded in another order: equal within 1e-4 for metrics; for weights,
+    # within a tenth of what one step changes (the learning rate, 1e-4); for the optimizers'
+    # moments, within 1e-4 of the largest.
     for ours, theirs in zip(
         logged(tmp_path / "two", "validation"), logged(tmp_path / "one", "validation"), strict=True
     ):
