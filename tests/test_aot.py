@@ -214,7 +214,8 @@ def test_nothing_spills_and_nothing_has_a_stack(table, capsys):
                 if (row["kernel"], row["dtype"]) == (kernel, dtype)
             ]
             print(
-                f"  {kernel.strip('_').removesuffix('_kernel'):13} {dtype:8} {min(counts):3} to {max(counts):3}"
+                f"  {kernel.strip('_').removesuffix('_kernel'):13} {dtype:8} "
+                f"{min(counts):3} to {max(counts):3}"
             )
     spilling = [row for row in table if row["stack"] or row["local"]]
     assert not spilling, spilling

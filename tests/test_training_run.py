@@ -51,7 +51,10 @@ SMALL = (
     "trainer.tensorboard=false",
     "trainer.device=cpu",
 )
-RUN = "import sys, torch; torch.set_num_threads(1); from dac_fast.training import train; train('tiny', sys.argv[1:])"
+RUN = (
+    "import sys, torch; torch.set_num_threads(1); "
+    "from dac_fast.training import train; train('tiny', sys.argv[1:])"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +246,10 @@ def test_old_checkpoints_go_and_the_codec_can_be_loaded(tones, tmp_path):
 
 def test_another_architecture_is_refused(tones, tmp_path):
     quiet_train(tones, tmp_path, "trainer.steps=1")
-    message = r"step_00000001.pt has model.decoder_dim 16, the recipe 8; accepted: the same, or another trainer.folder"
+    message = (
+        r"step_00000001.pt has model.decoder_dim 16, the recipe 8; "
+        r"accepted: the same, or another trainer.folder"
+    )
     with pytest.raises(StateError, match=message):
         quiet_train(tones, tmp_path, "model.decoder_dim=8")
     with pytest.raises(ValueError, match=r"codec\.safetensors: .*expected"):
