@@ -110,8 +110,18 @@ def test_every_kind_of_layer(name, dtype):
         residual=innermost(residual),
         lengths=lengths,
     )
-    y, snaked = compare("conv1d", x, weight, bias.float(), stride, padding, dilation, alpha=alpha.float(),
-                        lengths=lengths, tanh=True)  # fmt: skip
+    y, snaked = compare(
+        "conv1d",
+        x,
+        weight,
+        bias.float(),
+        stride,
+        padding,
+        dilation,
+        alpha=alpha.float(),
+        lengths=lengths,
+        tanh=True,
+    )
     past = slice((time + 2) // 3, None)
     assert not y[0, :, past].any()
     assert not snaked[0, :, past].any()
@@ -320,9 +330,18 @@ def test_real_sizes(shape, dtype):
     time = module.output_length(size, kernel, stride, padding, dilation, False)
     lengths = torch.tensor([time // 3, time], device=DEVICE)
     compare(
-        "conv1d", x, weight, bias, stride, padding, dilation, alpha=alpha, lengths=lengths, tf32=tf32,
+        "conv1d",
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        alpha=alpha,
+        lengths=lengths,
+        tf32=tf32,
         dtype=torch.float16 if tf32 else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.gpu

@@ -161,8 +161,9 @@ def test_losses_and_gradients(counts, lengths):
     z, weights = random_input(), random_weights()
     outputs, gradients = with_gradients(rvq, z, weights, counts, lengths)
     same, same_gradients = with_gradients(reference, z, weights, counts, lengths)
-    exact, exact_gradients = with_gradients(reference, z.double(), [[w.double() for w in g] for g in weights],
-                                            counts, lengths)  # fmt: skip
+    exact, exact_gradients = with_gradients(
+        reference, z.double(), [[w.double() for w in g] for g in weights], counts, lengths
+    )
     assert torch.equal(outputs[1], exact[1])
     for i in (0, 2, 3, 4):
         assert_as_good_as(outputs[i], same[i], exact[i])

@@ -299,11 +299,20 @@ def test_tiny_overfits_a_real_recording(tmp_path):
     (tmp_path / "audio").mkdir()
     shutil.copy(clip, tmp_path / "audio")
     overrides = (
-        f"data.train={tmp_path / 'audio'}", "data.validation=null", "data.seconds=0.19", "data.workers=0",
-        "losses.adversarial=0", "losses.feature=0", "optimizer.learning_rate=1e-3",
-        f"trainer.folder={tmp_path / 'run'}", "trainer.steps=150", "trainer.batch_size=2", "trainer.log_every=1",
-        "trainer.tensorboard=false", "trainer.device=cpu",
-    )  # fmt: skip
+        f"data.train={tmp_path / 'audio'}",
+        "data.validation=null",
+        "data.seconds=0.19",
+        "data.workers=0",
+        "losses.adversarial=0",
+        "losses.feature=0",
+        "optimizer.learning_rate=1e-3",
+        f"trainer.folder={tmp_path / 'run'}",
+        "trainer.steps=150",
+        "trainer.batch_size=2",
+        "trainer.log_every=1",
+        "trainer.tensorboard=false",
+        "trainer.device=cpu",
+    )
     with dac_fast.use_backend("auto"):
         train("tiny", overrides, Console(file=io.StringIO()))
     mel = [entry["mel"] for entry in logged(tmp_path / "run")]
