@@ -202,9 +202,11 @@ def decompress(codec, file) -> tuple[np.ndarray, int]:
     return np.concatenate(list(decompressed_blocks(codec, file)), axis=1), file.sample_rate
 
 
-def decompressed_blocks(codec, file: DACFile) -> Iterator[np.ndarray]:
-    """The blocks, float32 [C, n], of what `decompress` returns whole."""
-    for _, result in decompress_all(lambda file: (codec, file), [file]):
+def decompressed_blocks(
+    codec, file: DACFile, chunk_seconds: float | None = None
+) -> Iterator[np.ndarray]:
+    """The blocks, float32 [C, n], of what `decompress` returns whole; chunk_seconds as of `compress`."""
+    for _, result in decompress_all(lambda file: (codec, file), [file], chunk_seconds):
         if isinstance(result, Exception):
             raise result
         yield from result[1]
@@ -213,6 +215,7 @@ def decompressed_blocks(codec, file: DACFile) -> Iterator[np.ndarray]:
 def decompress_all(
     load: Callable[[object], tuple[object, DACFile]],
     sources: Sequence,
+    chunk_seconds: float | None = None,
     *,
     batch_seconds: float = 0.0,
     threads: int = 0,
@@ -222,13 +225,14 @@ def decompress_all(
     Args:
         load: gives the codec and the file of a source. Called by the threads.
         sources: anything that `load` knows; fast where neighbours are about as long as each other.
+        chunk_seconds: as of `compress`.
         batch_seconds: audio that is decoded at once, all channels added; 0: chunk by chunk.
         threads: that load ahead of time; 0: none.
     Yields:
         the number of each source, in order, and its file with the blocks of its audio, float32 [C, n], to be taken
         before the next source (and raising what went wrong with them); or the ValueError or OSError that it caused.
     """
-    readers = [functools.partial(_load, load, source) for source in sources]
+    readers = [functools.partial(_load, load, source, chunk_seconds) for source in sources]
     results = in_batches(read_ahead(readers, threads), windows.decode_batch, batch_seconds)
     for number, group in itertools.groupby(results, key=lambda result: result[0]):
         parts = (part for _, part in group)
@@ -240,13 +244,14 @@ def decompress_all(
             yield number, (file, _restored(codec, file, _arrays(parts)))
 
 
-def _load(load: Callable, source) -> Iterator:
+def _load(load: Callable, source, chunk_seconds: float | None) -> Iterator:
     """The codec and the file, then all of its windows."""
+    chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     codec, file = load(source)
     _check_fits(codec, file)
     yield codec, file
     if file.padding:
-        chunk_frames = max(round(DEFAULT_CHUNK_SECONDS * codec.sample_rate / codec.hop_length), 1)
+        chunk_frames = max(round(chunk_seconds * codec.sample_rate / codec.hop_length), 1)
         yield from windows.code_windows(codec, file.codes, chunk_frames)
     else:
         yield from windows.unpadded_code_windows(codec, file.codes, file.chunk_length)

@@ -187,9 +187,13 @@ class DACFile:
             DACFileError: the format lacks what this file has, or needs what it lacks.
             OutputError: the file cannot be written there.
         """
+        write_bytes(path, self.to_bytes(format))
+
+    def to_bytes(self, format: str = "dac2") -> bytes:
+        """What `save` writes; raises DACFileError as it does."""
         if format not in FORMATS:
             raise DACFileError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
-        write_bytes(path, self._to_dac1() if format == "dac1" else self._to_dac2())
+        return self._to_dac1() if format == "dac1" else self._to_dac2()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DACFile":
@@ -205,13 +209,26 @@ class DACFile:
         with open(path, "rb") as file:
             data = file.read()
         try:
-            if data.startswith(MAGIC):
-                return cls(**_from_dac2(data))
-            if data.startswith(dac1.MAGIC):
-                return cls(**dac1.loads(data))
-            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+            return cls.from_bytes(data)
         except ValueError as error:
             raise DACFileError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "DACFile":
+        """Reads what `to_bytes` gives, of either format; nothing in it is ever executed.
+
+        Raises:
+            DACFileError: not a .dac file, damaged, or of a version that is not known here.
+        """
+        if data.startswith(MAGIC):
+            return cls(**_from_dac2(data))
+        if not data.startswith(dac1.MAGIC):
+            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+        try:
+            values = dac1.loads(data)
+        except ValueError as error:
+            raise DACFileError(str(error)) from error
+        return cls(**values)
 
     def _to_dac1(self) -> bytes:
         return dac1.dumps(
