@@ -7,7 +7,7 @@ BIN = .venv/bin
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
 	@echo "listen to demo/tabla_cc0.wav, look at demo/tabla_cc0.png"
 
@@ -26,10 +26,18 @@ bench: .venv/installed
 clean:
 	rm -rf .venv build demo *.egg-info
 
-# Everything is reinstalled when what is installed changes.
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+# A newcomer's environment: the package and its pictures.
+.venv/demo: pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Installing $(TORCH) and dac_fast into .venv: a CPU build of PyTorch takes 200 MB, a minute or two."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	@echo "Compiling the extension, and for the GPUs of this machine its CUDA half."
+	$(BIN)/pip install --quiet --editable ".[plot]"
+	touch $@
+
+# A contributor's environment, with everything that tests use. It is made again when that changes.
+.venv/installed: .venv/demo
+	@echo "Installing what the tests use (Ray, transformers, ONNX Runtime and others)."
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@

@@ -8,7 +8,6 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from dac_fast.cli.jobs import err, out
 from dac_fast.cli.options import (
     Codebooks,
     Device,
@@ -16,8 +15,9 @@ from dac_fast.cli.options import (
     NoNormalize,
     NormalizeDb,
     Precision,
-    checked_device,
 )
+from dac_fast.cli.terminal import err, out
+from dac_fast.ops.device import checked_device
 
 if TYPE_CHECKING:
     from dac_fast.corpus.meter import Meter
@@ -150,7 +150,7 @@ def tokenize(
         precision=precision.value,
         audio_column=audio_column,
         # A cluster's devices are not this machine's.
-        device=device if address else str(checked_device(device)),
+        device=device if address else str(checked_device(device, "--device")),
         workers=_workers(workers),
         readers=readers,
         batch_seconds=batch_seconds,

@@ -90,9 +90,7 @@ class Reading:
                 for block in recording.blocks(self.codec.sample_rate)
             )
             frames = frames or chunk_frames(self.codec)
-            for window in sample_windows(self.codec, blocks, frames):
-                for channel in torch.split(window.signal, 1):
-                    yield window._replace(signal=channel)
+            yield from sample_windows(self.codec, blocks, frames)
             self.facts = Facts(
                 recording.channels,
                 recording.sample_rate,
@@ -196,8 +194,7 @@ class Encoder:
         except ValueError as error:
             raise EncodingError(str(error)) from error
         return lambda: [
-            part[..., window.begin : window.end].cpu()
-            for part, window in zip(codes, windows, strict=True)
+            part[..., window.keep].cpu() for part, window in zip(codes, windows, strict=True)
         ]
 
     def _alone(self, window: Window) -> Tensor:

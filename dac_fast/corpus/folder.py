@@ -440,7 +440,7 @@ class _Locks:
 
     def _lock(self, number: int, operation: int) -> bool:
         if self._file is None:
-            self._file = open(self.path, "ab")  # noqa: SIM115
+            self._file = open(self.path, "ab")  # noqa: SIM115 (open until the locks are given back)
         try:
             fcntl.lockf(self._file, operation, 1, number)
         except (BlockingIOError, PermissionError):

@@ -3,17 +3,17 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from itertools import groupby
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dac_fast.corpus.encoding import BATCH_SECONDS, Encoder, Reading, record_of
-from dac_fast.corpus.folder import Failure, Folder, Work, write_shard
+from dac_fast.corpus.folder import Card, Failure, Folder, Work, write_shard
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import Record
-from dac_fast.recordings.pipeline import in_batches, read_ahead
+from dac_fast.recordings.pipeline import assembled, in_batches, read_ahead
 from dac_fast.recordings.windows import Window
 
 
@@ -96,21 +96,14 @@ class _Worker:
             Reading(self.encoder.codec, item, settings.normalize_db, settings.audio_column)
             for item in shard.items
         ]
-        ahead = read_ahead([self._timed(reading) for reading in readings], threads=1)
-        computed = in_batches(self.meter.taking("waiting", ahead), self._begin, self.batch_seconds)
-        for number, group in groupby(computed, key=lambda pair: pair[0]):
-            reading, parts = readings[number], [part for _, part in group]
-            if isinstance(error := parts[-1], Exception):
-                yield Failure(reading.item.key, reading.reason(error))
+        jobs = [_Job(reading, self.meter, card) for reading in readings]
+        ahead = self.meter.taking("waiting", read_ahead(jobs, threads=1))
+        computed = in_batches(ahead, self._begin, self.batch_seconds)
+        for job, outcome in zip(jobs, assembled(computed), strict=True):
+            if isinstance(outcome, Exception):
+                yield Failure(job.reading.item.key, job.reading.reason(outcome))
             else:
-                assert reading.facts is not None
-                codes = [
-                    part[0].numpy().astype("uint16") for part in parts if isinstance(part, Tensor)
-                ]
-                yield record_of(reading.item, reading.facts, codes, card.model.name, card.fields)
-
-    def _timed(self, reading: Reading) -> Callable[[], Iterator[Window]]:
-        return lambda: self.meter.taking("reading", reading.windows())
+                yield outcome
 
     def _begin(self, windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
         with self.meter.during("encoding"):
@@ -121,3 +114,22 @@ class _Worker:
                 return collect()
 
         return timed
+
+
+@dataclass(eq=False)
+class _Job:
+    """A recording of a shard on its way to its record."""
+
+    reading: Reading
+    meter: Meter
+    card: Card
+
+    def windows(self) -> Iterator[Window]:
+        return self.meter.taking("reading", self.reading.windows())
+
+    def result(self, outputs: Iterator[Tensor]) -> Record:
+        codes = [output[0].numpy().astype("uint16") for output in outputs]
+        # Reading has ended with the last window.
+        assert self.reading.facts is not None
+        name, fields = self.card.model.name, self.card.fields
+        return record_of(self.reading.item, self.reading.facts, codes, name, fields)

@@ -247,8 +247,8 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
             "reading": seconds,
             "end": end,
             "signal": signal,
-            "first": 0 if window is None else window.begin,
-            "last": 0 if window is None else window.end,
+            "first": 0 if window is None else window.keep.start,
+            "last": 0 if window is None else window.keep.stop,
         }
         return pa.table({name: [value] for name, value in values.items()})
 
@@ -282,7 +282,7 @@ class _Encode:
         begun = time.perf_counter()
         waited = begun - self.idle_since
         there = [
-            (number, Window(self.encoder.codec, _signal(signal), first, last))
+            (number, Window(self.encoder.codec, _signal(signal), slice(first, last)))
             for number, (signal, first, last) in enumerate(
                 zip(*(rows[name].to_pylist() for name in ("signal", "first", "last")), strict=True)
             )

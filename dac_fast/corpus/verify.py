@@ -16,7 +16,7 @@ from dac_fast.corpus.encoding import Reading, chunk_frames, weights_sha256
 from dac_fast.corpus.folder import DatasetError, Folder
 from dac_fast.corpus.shards import Record
 from dac_fast.corpus.sources import Item
-from dac_fast.model.quantize import ResidualVectorQuantizer, VectorQuantizer
+from dac_fast.model.quantize import ResidualVectorQuantizer
 
 # Windows of the comparison are that many times as long, so that windows are compared as well.
 LONGER = 3
@@ -98,7 +98,7 @@ def _compare(codec: DAC, item: Item, record: Record, folder: Folder, verdict: Ve
     begin = 0
     for number, window in enumerate(reading.windows(LONGER * chunk_frames(codec))):
         samples = F.pad(window.signal[None], (0, -window.signal.shape[1] % codec.hop_length))
-        z = codec.encoder(samples)[..., window.begin : window.end]
+        z = codec.encoder(samples)[..., window.keep]
         alone = codec.quantizer(z, codebooks)[1]
         channel, end = number % channels, begin + z.shape[2]
         found = torch.from_numpy(record.codes[channel, :, begin:end].astype("int64"))[None]
@@ -122,11 +122,9 @@ def regret_of(quantizer: ResidualVectorQuantizer, z: Tensor, codes: Tensor) -> T
     Returns:
         [B, N, F].
     """
+    stages = copy.deepcopy(quantizer).double().stages(codes.shape[1])
     residual, regrets = z.double(), []
-    stages = copy.deepcopy(quantizer).double().quantizers
-    for number, code in enumerate(codes.unbind(1)):
-        stage = stages[number]
-        assert isinstance(stage, VectorQuantizer)
+    for stage, code in zip(stages, codes.unbind(1), strict=True):
         latent, entries = stage.in_proj(residual), stage.codebook.weight
         rows = latent.transpose(1, 2)
         if stage.normalized:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.resample import resampled
+from dac_fast.ops.upload import upload
 from dac_fast.training.recipe import DataConfig
 from dac_fast.training.split import AudioFile, DataError
 
@@ -213,18 +214,8 @@ def loader(excerpts: Excerpts, batches, workers: int, pin_memory: bool = False) 
 
 def moved(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
     """The batches of a `loader` with their audio on the device; a GPU copies it while it still runs the last step."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream = torch.cuda.Stream(device)
     for batch in batches:
-        with torch.cuda.stream(stream):
-            audio = batch["audio"].to(device, non_blocking=True)
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        # Allocated for the other stream, it must not be given away while this one uses it.
-        audio.record_stream(current)
-        yield {**batch, "audio": audio}
+        yield {**batch, "audio": upload(batch["audio"], device)}
 
 
 def _collated(items: list[dict]) -> dict:

@@ -7,7 +7,6 @@ checkpoint.
 
 import contextlib
 import os
-import re
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 from dac_fast import load
 from dac_fast.files import atomic_path
 from dac_fast.metrics import codebook_counts, codebook_entropy, mel_distance, si_sdr, stft_distance
+from dac_fast.ops.device import checked_device
 from dac_fast.storage import checkpoint
 from dac_fast.training import state
 from dac_fast.training.data import Batches, Excerpts, loader, moved
@@ -92,20 +92,17 @@ def train(recipe: str, overrides: Sequence[str] = (), console: Console | None = 
 
 
 @contextlib.contextmanager
-def process_group(device: str | None):
-    """Yields (rank, number of processes, device), as `torchrun` has set them; alone: (0, 1, device)."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def process_group(name: str | None):
+    """Yields (rank, processes, device), as `torchrun` has set them; alone: (0, 1, device)."""
+    name = name or "auto"
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and name == "cuda":
+    if processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise RecipeError(f"trainer.device is {name!r}; accepted: cpu, cuda, cuda:N")
-    device = torch.device(name)
+    try:
+        device = checked_device(name, "trainer.device")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise RecipeError(
-                f"trainer.device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
-            )
         torch.cuda.set_device(device)
         # Shapes are the same in every step: the search for the quickest convolutions pays.
         torch.backends.cudnn.benchmark = True
