@@ -9,14 +9,12 @@ from rich.live import Live
 from rich.table import Table
 
 from dac_fast.cli.options import (
-    BatchSeconds,
     Codebooks,
     Device,
     Model,
     NoNormalize,
     NormalizeDb,
     Precision,
-    batching,
 )
 from dac_fast.cli.terminal import err, out
 from dac_fast.ops.device import checked_device
@@ -87,7 +85,13 @@ def tokenize(
         int | None,
         typer.Option(help="Tasks that read at once. Default: one per core, or what a cluster has."),
     ] = None,
-    batch_seconds: BatchSeconds = None,
+    batch_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Audio that a worker holds to encode together; codes do not depend on it. "
+            "Default: 240 on a GPU, 0 on the CPU, where windows are encoded one by one."
+        ),
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster. Default: a Ray of this machine's own.")
@@ -145,10 +149,11 @@ def tokenize(
         normalize_db=None if no_normalize else normalize_db,
         precision=precision.value,
         audio_column=audio_column,
-        device=checked_device(device, "--device").type,
+        # A cluster's devices are not this machine's.
+        device=device if address else str(checked_device(device, "--device")),
         workers=_workers(workers),
         readers=readers,
-        batch_seconds=batching(device, batch_seconds).seconds,
+        batch_seconds=batch_seconds,
         local=local or shard is not None,
         address=address,
         share=(0, 1) if shard is None else _share(shard),

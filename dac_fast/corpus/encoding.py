@@ -26,6 +26,8 @@ from dac_fast.recordings.windows import Window, reach, sample_windows
 
 # Windows of full length in a launch on a GPU: about 80 s of audio.
 LAUNCH = 8
+# Audio held for common launches, in seconds. On a CPU windows are computed one by one.
+BATCH_SECONDS = {"cuda": 240.0, "cpu": 0.0}
 # The shortest length that launches are made for, in frames; each further one is twice as long.
 SHORTEST = 64
 

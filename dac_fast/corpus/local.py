@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dac_fast.corpus.encoding import Encoder, Reading, record_of
+from dac_fast.corpus.encoding import BATCH_SECONDS, Encoder, Reading, record_of
 from dac_fast.corpus.folder import Card, Failure, Folder, Work, write_shard
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
@@ -18,7 +18,11 @@ from dac_fast.recordings.windows import Window
 
 
 def run(
-    folder: Folder, work: Work, encoders: Sequence[Encoder], batch_seconds: float, meter: Meter
+    folder: Folder,
+    work: Work,
+    encoders: Sequence[Encoder],
+    batch_seconds: float | None,
+    meter: Meter,
 ) -> None:
     """Makes all shards that there are to make.
 
@@ -26,13 +30,16 @@ def run(
         folder: of the dataset.
         work: its shards.
         encoders: one for each worker.
-        batch_seconds: audio that a worker may hold to encode it in common launches.
+        batch_seconds: audio that a worker may hold to encode it in common launches; None: see
+            `BATCH_SECONDS`.
         meter: told of everything.
     Raises:
         OutputError: a shard cannot be written.
         EncodingError: the model cannot encode.
     """
     meter.capacity = dict.fromkeys(meter.capacity, len(encoders))
+    if batch_seconds is None:
+        batch_seconds = BATCH_SECONDS[encoders[0].device.type]
     workers = [_Worker(folder, work, encoder, batch_seconds, meter) for encoder in encoders]
     threads = torch.get_num_threads()
     # Sums over a window would depend on how many threads share it.

@@ -25,12 +25,13 @@ import torch
 
 from dac_fast.codec import DAC
 from dac_fast.config import Config
-from dac_fast.corpus.encoding import Facts, Reading, load_encoder, record_of
+from dac_fast.corpus.encoding import BATCH_SECONDS, Facts, Reading, load_encoder, record_of
 from dac_fast.corpus.folder import Card, Failure, Folder, Work, write_shard
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import Codes, Layout, Record
 from dac_fast.corpus.sources import Item
+from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window
 
 if TYPE_CHECKING:
@@ -56,14 +57,53 @@ class Spec:
         model: a preset, or the path of a checkpoint on every machine.
         config: of the model.
         card: of the dataset.
-        device, precision: of the encoder.
+        precision: of the encoder.
     """
 
     model: str
     config: Config
     card: Card
-    device: str
     precision: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for; None: what fits the machines.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto": GPUs where there are some.
+        workers: actors that encode, or the least and the most of them.
+        readers: tasks that read at once.
+        batch_seconds: audio that an actor takes at once.
+    """
+
+    device: str = "auto"
+    workers: int | tuple[int, int] | None = None
+    readers: int | None = None
+    batch_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Pools:
+    """What machines with so many CPUs and GPUs are going to run."""
+
+    device: str
+    least: int
+    most: int
+    readers: int
+    batch_seconds: float
+
+    @classmethod
+    def of(cls, wanted: Wanted, cpus: int, gpus: int) -> "Pools":
+        """The pools that were asked for, or that fit."""
+        device = wanted.device
+        if device == "auto":
+            device = "cuda" if gpus else "cpu"
+        workers = wanted.workers or (gpus if device == "cuda" else cpus) or 1
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        seconds = wanted.batch_seconds
+        seconds = BATCH_SECONDS[device] if seconds is None else seconds
+        return cls(device, least, most, wanted.readers or cpus, seconds)
 
 
 def require() -> None:
@@ -77,14 +117,7 @@ def require() -> None:
 
 
 def run(
-    folder: Folder,
-    work: Work,
-    spec: Spec,
-    workers: tuple[int, int],
-    readers: int | None,
-    batch_seconds: float,
-    address: str | None,
-    meter: Meter,
+    folder: Folder, work: Work, spec: Spec, wanted: Wanted, address: str | None, meter: Meter
 ) -> None:
     """Makes all shards that there are to make.
 
@@ -92,97 +125,84 @@ def run(
         folder: of the dataset.
         work: its shards.
         spec: for tasks and actors.
-        workers: the least and the most actors that encode.
-        readers: tasks that read at once; None: as many as there is room for.
-        batch_seconds: audio that an actor takes at once.
-        address: of a Ray cluster; None: one is started here.
+        wanted: how many of these.
+        address: of a Ray cluster; None: a Ray is started here.
         meter: told of everything.
     Raises:
         OutputError: a shard cannot be written.
         EncodingError: the model cannot encode.
     """
-    import ray
-
-    with _connected(address, workers[1], readers):
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        meter.capacity |= {"reading": readers or cpus, "waiting": workers[1]}
-        meter.capacity |= {"encoding": workers[1], "writing": WRITERS}
+    with _connected(address, wanted) as pools:
+        meter.capacity = {
+            "reading": pools.readers,
+            "waiting": pools.most,
+            "encoding": pools.most,
+            "writing": WRITERS,
+        }
         metrics = _Metrics()
-        shard_seconds = spec.card.settings.shard_hours * 3600
-        most = max(int(STREAM_PIECES * PIECE_SECONDS / max(shard_seconds, PIECE_SECONDS)), 1)
-        while claimed := work.claim(most):
-            rows = _stream(claimed, spec, workers, readers, batch_seconds)
+        shard_seconds = max(spec.card.settings.shard_hours * 3600, PIECE_SECONDS)
+        while claimed := work.claim(max(int(STREAM_PIECES * PIECE_SECONDS / shard_seconds), 1)):
+            rows = _stream(claimed, spec, pools)
             _write_all(folder, work, claimed, rows, spec, meter, metrics)
 
 
 @contextmanager
-def _connected(address: str | None, workers: int, readers: int | None) -> Iterator[None]:
-    """A connection to a Ray; one that is started here ends with the block."""
+def _connected(address: str | None, wanted: Wanted) -> Iterator[Pools]:
+    """A connection to a Ray, and what is going to run there. A Ray started here ends with it."""
     import ray
     from ray.data import DataContext
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own remarks on actors that may start again would go to the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ours = not ray.is_initialized()
-    if ours and address is not None:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-    elif ours:
-        # A CPU for every reader and worker, so that none waits for another's place.
-        tasks = workers + (readers or 1)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is not None:
+        ray.init(address, **quiet)
+        there = ray.cluster_resources()
+        pools = Pools.of(wanted, int(there.get("CPU", 1)), int(there.get("GPU", 0)))
+    else:
+        gpus = torch.cuda.device_count()
+        pools = Pools.of(wanted, os.cpu_count() or 1, gpus)
+        # Ray counts a CPU for every reader and worker, so that none waits for another's place.
+        tasks = pools.readers + pools.most
         ray.init(
-            "local",
-            num_cpus=tasks,
-            num_gpus=torch.cuda.device_count(),
-            object_store_memory=STORE_BYTES * tasks,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+            "local", num_cpus=tasks, num_gpus=gpus, object_store_memory=STORE_BYTES * tasks,
+            include_dashboard=False, **quiet,
+        )  # fmt: skip
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     try:
-        yield
+        yield pools
     finally:
-        if ours:
-            ray.shutdown()
+        ray.shutdown()
 
 
-def _stream(
-    claimed: Sequence[Shard],
-    spec: Spec,
-    workers: tuple[int, int],
-    readers: int | None,
-    batch_seconds: float,
-) -> Iterator["pa.Table"]:
+def _stream(claimed: Sequence[Shard], spec: Spec, pools: Pools) -> Iterator["pa.Table"]:
     """The encoded windows of shards, in any order."""
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     pieces = [{"piece": piece} for shard in claimed for piece in _pieces(shard)]
-    on_gpu = spec.device == "cuda"
+    on_gpu = pools.device == "cuda"
     read = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         functools.partial(_read, spec=spec),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=TaskPoolStrategy(size=readers),
+        compute=TaskPoolStrategy(size=pools.readers),
     )
     encoded = read.map_batches(
         _Encode,
-        batch_size=max(int(batch_seconds / 10), 1),
+        batch_size=max(int(pools.batch_seconds / DEFAULT_CHUNK_SECONDS), 1),
         batch_format="pyarrow",
-        fn_constructor_args=(spec,),
+        fn_constructor_args=(spec, pools.device),
         num_gpus=1 if on_gpu else None,
         num_cpus=None if on_gpu else 1,
-        compute=ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
+        compute=ActorPoolStrategy(min_size=pools.least, max_size=pools.most),
     )
-    batches: Iterator[pa.Table] = iter(
-        encoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-    )
-    return batches
+    return iter(encoded.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _pieces(shard: Shard) -> Iterator[str]:
@@ -248,12 +268,12 @@ def _rows(reading: Reading, shard: int, number: int) -> Iterator["pa.Table"]:
 class _Encode:
     """An actor: rows with windows to rows with codes."""
 
-    def __init__(self, spec: Spec):
-        if spec.device == "cpu":
+    def __init__(self, spec: Spec, device: str):
+        if device == "cpu":
             # Sums over a window would depend on how many threads share it.
             torch.set_num_threads(1)
         codebooks = spec.card.settings.codebooks
-        self.encoder = load_encoder(spec.model, spec.device, spec.precision, codebooks)
+        self.encoder = load_encoder(spec.model, device, spec.precision, codebooks)
         self.idle_since = time.perf_counter()
 
     def __call__(self, rows: "pa.Table") -> "pa.Table":

@@ -38,13 +38,14 @@ class Options:
         normalize_db: loudness to bring recordings to, in LUFS; None: as they are.
         precision: of the encoder: fp32, tf32, fp16 or bf16.
         audio_column: of Parquet files.
-        device: "cpu" or "cuda"; with several GPUs, each worker has one.
+        device: "cpu", "cuda" (of several GPUs, each worker has one), "cuda:N", or "auto": a GPU
+            where there is one.
         workers: that encode; (least, most) for a pool that grows and shrinks on a cluster; None:
-            one per GPU, or per core.
+            one per GPU, or without GPUs per core.
         readers: tasks that read at once; None: on this machine one per core, on a cluster as many
             as there is room for.
-        batch_seconds: audio that a worker holds to encode it in common launches. Codes do not
-            depend on it.
+        batch_seconds: audio that a worker holds to encode it in common launches; None: 240 on a
+            GPU, 0 on a CPU, where windows are computed one by one. Codes do not depend on it.
         local: in this process, without Ray.
         address: of a Ray cluster; None: a Ray of this machine's own, which ends with the run.
         share: (I, N), every Nth shard only, counted from 0 or 1, for machines that know nothing of
@@ -62,10 +63,10 @@ class Options:
     normalize_db: float | None = -16.0
     precision: str = "fp32"
     audio_column: str = "audio"
-    device: str = "cpu"
+    device: str = "auto"
     workers: int | tuple[int, int] | None = None
     readers: int | None = None
-    batch_seconds: float = 0.0
+    batch_seconds: float | None = None
     local: bool = False
     address: str | None = None
     share: tuple[int, int] = (0, 1)
@@ -84,7 +85,7 @@ class Options:
         number, of = self.share
         accepted = "I/N with N from 1 and I from 0 to N"
         _require(of >= 1 and 0 <= number <= of, "share", f"{number}/{of}", accepted)
-        fits = 0 <= self.batch_seconds < math.inf
+        fits = 0 <= (self.batch_seconds or 0) < math.inf
         _require(fits, "batch_seconds", self.batch_seconds, "0 or above")
 
 
@@ -227,14 +228,19 @@ def _require_room(folder: Folder, work: Work) -> None:
 
 
 def _run_local(folder: Folder, work: Work, options: Options, meter: Meter) -> None:
-    gpus = torch.cuda.device_count()
-    devices = [
-        f"cuda:{number % gpus}" if options.device == "cuda" else options.device
-        for number in range(_workers(options)[1])
-    ]
+    gpus, device = torch.cuda.device_count(), options.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    least_most = options.workers or ((gpus if device == "cuda" else os.cpu_count()) or 1)
+    workers = least_most if isinstance(least_most, int) else least_most[1]
     encoders = [
-        load_encoder(options.model, device, options.precision, options.n_quantizers)
-        for device in devices
+        load_encoder(
+            options.model,
+            f"cuda:{number % gpus}" if device == "cuda" else device,
+            options.precision,
+            options.n_quantizers,
+        )
+        for number in range(workers)
     ]
     local.run(folder, work, encoders, options.batch_seconds, meter)
 
@@ -242,16 +248,7 @@ def _run_local(folder: Folder, work: Work, options: Options, meter: Meter) -> No
 def _run_on_ray(folder: Folder, work: Work, options: Options, meter: Meter) -> None:
     # Actors do not have this process's working folder.
     model = options.model if options.model in PRESETS else str(Path(options.model).absolute())
-    config = load(options.model).config
-    spec = on_ray.Spec(model, config, folder.card, options.device, options.precision)
-    readers = options.readers or (None if options.address else os.cpu_count() or 1)
-    workers, seconds = _workers(options), options.batch_seconds
-    on_ray.run(folder, work, spec, workers, readers, seconds, options.address, meter)
-
-
-def _workers(options: Options) -> tuple[int, int]:
-    """The least and the most workers."""
-    if isinstance(options.workers, tuple):
-        return options.workers
-    here = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
-    return (options.workers or here,) * 2
+    spec = on_ray.Spec(model, load(model).config, folder.card, options.precision)
+    device = options.device.partition(":")[0]
+    wanted = on_ray.Wanted(device, options.workers, options.readers, options.batch_seconds)
+    on_ray.run(folder, work, spec, wanted, options.address, meter)
