@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import anyio
 import torch
 from torch import Tensor
 
 from dac_fast.codec import DAC
+from dac_fast.model.interface import Codec
 
 Direction: TypeAlias = Literal["encode", "decode"]
 T = TypeVar("T")
@@ -179,31 +180,39 @@ class BatchedCodec:
         self.sample_rate, self.hop_length = codec.sample_rate, codec.hop_length
         # They are asked for their sizes only.
         self.encoder, self.decoder = codec.encoder, codec.decoder
-        self.quantizer = self
 
     def parameters(self) -> Iterator[Tensor]:
         """One tensor, which says where audio and codes are, and of which dtype."""
         yield torch.empty(0)
 
     def encode(
-        self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        n_quantizers: int | None = None,
+        padded: bool = True,
     ) -> _Codes:
-        """As `DAC.encode`, for rows of one length; gives the codes alone."""
+        """As `DAC.encode`, for padded rows of one length; gives the codes alone."""
         assert lengths is None
+        assert padded
         call = Call("encode", audio, audio.shape[2] / self.sample_rate)
         return _Codes(self._job.compute(call)[:, :n_quantizers])
 
-    def decode_codes(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def decode_codes(
+        self, codes: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
         """As `DAC.decode_codes`, for rows of one length."""
         assert lengths is None
+        if not padded:
+            # The published package's chunk mode: each chunk by itself.
+            device = next(self._codec.parameters()).device
+            return self._job.run(
+                lambda: self._codec.decode_codes(codes.to(device), padded=False).cpu()
+            )
         seconds = codes.shape[2] * self.hop_length / self.sample_rate
         return self._job.compute(Call("decode", codes, seconds))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """As `DAC.quantizer.decode`: for files of the published package's chunk mode."""
-        device = next(self._codec.parameters()).device
-        return self._job.run(lambda: self._codec.quantizer.decode(codes.to(device)))
 
-    def run_decoder(self, z: Tensor, padded: bool = True) -> Tensor:
-        """As `DAC.run_decoder`: for files of the published package's chunk mode."""
-        return self._job.run(lambda: self._codec.run_decoder(z, padded=padded).cpu())
+def batched(codec: DAC, job: Job) -> Codec:
+    """A codec whose calls are those of a request."""
+    return cast(Codec, BatchedCodec(codec, job))

@@ -248,7 +248,8 @@ class _Pieces:
         if self._direction == "decode":
             return np.frombuffer(message, self._samples)
         codes: NDArray[np.int64] = np.frombuffer(message, "<u2").astype(np.int64)
-        return codes.reshape(-1, self.header["n_quantizers"]).T
+        n_quantizers: int = self.header["n_quantizers"]
+        return codes.reshape(-1, n_quantizers).T
 
 
 _END = json.dumps({"end": True})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dac_fast.audio.reading import AudioError, Recording, read
 from dac_fast.metrics import mel_distance, si_sdr
 from dac_fast.recordings.compress import compress, decompressed_blocks
-from dac_fast.serving.batching import BatchedCodec
+from dac_fast.serving.batching import batched
 from dac_fast.serving.formats import (
     AUDIO_TYPES,
     CODE_TYPES,
@@ -84,7 +84,7 @@ async def encode(
 ) -> Response:
     """Audio to codes: a .dac file, ours (dac2) or the published package's (dac1), .npy or JSON."""
     job, level = service.worker.job(), None if normalize_db == "none" else normalize_db
-    codec = BatchedCodec(service.codec, job)
+    codec = batched(service.codec, job)
 
     def work() -> bytes:
         _check_recording(upload.name, service, service.settings.max_seconds)
@@ -113,7 +113,7 @@ async def decode(
 
     file = await anyio.to_thread.run_sync(parse, limiter=_PARSERS, abandon_on_cancel=True)
     blocks = decompressed_blocks(
-        BatchedCodec(service.codec, job), file, chunk_seconds=service.chunk_seconds
+        batched(service.codec, job), file, chunk_seconds=service.chunk_seconds
     )
     rate, channels, samples = file.sample_rate, file.channels, file.original_length
     pieces = audio_to_bytes(blocks, format, rate, channels, samples)
@@ -141,7 +141,7 @@ async def reconstruct(
     ratio (to 16-bit PCM), si_sdr (dB) and mel_distance, null where there is none.
     """
     job = service.worker.job()
-    codec = BatchedCodec(service.codec, job)
+    codec = batched(service.codec, job)
 
     def work() -> tuple[bytes, str]:
         _check_recording(upload.name, service, min(CLIP_SECONDS, service.settings.max_seconds))

@@ -133,11 +133,12 @@ def _array(body: bytes) -> NDArray[Any]:
     header = _NPY_HEADER.fullmatch(body[10:start])
     if body[6:8] != b"\x01\x00" or not header:
         raise DACFileError("damaged .npy file, or none of integers [C, N, F]")
-    dtype, order = np.dtype(header["dtype"].decode()), "F" if header["columns"] == b"True" else "C"
+    dtype = np.dtype(header["dtype"].decode())
     shape = tuple(int(size) for size in header["shape"].split(b", "))
     if math.prod(shape) * dtype.itemsize != len(body) - start:
         raise DACFileError(f".npy file of {len(body)} bytes; its header says {list(shape)}")
-    return np.frombuffer(body, dtype, offset=start).reshape(shape, order=order)
+    flat: NDArray[Any] = np.frombuffer(body, dtype, offset=start)
+    return flat.reshape(shape, order="F") if header["columns"] == b"True" else flat.reshape(shape)
 
 
 def audio_to_bytes(

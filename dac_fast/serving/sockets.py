@@ -223,7 +223,7 @@ class _Connection:
         if len(data) % (2 * self._codebooks):
             frame = 2 * self._codebooks
             raise _Refused(1007, f"{len(data)} bytes; accepted: whole frames of {frame}")
-        codes = np.frombuffer(data, "<u2").reshape(-1, self._codebooks).T
+        codes: NDArray[Any] = np.frombuffer(data, "<u2").reshape(-1, self._codebooks).T
         size, highest = self._service.codec.config.codebook_size, int(codes.max(initial=0))
         if highest >= size:
             raise _Refused(1007, f"code {highest}; accepted: 0 to {size - 1}")
