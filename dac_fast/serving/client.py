@@ -247,7 +247,7 @@ class _Pieces:
         assert isinstance(message, bytes)
         if self._direction == "decode":
             return np.frombuffer(message, self._samples)
-        codes: NDArray[np.int64] = np.frombuffer(message, "<u2").astype(np.int64)
+        codes: NDArray[Any] = np.frombuffer(message, "<u2").astype(np.int64)
         n_quantizers: int = self.header["n_quantizers"]
         return codes.reshape(-1, n_quantizers).T
 
