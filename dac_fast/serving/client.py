@@ -249,7 +249,8 @@ class _Pieces:
             return np.frombuffer(message, self._samples)
         codes: NDArray[Any] = np.frombuffer(message, "<u2").astype(np.int64)
         n_quantizers: int = self.header["n_quantizers"]
-        return codes.reshape(-1, n_quantizers).T
+        frames: NDArray[Any] = codes.reshape(-1, n_quantizers).T
+        return frames
 
 
 _END = json.dumps({"end": True})
