@@ -147,7 +147,8 @@ def _means(domain: str, group: list[Measured], config) -> list[dict]:
                 values = [r[name] for r in same_count if r[name] is not None]
                 row[name] = round(math.fsum(values) / len(values), 6) if values else None
         if config:
-            counts = sum(found.counts[: row["codebooks"]] for found in group)
+            parts = (found.counts[: row["codebooks"]] for found in group)
+            counts = sum(parts, start=torch.tensor(0))
             row["bitrate_efficiency"] = round(efficiency(counts), 6)
         rows.append(row)
     return rows
