@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -91,7 +90,8 @@ def test_bare_codes_are_the_codecs_own(served, codec):
     expected = codec.decode_codes(torch.from_numpy(codes.astype(np.int64)))[0]
     array = io.BytesIO()
     np.save(array, codes)
-    for body in (array.getvalue(), json.dumps({"codes": codes.tolist()}), json.dumps(codes.tolist())):
+    lists = codes.tolist()
+    for body in (array.getvalue(), json.dumps({"codes": lists}), json.dumps(lists)):
         audio, rate = soundfile.read(io.BytesIO(post(served, "/v1/decode", body).content))
         assert rate == 8000
         np.testing.assert_allclose(audio, expected[0].detach().clip(-1, 1), atol=LONGEST_STEP)
@@ -205,7 +205,8 @@ HOSTILE = {
     "pickle": b"\x80\x04cos\nsystem\n(S'touch /tmp/dac_was_here'\ntR.",
     "npy of floats": (lambda f: (np.save(f, np.zeros((1, 1, 1))), f.getvalue())[1])(io.BytesIO()),
     "npy that promises much": b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, "
-    b"'shape': (1, 9, 99999999999999), }".ljust(117) + b"\n",
+    b"'shape': (1, 9, 99999999999999), }".ljust(117)
+    + b"\n",
     "npy with a bad header": b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16,
     "JSON that ends": b'{"codes": [[[1, 2',
     "deep JSON": b"[" * 100_000,
@@ -303,7 +304,11 @@ def test_the_token():
 
 
 def test_a_full_queue_says_when_to_try_again():
-    with serving(max_requests=3) as served, served.client() as client, ThreadPoolExecutor(3) as pool:
+    with (
+        serving(max_requests=3) as served,
+        served.client() as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
         with served.busy():
             accepted = [pool.submit(client.encode, (noise(0.2, seed=i), 8000)) for i in range(3)]
             eventually(lambda: served.service.in_progress == 3)

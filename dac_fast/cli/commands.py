@@ -53,6 +53,7 @@ from dac_fast.cli.options import (
     load_codec,
     use_engine,
 )
+from dac_fast.cli.serve import serve
 from dac_fast.config import PRESETS
 from dac_fast.files import make_folder
 from dac_fast.version import __version__
@@ -493,6 +494,9 @@ def download(
                 name, mirror, lambda done, total: progress.update(task, completed=done, total=total)
             )  # noqa: B023
         out.print(f"{name}: {path}")
+
+
+app.command()(serve)
 
 
 @app.command()
