@@ -5,11 +5,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-serve test lint bench clean
 
 demo: .venv/demo
 	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
 	@echo "listen to demo/tabla_cc0.wav, look at demo/tabla_cc0.png"
+
+demo-serve: .venv/installed
+	$(BIN)/dac-fast serve
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -90,11 +90,8 @@ def test_bare_codes_are_the_codecs_own(served, codec):
     expected = codec.decode_codes(torch.from_numpy(codes.astype(np.int64)))[0]
     array = io.BytesIO()
     np.save(array, codes)
-    for body in (
-        array.getvalue(),
-        json.dumps({"codes": codes.tolist()}),
-        json.dumps(codes.tolist()),
-    ):
+    lists = codes.tolist()
+    for body in (array.getvalue(), json.dumps({"codes": lists}), json.dumps(lists)):
         audio, rate = soundfile.read(io.BytesIO(post(served, "/v1/decode", body).content))
         assert rate == 8000
         np.testing.assert_allclose(audio, expected[0].detach().clip(-1, 1), atol=LONGEST_STEP)

@@ -1,11 +1,11 @@
 """Clients of `dac-fast serve`: `Client` for programs that wait, `AsyncClient` for asyncio."""
 
+import contextlib
 import io
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -260,26 +260,25 @@ class Stream(_Pieces):
     """A stream, open as a context manager; one thread may send while another receives."""
 
     def __enter__(self) -> "Stream":
-        self._socket = websockets.sync.client.connect(
-            self._url,
-            additional_headers=self._http_headers,
-            compression=None,
-            open_timeout=self._timeout,
-        )
-        self._socket.send(self._first)
-        try:
-            self.header = json.loads(self._socket.recv(self._timeout))
-        except ConnectionClosed as closed:
-            raise _ended(closed) from closed
+        with contextlib.ExitStack() as stack:
+            self._socket = stack.enter_context(
+                websockets.sync.client.connect(
+                    self._url,
+                    additional_headers=self._http_headers,
+                    compression=None,
+                    open_timeout=self._timeout,
+                )
+            )
+            try:
+                self._socket.send(self._first)
+                self.header = json.loads(self._socket.recv(self._timeout))
+            except ConnectionClosed as closed:
+                raise _ended(closed) from closed
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._socket.close()
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
 
     def send(self, piece: ArrayLike) -> None:
         """More of the signal: codes [N, f] or samples [n]."""
@@ -310,26 +309,25 @@ class AsyncStream(_Pieces):
     """`Stream` for asyncio."""
 
     async def __aenter__(self) -> "AsyncStream":
-        self._socket = await websockets.asyncio.client.connect(
-            self._url,
-            additional_headers=self._http_headers,
-            compression=None,
-            open_timeout=self._timeout,
-        )
-        try:
-            await self._socket.send(self._first)
-            self.header = json.loads(await self._socket.recv())
-        except ConnectionClosed as closed:
-            raise _ended(closed) from closed
+        async with contextlib.AsyncExitStack() as stack:
+            self._socket = await stack.enter_async_context(
+                websockets.asyncio.client.connect(
+                    self._url,
+                    additional_headers=self._http_headers,
+                    compression=None,
+                    open_timeout=self._timeout,
+                )
+            )
+            try:
+                await self._socket.send(self._first)
+                self.header = json.loads(await self._socket.recv())
+            except ConnectionClosed as closed:
+                raise _ended(closed) from closed
+            self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._socket.close()
+    async def __aexit__(self, *raised: object) -> None:
+        await self._stack.aclose()
 
     async def send(self, piece: ArrayLike) -> None:
         """As `Stream.send`."""

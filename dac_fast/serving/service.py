@@ -3,13 +3,37 @@
 import asyncio
 import hmac
 import math
+from collections.abc import Sequence
 
+import torch
 from starlette.requests import HTTPConnection
 
-from dac_fast.codec import DAC
+from dac_fast.codec import DAC, load
 from dac_fast.serving.settings import Settings
 from dac_fast.serving.telemetry import Telemetry
 from dac_fast.serving.worker import Worker
+
+
+def prepared(
+    model: str,
+    device: torch.device,
+    precision: str | None = None,
+    shapes: Sequence[tuple[int, int]] = (),
+) -> DAC:
+    """A codec that is ready to be served.
+
+    Args:
+        model: a preset or the path of a checkpoint.
+        device: to run on.
+        precision, shapes: as of `DAC.optimize`, which is called on a GPU, or for a precision.
+    Raises:
+        ValueError, OSError: as `dac_fast.load` and `DAC.optimize` say.
+    """
+    codec = load(model, device=device)
+    wanted = precision is not None or bool(shapes)
+    if wanted or (device.type == "cuda" and codec.config.activation == "snake"):
+        return codec.optimize(precision, shapes)
+    return codec.fold_weight_norm()
 
 
 class Service:
