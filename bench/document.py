@@ -112,7 +112,9 @@ def facts(environment: Json) -> list[str]:
 
 def limits_fact(limits: Json) -> str:
     """The measured limits of the device as an item of that list."""
-    rates = ", ".join(f"{rate:.3g} TFLOP/s {name}" for name, rate in limits["matmul_tflop_s"].items())
+    rates = ", ".join(
+        f"{rate:.3g} TFLOP/s {name}" for name, rate in limits["matmul_tflop_s"].items()
+    )
     copy = f"copy {limits['copy_gb_s']:.4g} GB/s (read plus written)"
     return f"- measured limits: {copy}; matrix product {rates}"
 

@@ -17,7 +17,17 @@ from torch import Tensor
 import dac_fast
 from bench.checks.codec import agreement, decibels
 from bench.checks.random_codec import random_codec
-from bench.document import ROOT, SCHEMA, Json, environment, facts, table_head, table_row, title, write
+from bench.document import (
+    ROOT,
+    SCHEMA,
+    Json,
+    environment,
+    facts,
+    table_head,
+    table_row,
+    title,
+    write,
+)
 from dac_fast import ops
 from dac_fast.codec import DAC
 

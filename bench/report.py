@@ -7,10 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import precisions
 from bench.document import Json, facts, limits_fact, speedups, table_head, table_row, title
-from bench.training import compare
-from bench.training import report as training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,12 +79,21 @@ def write_report(path: Path) -> list[Path]:
 def kind(
     document: Json,
 ) -> tuple[Callable[[Json], str], Callable[[Json], "dict[str, Figure]"]]:
-    """The functions that make the page and, by suffix, the pictures of such a document."""
+    """The functions that make the page and, by suffix, the pictures of such a document.
+
+    Each kind is imported when it is met: training needs packages that a bare GPU machine may lack.
+    """
     if "runs" in document:
+        from bench.training import compare
+
         return compare.markdown, compare.figures
     if "recipe" in document:
-        return training.markdown, training.figures
+        from bench.training import report
+
+        return report.markdown, report.figures
     if "recording" in document:
+        from bench import precisions
+
         return precisions.markdown, lambda _: {}
     return markdown, figures
 

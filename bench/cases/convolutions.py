@@ -129,9 +129,7 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
     )
 
 
-def inputs(
-    layer: Layer, batch: int, size: int, device: str
-) -> tuple[list[Any], dict[str, Any]]:
+def inputs(layer: Layer, batch: int, size: int, device: str) -> tuple[list[Any], dict[str, Any]]:
     """Arguments and options of the layer's op, random and in float16, for x [batch, channels, size]."""
     generator = torch.Generator().manual_seed(0)
 

@@ -94,7 +94,10 @@ class Truth:
     @torch.no_grad()
     def _encode(self, codec: DAC, audio: Tensor) -> Tensor:
         with ops.use_backend("reference"):
-            found = [piece.counted(codec.encode(piece.of(audio, self._hop)).codes) for piece in self._pieces]
+            found = [
+                piece.counted(codec.encode(piece.of(audio, self._hop)).codes)
+                for piece in self._pieces
+            ]
         return torch.cat(found, dim=2)
 
     @torch.no_grad()

@@ -100,7 +100,9 @@ class FoldedCodec:
         codes = []
         for i in range(self.config.n_codebooks):
             name = f"quantizer.quantizers.{i}"
-            latent = F.normalize(self._projected(residual, f"{name}.in_proj").transpose(1, 2), dim=2)
+            latent = F.normalize(
+                self._projected(residual, f"{name}.in_proj").transpose(1, 2), dim=2
+            )
             entries = F.normalize(self.weights[f"{name}.codebook.weight"])
             # The nearest of unit vectors has the largest product.
             codes.append(torch.matmul(latent, entries.t()).argmax(2))
