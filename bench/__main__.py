@@ -2,7 +2,6 @@
 
 import fnmatch
 import os
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,83 +14,34 @@ from bench.case import Case, Settings
 from bench.cases import all_cases
 from bench.document import ROOT
 from bench.gpu import GpuSettings, Step, run_everything
+from bench.options import (
+    Budget,
+    CaseNames,
+    Commit,
+    Device,
+    OnDevice,
+    Out,
+    PeerNames,
+    Precision,
+    PublishedPython,
+    Quick,
+    Recording,
+    StepPrecision,
+    Threads,
+)
 from bench.report import write_report
 
 # Git ignores this folder. A result to keep is copied to bench/results and committed.
 OUT = ROOT / "bench/out"
 
 app = typer.Typer(
-    help="Time every op and the codec against their peers. The outputs of each peer are checked before "
-    "it is timed: one that is wrong is reported as failed. Run from the repository's root.",
+    help="Time every op and the codec against their peers. The outputs of each peer are checked "
+    "before it is timed: one that is wrong is reported as failed. Run from the repository's root.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class Device(str, Enum):
-    """Devices."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(str, Enum):
-    """Precisions of the engine."""
-
-    fp32 = "fp32"
-    tf32 = "tf32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class StepPrecision(str, Enum):
-    """Precisions of the training step."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-OnDevice = Annotated[
-    Device | None, typer.Option("--device", help="Default: cuda where there is one, else cpu.")
-]
-CaseNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--case",
-        metavar="GLOB",
-        help="Cases whose name matches, such as 'snake/*' or '*/backward/*'; may be repeated. "
-        "Default: all.",
-    ),
-]
-PeerNames = Annotated[
-    list[str] | None,
-    typer.Option("--peer", metavar="NAME", help="Only this one; may be repeated. Default: all."),
-]
-Quick = Annotated[
-    bool, typer.Option("--quick", help="Tiny sizes: tests the benchmark, says nothing of speed.")
-]
-Threads = Annotated[int | None, typer.Option(help="Of the CPU. Default: torch's own choice.")]
-Budget = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="Start nothing more after that long.")
-]
-PublishedPython = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help="A Python that can import the published package: times it in the same run, with the "
-        "same weights.",
-    ),
-]
-Recording = Annotated[
-    Path | None,
-    typer.Option(help="A .wav of 16 bits, or a format of soundfile's. Default: a bundled clip."),
-]
-Commit = Annotated[str | None, typer.Option(help="Recorded where this is no git checkout.")]
-Out = Annotated[
-    Path | None, typer.Option(help="The result file. Default: one in bench/out, for the device.")
-]
 
 
 @app.command("list")
@@ -236,7 +186,7 @@ def train(
         int | None,
         typer.Option(
             metavar="STEPS",
-            help="Instead, train a small codec for that many steps in each way and compare the losses.",
+            help="Instead, train a small codec for that many steps in each way, and compare them.",
         ),
     ] = None,
     count_only: Annotated[

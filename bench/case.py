@@ -1,7 +1,7 @@
 """A case to time: what it computes, at which size, and the peers that compute it.
 
-A peer is one way to compute a case, ours or somebody else's. Each is started right before its outputs
-are checked, so that one that fails takes down no other.
+A peer is one way to compute a case, ours or somebody else's. Each is started right before its
+outputs are checked, so that one that fails takes down no other.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ class Run:
     """A peer that has been started; a call returns its outputs.
 
     Attributes:
-        precision: of the computation, "float32/float16" where encoding and decoding differ; None: the
-            case's dtype.
+        precision: of the computation, "float32/float16" where encoding and decoding differ; None:
+            the case's dtype.
         facts: more for the peer's row, complete after the first call.
     """
 
@@ -62,7 +62,8 @@ class Settings:
         seconds: of timing per peer and case, about.
         rounds: in which the peers take turns.
         peers: names of those to run; empty: all.
-        published_python: a Python that can `import dac`, the published package; None: it is left out.
+        published_python: a Python that can `import dac`, the published package; None: it is left
+            out.
         quick: shapes that run in a moment, for the test of the benchmark itself.
         peer_seconds: after this long a case starts no more peers.
     """
@@ -108,8 +109,8 @@ class Case:
         shape: of the input, and the layer that has it.
         prepare: makes inputs, peers and check.
         priority: cases run in ascending order.
-        requests: whether calls are timed as a user waits for them, one after the other and for longer,
-            together with each peer's start and memory; else the device's time is taken.
+        requests: whether calls are timed as a user waits for them, one after the other and for
+            longer, together with each peer's start and memory; else the device's time is taken.
     """
 
     op: str

@@ -1,21 +1,22 @@
 """`python -m bench gpu`: everything that wants a GPU, in one command and within one time budget.
 
-The steps, each in a process of its own so that none takes down the next: build the extension with its CUDA
-half, run the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA case (the whole
-codec first, then single layers and ops), the table of precisions, and the training step. The output folder
-gets one JSON document (see run.py), its report, the results of the last two steps, and the log of all.
+The steps, each in a process of its own so that none takes down the next: build the extension with
+its CUDA half, run the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA
+case (the whole codec first, then single layers and ops), the table of precisions, and the training
+step. The output folder gets one JSON document (see run.py), its report, the results of the last two
+steps, and the log of all.
 
-One call of 500 s builds, tests, and times what matters most. Where a call may take ten minutes at most,
-three of them do all of it:
+One call of 500 s builds, tests, and times what matters most. Where a call may take ten minutes at
+most, three of them do all of it:
 
     python -m bench gpu --budget 570 --skip precisions --skip train
     python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip train --resume FIRST.json
-    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases --skip precisions \\
-        --resume FIRST.json
+    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases --skip precisions
+        \\ --resume FIRST.json
 
-FIRST.json is the document that the first call wrote (copied to --out-dir if it lies elsewhere); cases that
-it has are not run again. The build is repeated where the machine is a fresh one, and takes a moment where
-it is not.
+FIRST.json is the document that the first call wrote (copied to --out-dir if it lies elsewhere);
+cases that it has are not run again. The build is repeated where the machine is a fresh one, and
+takes a moment where it is not.
 """
 
 import datetime
@@ -52,8 +53,8 @@ class Step(str, Enum):
     train = "train"
 
 
-# Seconds that a step, or each tool of the sanitizers, may take at most. The cases get all that is left
-# of the budget once the steps after them have theirs.
+# Seconds that a step, or each tool of the sanitizers, may take at most. The cases get all that is
+# left of the budget once the steps after them have theirs.
 LIMITS = {
     "build": 150,
     "tests": 120,
@@ -69,7 +70,8 @@ LEAST_OTHERWISE = 30
 RESERVE = 15
 # Seconds after which a case starts no more peers: those of the whole codec compile for minutes.
 PEER_SECONDS = "200"
-# What runs under compute-sanitizer, which slows kernels down a hundredfold: tests of our own CUDA code.
+# What runs under compute-sanitizer, which slows kernels down a hundredfold: tests of our own CUDA
+# code.
 SANITIZED = "stft_bands or disc_preprocess"
 
 BENCH = (sys.executable, "-m", "bench")
@@ -105,7 +107,7 @@ class GpuSettings:
 
 
 def run_everything(settings: GpuSettings) -> Path:
-    """Runs all steps; one that fails is recorded, and the next one runs. Returns the document's path."""
+    """Runs all steps, the next one too where one fails; returns the document's path."""
     session = Session(settings)
     steps: dict[Step, Callable[[Session], None]] = {
         Step.build: build,
@@ -173,7 +175,7 @@ class Session:
         return step not in self.settings.skip and self.left() > least
 
     def run(self, name: str, command: Command, limit: float, **variables: str) -> int | None:
-        """Runs a step and records it; returns its exit status, None where it was out of time."""
+        """Runs and records a step; returns its exit status, None where it was out of time."""
         result = run_step(name, command, min(limit, self.left()), self.log, **variables)
         self.steps.append(result)
         document = self.document() | {"steps": self.steps}
@@ -186,7 +188,7 @@ class Session:
 
 
 def build(session: Session) -> None:
-    """Builds the extension for this GPU alone, several times quicker than for all supported ones."""
+    """Builds the extension for this GPU alone, several times quicker than for all."""
     architecture = "".join(map(str, torch.cuda.get_device_capability()))
     session.run(
         "build",

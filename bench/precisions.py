@@ -1,8 +1,8 @@
 """`python -m bench parity`: what each precision costs on a real recording, against float64.
 
 Two things are compared with the same codec in float64: the codes of the recording, and the audio of
-float64's codes. The result file is one JSON document: `environment`, `recording`, and `rows`, one per
-model and way to run it.
+float64's codes. The result file is one JSON document: `environment`, `recording`, and `rows`, one
+per model and way to run it.
 """
 
 import copy
@@ -82,7 +82,8 @@ def read_clip(path: Path, seconds: float) -> Tensor:
     """The beginning of a recording's first channel, [1, 1, T].
 
     Args:
-        path: a .wav of 16 bits, which is read without any library, or another format of soundfile's.
+        path: a .wav of 16 bits, which is read without any library, or another format of
+            soundfile's.
         seconds: of the recording.
     Raises:
         ValueError: a .wav has samples of another size.
@@ -103,7 +104,7 @@ def read_clip(path: Path, seconds: float) -> Tensor:
 
 @torch.no_grad()
 def measure(codec: DAC, audio: Tensor, precisions: Sequence[str]) -> list[Json]:
-    """The rows of one model: the reference in single precision, then the engine in each precision."""
+    """The rows of one model: the reference in single precision, the engine in each precision."""
     # Whole frames, so that the end of the recording does not matter.
     audio = audio[..., : audio.shape[2] // codec.hop_length * codec.hop_length]
     exact = copy.deepcopy(codec).double()
@@ -134,9 +135,10 @@ def markdown(document: Json) -> str:
         "",
         *facts(machine),
         "",
-        f"Against the same codec in float64, on {document['recording']}: the share of its codes that are "
-        "equal (in brackets those of the first codebook: one that differs may change those after it in "
-        "its frame), and the signal-to-noise ratio of the audio that float64's codes decode to.",
+        f"Against the same codec in float64, on {document['recording']}: the share of its codes "
+        "that are equal (in brackets those of the first codebook: one that differs may change "
+        "those after it in its frame), and the signal-to-noise ratio of the audio that float64's "
+        "codes decode to.",
         "",
         *table_head(("model", "precision", "codes", "equal", "audio, dB")),
     ]

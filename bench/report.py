@@ -41,17 +41,17 @@ REQUEST_HEADER = (
 MANY = 100
 
 TIMES = (
-    "Times are of one call, percentiles over all iterations; backward is the backward pass alone, its "
-    "graph kept. Ratios are medians over interleaved rounds, against the case's first timed peer. GB/s "
-    "count the bytes that the op cannot do without. 'Of roof' is the floor set by the measured limits "
-    "over the time."
+    "Times are of one call, percentiles over all iterations; backward is the backward pass alone, "
+    "its graph kept. Ratios are medians over interleaved rounds, against the case's first timed "
+    "peer. GB/s count the bytes that the op cannot do without. 'Of roof' is the floor set by the "
+    "measured limits over the time."
 )
 REQUEST_TIMES = (
-    "Codec and stream: times are what a caller waits, wall clock; the roof is that of the convolutions "
-    "at the matrix product rate of the peer's precision. Start: from weights in memory to the first "
-    "result, with compilation, choice of kernels and capture. Peak: GPU memory over start and first "
-    "call. Check: audio against float64, and codes equal to float64's. Precision tf32: convolutions "
-    "only, PyTorch's default."
+    "Codec and stream: times are what a caller waits, wall clock; the roof is that of the "
+    "convolutions at the matrix product rate of the peer's precision. Start: from weights in "
+    "memory to the first result, with compilation, choice of kernels and capture. Peak: GPU memory "
+    "over start and first call. Check: audio against float64, and codes equal to float64's. "
+    "Precision tf32: convolutions only, PyTorch's default."
 )
 
 
@@ -106,7 +106,7 @@ def figures(document: Json) -> "dict[str, Figure]":
 
 
 def markdown(document: Json) -> str:
-    """The page of cases: the machine, a table per op and direction, then what is missing and why."""
+    """The page of cases: the machine, a table per op and direction, then what is missing."""
     environment = document["environment"]
     timed = [row for row in document["rows"] if row["status"] == "timed"]
     lines = [f"# {title(environment)}", "", *facts(environment), limits_fact(document["limits"])]
@@ -119,8 +119,8 @@ def markdown(document: Json) -> str:
     def group(row: Json) -> tuple[str, str]:
         return row["op"], row["direction"]
 
-    for (op, direction), rows in groupby(sorted(timed, key=group), key=group):
-        lines += ["", f"## {op}, {direction}", "", *table(list(rows))]
+    for (op, direction), of_op in groupby(sorted(timed, key=group), key=group):
+        lines += ["", f"## {op}, {direction}", "", *table(list(of_op))]
     for status, heading in (("failed", "Failed"), ("skipped", "Skipped")):
         rows = [row for row in document["rows"] if row["status"] == status]
         if rows:

@@ -4,8 +4,8 @@ The result file is one JSON document, written again after every case, so that no
 
     environment   see document.py
     limits        the copy bandwidth and matrix products that the same run measured
-    rows          one per case and peer: `status` is "timed", "failed" or "skipped", the last two with
-                  a `reason`
+    rows          one per case and peer: `status` is "timed", "failed" or "skipped", the last two
+                  with a `reason`
     running       the case under way: a document that still has one was cut off in it
     not_run       cases that the time budget did not reach
     steps         the other steps of `python -m bench gpu`
@@ -161,7 +161,8 @@ def time_runs(
 def throughput(milliseconds: float, prepared: Prepared, limits: Json, dtype: str) -> Json:
     """Bytes, flops and audio per second, and the share of the roof.
 
-    The roof is the time that the measured limits allow at best; its share is that over the time taken.
+    The roof is the time that the measured limits allow at best; its share is that over the time
+    taken.
     """
     values: Json = {}
     floors = []

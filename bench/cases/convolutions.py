@@ -1,9 +1,9 @@
 """Convolutions of the 44.1 kHz model with what surrounds them, layer by layer, in float16.
 
-The residual units appear as one op up to the width that has one, beyond as their two convolutions, at
-dilation 9. Bytes: every input, weight and output once. Flops: the convolutions'. The baseline is
-PyTorch's best way to run the layer: folded weights, channels innermost, cuDNN or cuBLAS, one pass for
-Snake, one for the addition.
+The residual units appear as one op up to the width that has one, beyond as their two convolutions,
+at dilation 9. Bytes: every input, weight and output once. Flops: the convolutions'. The baseline is
+PyTorch's best way to run the layer: folded weights, channels innermost, cuDNN or cuBLAS, one pass
+for Snake, one for the addition.
 """
 
 import math
@@ -130,7 +130,7 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
 
 
 def inputs(layer: Layer, batch: int, size: int, device: str) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments and options of the layer's op, random and in float16, for x [batch, channels, size]."""
+    """Random arguments and options of the layer's op, for x [batch, channels, size]."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:

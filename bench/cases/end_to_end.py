@@ -1,19 +1,20 @@
 """The whole codec, 44.1 kHz preset, as a user calls it and waits for the result.
 
-Audio goes in as float32; `decode` makes it from codes; `both` is one after the other. All peers have the
-same weights:
+Audio goes in as float32; `decode` makes it from codes; `both` is one after the other. All peers
+have the same weights:
 
     published             descript-audio-codec in a process of its own (given `--published-python`)
-    published-equivalent  on CUDA: the same computation by our reference ops: weight norm at every call,
-                          TorchScript's Snake, PyTorch's default switches
+    published-equivalent  on CUDA: the same computation by our reference ops: weight norm at every
+                          call, TorchScript's Snake, PyTorch's default switches
     transformers          Hugging Face's DacModel; `-compiled`: torch.compile of it
     reference-…           on the CPU: our modules with the reference ops, weight norm folded or not
-    auto-folded           on the CPU: our modules, folded, with the ops that the backend `auto` chooses
+    auto-folded           on the CPU: our modules, folded, with the ops that the backend `auto`
+    chooses
     recipe                peers/compiled.py
-    engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as a
-                          CUDA graph
-    engine                its default: float32 for encode, so that codes are the reference's, float16
-                          for decode
+    engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as
+                          a CUDA graph
+    engine                its default: float32 for encode, so that codes are the reference's,
+                          float16 for decode
 
 A peer that runs convolutions in TF32, as PyTorch does by default, has the precision "tf32".
 """
@@ -46,7 +47,7 @@ GRAPH_BYTES = 40 << 30
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """On CUDA all sizes, on the CPU two seconds; `both` first, since it is the number that counts."""
+    """On CUDA all sizes, on the CPU two seconds; `both`, the number that counts, comes first."""
     preset = "tiny" if quick else "44khz"
     sizes = [(1, 0.2)] if quick else SIZES if device == "cuda" else [(1, 2.0)]
     found = []

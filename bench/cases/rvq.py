@@ -1,8 +1,9 @@
-"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, a latent of 1024 channels.
+"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, a latent of 1024
+channels.
 
-Bytes: encoding reads the latent and writes its quantised version and the codes; decoding reads the codes
-and writes the latent; the backward pass reads one gradient and writes the other. The weights are small
-beside them. Flops: projections into and out of the codebooks, and the search.
+Bytes: encoding reads the latent and writes its quantised version and the codes; decoding reads the
+codes and writes the latent; the backward pass reads one gradient and writes the other. The weights
+are small beside them. Flops: projections into and out of the codebooks, and the search.
 """
 
 from functools import partial
@@ -26,7 +27,7 @@ Weights = tuple[list[Tensor], ...]
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """On CUDA 72 x 33 frames (0.38 s, training) and 16 x 1725 (20 s); on the CPU one item of 862."""
+    """On CUDA 72 x 33 frames (training) and 16 x 1725 (20 s); on the CPU one item of 862."""
     config = PRESETS["tiny" if quick else "44khz"]
     sizes = [(2, 5)] if quick else [(1, 862)] if device == "cpu" else [(72, 33), (16, 1725)]
     found = []
@@ -85,8 +86,10 @@ def regret(
 ) -> float:
     """How much further than the nearest entry the worst of `codes` [B, N, F] is.
 
-    Random inputs have near ties, which rounding decides, so that codes themselves cannot be compared.
-    Each stage is judged on the residual that the given codes before it leave. All arguments but the codes
+    Random inputs have near ties, which rounding decides, so that codes themselves cannot be
+    compared.
+    Each stage is judged on the residual that the given codes before it leave. All arguments but the
+    codes
     are in float64.
     """
     worst = 0.0
@@ -103,7 +106,7 @@ def regret(
 
 
 def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
-    """Encoding: codes are judged by their regret, the quantised latent by the codes it belongs to."""
+    """Encoding: codes are judged by their regret, the quantised latent by its codes."""
     z, weights = _inputs(config, batch, frames, settings.device)
     exact = checks.doubles((z, *weights))
     allowed = 2 * regret(reference.rvq_encode(z, *weights)[1], *exact) + REGRET_FLOOR
@@ -152,7 +155,7 @@ def prepare_encode_backward(
     )
 
     def check(outputs: Outputs, precision: str) -> float:
-        # In the root mean square, since a near tie decided the other way changes a frame's gradient.
+        # In the root mean square: a near tie decided differently changes a frame's gradient.
         errors = [
             ((a.double() - e).norm() / e.norm()).item() for a, e in zip(outputs, exact, strict=True)
         ]

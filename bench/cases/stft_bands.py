@@ -1,7 +1,7 @@
 """Spectrograms of the multi-resolution discriminator: 72 real and 72 generated signals of 0.38 s.
 
-Bytes: the forward pass reads the audio and writes every band of every window; the backward pass reads
-their gradients and writes the audio's.
+Bytes: the forward pass reads the audio and writes every band of every window; the backward pass
+reads their gradients and writes the audio's.
 """
 
 import math

@@ -1,8 +1,8 @@
 """How far a codec in some precision is from float64: codes that agree, and audio in decibels.
 
-Of a long or large input only two pieces are computed in float64, the beginning of the first item and the
-end of the last one. Frames at the inner edge of a piece do not count, since they depend on what lies
-beyond it.
+Of a long or large input only two pieces are computed in float64, the beginning of the first item
+and the end of the last one. Frames at the inner edge of a piece do not count, since they depend on
+what lies beyond it.
 """
 
 import copy
@@ -117,7 +117,8 @@ class Truth:
         """
         found = [piece.counted(piece.of(codes)) for piece in self._pieces]
         share = agreement(torch.cat(found, dim=2), self._codes)
-        # Near ties make single codes differ: twice as many as the reference has, and half a percent.
+        # Near ties make single codes differ: twice as many as the reference has, and half a
+        # percent.
         least = LEAST_AGREEMENT.get(precision, 1 - 2 * (1 - self._float32) - 0.005)
         assert share >= least, (
             f"{share:.2%} of the codes are float64's, at least {least:.2%} expected"

@@ -23,7 +23,7 @@ def doubles(arguments: Nested) -> Nested:
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference, relative to the largest absolute value of `exact` (float64)."""
+    """The largest difference, relative to the largest value of `exact` (float64)."""
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
 
 
@@ -34,8 +34,10 @@ def as_good_as(same_dtype: Sequence[Tensor], exact: Sequence[Tensor]) -> Check:
         same_dtype: the reference's outputs for the inputs.
         exact: its outputs for them in float64.
     Returns:
-        a function of a peer's outputs and its precision, which does not matter here. The result is the
-        largest relative error; AssertionError is raised where an output is further off than allowed.
+        a function of a peer's outputs and its precision, which does not matter here. The result is
+            the
+        largest relative error; AssertionError is raised where an output is further off than
+            allowed.
     """
     rule = _rule()
 

@@ -1,7 +1,8 @@
 """A codec with random weights that behaves like a trained one: signals keep their size, codes vary.
 
-The weights of a fresh codec would do for timing, but hide errors: its signal fades from layer to layer,
-its codebooks are far larger than what they quantise, and codes and audio hardly depend on the input.
+The weights of a fresh codec would do for timing, but hide errors: its signal fades from layer to
+layer, its codebooks are far larger than what they quantise, and codes and audio hardly depend on
+the input.
 """
 
 import functools
@@ -16,7 +17,8 @@ from dac_fast.codec import DAC
 from dac_fast.config import PRESETS, Config
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, Snake, WeightNorm
 
-# The size of a convolution's output relative to its input's: the residual paths neither fade nor take over.
+# The size of a convolution's output relative to its input's: the residual paths neither fade nor
+# take over.
 GAIN = 0.75
 
 

@@ -1,7 +1,7 @@
 """Ways to run the whole codec, each a function that starts one.
 
-All take the codec (its weights on the device, not folded), the direction ("encode", "decode" or "both")
-and its source, audio or codes. Their outputs are codes, audio, or both.
+All take the codec (its weights on the device, not folded), the direction ("encode", "decode" or
+"both") and its source, audio or codes. Their outputs are codes, audio, or both.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def _on_backend(backend: str, run: Callable[[], Outputs]) -> Callable[[], Output
 
 
 def _with_defaults(run: Callable[[], Outputs], source: Tensor) -> Run:
-    """The call under PyTorch's own switches of precision, which allow TF32 in convolutions on CUDA."""
+    """The call with PyTorch's default switches: on CUDA, convolutions in TF32."""
     if not source.is_cuda:
         return Run(run, "float32")
 

@@ -1,4 +1,4 @@
-"""Peers of an op: the reference run eagerly and compiled, and the implementations of every backend."""
+"""Peers of an op: the reference, eager and compiled, and the backends' implementations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def implementations(op: str, *args: Any, **options: Any) -> dict[str, Function]:
 
 
 def forward(functions: dict[str, Function], *args: Any) -> dict[str, Peer]:
-    """Peers that call each function on `args` without gradients; the outputs are its tensors, flat."""
+    """Peers that call each function without gradients; the outputs are its tensors, flat."""
 
     def peer(function: Op) -> Peer:
         return lambda: Run(torch.no_grad()(lambda: tree_leaves(function(*args))))

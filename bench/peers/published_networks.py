@@ -1,8 +1,8 @@
 """The published codec and discriminator in plain PyTorch, as `published_step.py` trains them.
 
-Time is innermost in memory, weight norm is applied in every forward pass, and the quantizer's stages run
-one after another. Modules bear the published names, in the order of `dac_fast`'s, so that a checkpoint
-of either goes on in the other.
+Time is innermost in memory, weight norm is applied in every forward pass, and the quantizer's
+stages run one after another. Modules bear the published names, in the order of `dac_fast`'s, so
+that a checkpoint of either goes on in the other.
 """
 
 import functools

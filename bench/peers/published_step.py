@@ -1,9 +1,9 @@
 """The published training step in plain PyTorch: what ours is measured and checked against.
 
-As in the published trainer, the discriminator runs on generated and real audio separately, for its own
-update and once more for the generator's (with a graph of the real audio too); spectrograms are computed
-each time they are looked at; AdamW is not fused; and every loss is fetched from the device in every step.
-Losses that the published trainer computes for its log alone are left out.
+As in the published trainer, the discriminator runs on generated and real audio separately, for its
+own update and once more for the generator's (with a graph of the real audio too); spectrograms are
+computed each time they are looked at; AdamW is not fused; and every loss is fetched from the device
+in every step. Losses that the published trainer computes for its log alone are left out.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,8 @@ class PublishedStep:
         device: to train on.
         precision: "fp32", or "bf16": autocast in the networks.
     Attributes:
-        mark: called with the name of each part of the step as it begins; for a clock to be put there.
+        mark: called with the name of each part of the step as it begins; for a clock to be put
+            there.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: str = "fp32"):

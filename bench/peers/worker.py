@@ -1,8 +1,8 @@
 """The published package, descript-audio-codec, for `process.py`: python worker.py JOB.
 
-Nothing of this repository is needed. JOB, written with torch.save, holds `kwargs` and `state` of the
-model, the `direction` (encode, decode or both), its `input`, the `device`, the number of `threads`, and
-the path for `outputs`.
+Nothing of this repository is needed. JOB, written with torch.save, holds `kwargs` and `state` of
+the model, the `direction` (encode, decode or both), its `input`, the `device`, the number of
+`threads`, and the path for `outputs`.
 """
 
 import json

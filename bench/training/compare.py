@@ -1,8 +1,8 @@
 """`python -m bench train --compare STEPS`: whether our step learns what the published one learns.
 
-Small networks train on made-up audio: with the published step in float32 from several seeds, and from
-weights that differ in the last bits (these differences are noise); with ours in float32 and in bfloat16,
-from the same weights and batches as the published run of that seed.
+Small networks train on made-up audio: with the published step in float32 from several seeds, and
+from weights that differ in the last bits (these differences are noise); with ours in float32 and in
+bfloat16, from the same weights and batches as the published run of that seed.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from dac_fast.training.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Overrides of the recipe `tiny` for a CPU: half as wide, at a lower rate, with one discriminator, on short
-# excerpts.
+# Overrides of the recipe `tiny` for a CPU: half as wide, at a lower rate, with one discriminator,
+# on short excerpts.
 SMALL = (
     "model.encoder_dim=8",
     "model.decoder_dim=96",
@@ -36,7 +36,8 @@ SMALL = (
 BATCH, HELD_OUT = 2, 16
 # Steps from one evaluation of the held-out batch to the next.
 EVERY = 20
-# Steps at the beginning that must agree closely; those at the end whose mean is the final training loss.
+# Steps at the beginning that must agree closely; those at the end whose mean is the final training
+# loss.
 EARLY, LAST = 20, 40
 LOSSES = ("mel", "discriminator", "adversarial", "feature", "commitment", "codebook", "loss")
 
@@ -137,10 +138,10 @@ def verdict(document: Json) -> Json:
     """How far the runs are apart.
 
     Returns:
-        early: per loss, the largest relative difference between ours and the published one in the first
-            steps, in float32.
-        training, held_out: per run, the difference of its final mel loss to that of the run that it is
-            compared with.
+        early: per loss, the largest relative difference between ours and the published one in the
+            first steps, in float32.
+        training, held_out: per run, the difference of its final mel loss to that of the run that it
+            is compared with.
     """
     runs = document["runs"]
     found: Json = {"early": dict.fromkeys(LOSSES, 0.0), "training": {}, "held_out": {}}
@@ -200,8 +201,8 @@ def markdown(document: Json) -> str:
     first = document["runs"]["published, fp32, seed 0"]["held_out"][0]
     lines += [
         "",
-        "Differences of ours are to the published run of the same seed; those of the published runs, to "
-        "their first, are noise. Before its first step that one's held-out mel loss was "
+        "Differences of ours are to the published run of the same seed; those of the published "
+        "runs, to their first, are noise. Before its first step that one's held-out mel loss was "
         f"{first:.4f}.",
         "",
     ]

@@ -50,7 +50,7 @@ class Clock:
 def time_parts(
     steps: Mapping[str, AnyStep], audio: Tensor, rounds: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Per step and part the median of its milliseconds, over rounds in which the steps take turns."""
+    """Milliseconds per step and part: medians over rounds in which the steps take turns."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -102,9 +102,11 @@ def count_work(step: AnyStep, audio: Tensor, limits: Json, precision: str) -> Js
     """What a step computes and keeps.
 
     Returns:
-        work: per part `flops`, of matrix products and convolutions; `bytes`; and `floor_ms`, the larger
-            of what both take at the measured limits. The bytes of a forward pass are the tensors kept for
-            the backward pass, written once; of a backward pass the same, read once; of the optimizers
+        work: per part `flops`, of matrix products and convolutions; `bytes`; and `floor_ms`, the
+            larger of what both take at the measured limits. The bytes of a forward pass are the
+                tensors kept for
+            the backward pass, written once; of a backward pass the same, read once; of the
+                optimizers
             parameters, gradients and moments.
         saved_peak_bytes: the most that autograd kept at once.
     """

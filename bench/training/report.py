@@ -1,4 +1,4 @@
-"""The result file of `python -m bench train` as a page in Markdown and a picture of stacked bars."""
+"""The result file of `python -m bench train` as a page in Markdown and a picture."""
 
 from typing import TYPE_CHECKING
 
@@ -22,25 +22,26 @@ HEADER = (
 PART_HEADER = ("part", "GFLOP", "GB", "floor ms", "ms", "of floor")
 
 KEPT = (
-    "Kept for backward: the most memory that autograd held at once, each storage counted once, parameters "
-    "not. Times are medians; ratios too, over rounds, to the first row of the same batch."
+    "Kept for backward: the most memory that autograd held at once, each storage counted once, "
+    "parameters not. Times are medians; ratios too, over rounds, to the first row of the batch."
 )
 FLOOR = (
-    "Floor: the larger of flops (matrix products and convolutions; FFTs are not counted) and bytes (kept "
-    "for the backward pass, or taken back in it; optimizers: parameters, gradients, moments) at the "
-    "measured limits."
+    "Floor: the larger of flops (matrix products and convolutions; FFTs are not counted) and bytes "
+    "(kept for the backward pass, or taken back in it; optimizers: parameters, gradients, moments) "
+    "at the measured limits."
 )
 
 
 def markdown(document: Json) -> str:
-    """The page: the machine, a table of rows, the parts of those taken apart, then what is missing."""
+    """The page: the machine, a table of rows, the parts of those taken apart, and failures."""
     environment, recipe = document["environment"], document["recipe"]
+    seconds = recipe["data"]["seconds"]
     lines = [
         f"# Training step of `{recipe['name']}`: {title(environment)}",
         "",
         *facts(environment),
         limits_fact(document["limits"]),
-        f"- batches of {recipe['data']['seconds']} s of made-up audio; one step updates both networks",
+        f"- batches of {seconds} s of made-up audio; one step updates both networks",
     ]
     if data := document.get("data"):
         speed = f"{data['excerpts_s_per_worker']:.0f} excerpts a second and worker"

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class SavedBytes:
-    """While active, counts the tensors that autograd keeps, each storage once however often it is kept.
+    """While active, counts the tensors that autograd keeps, each storage once however often it is
+    kept.
 
     Attributes:
         live: bytes kept now.
