@@ -110,7 +110,7 @@ def gpu(
     published_python: PublishedPython = None,
     recording: Recording = None,
 ) -> None:
-    """Do everything for a machine with a GPU, see bench/gpu.py: build, test, time, report."""
+    """Build, test and time everything on a GPU, see bench/gpu.py."""
     if not torch.cuda.is_available():
         hint = "`python -m bench run --device cpu` runs the CPU cases"
         raise typer.BadParameter(f"torch sees no CUDA device here; {hint}")
@@ -141,7 +141,7 @@ def parity(
     out: Out = None,
     commit: Commit = None,
 ) -> None:
-    """Say what each precision costs: codes that agree and audio in dB, against float64."""
+    """Measure what each precision costs, against float64."""
     name = name_of(device)
     must_be_there(name)
     must_be_files(recording)
@@ -197,7 +197,7 @@ def train(
     out: Out = None,
     commit: Commit = None,
 ) -> None:
-    """Time the training step, part by part: the published one, torch.compile of it, ours."""
+    """Time the training step, part by part."""
     # Imported here, since training needs packages that a machine which only times kernels may lack.
     from bench.training.compare import main_line, run_compare
     from bench.training.step import PEERS, QUICK, TAKEN_APART, TrainSettings, run_train
@@ -242,7 +242,7 @@ def train(
 
 @app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
-    """Turn result files into a Markdown page and PNG pictures beside each."""
+    """Turn result files into pages and pictures."""
     for path in results:
         must_be_files(path)
         say_written(write_report(path))

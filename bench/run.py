@@ -42,7 +42,7 @@ def run_all(
         commit: see `environment`.
     """
     start = time.monotonic()
-    document = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
+    document: Json = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
     if "environment" not in document:
         document["environment"] = environment(settings.device, commit)
     if "limits" not in document:

@@ -189,7 +189,7 @@ def test_options_that_match_nothing_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_every_way_to_run_the_codec_is_right(monkeypatch):
-    """Those for CUDA too, as far as they run on a CPU: without graphs, and, for time, uncompiled."""
+    """Those for CUDA too, as far as they run on a CPU: without graphs, and uncompiled for time."""
     monkeypatch.setattr(end_to_end, "cpu_peers", end_to_end.cuda_peers)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     prepared = end_to_end.prepare("tiny", 2, 0.2, "both", SETTINGS)

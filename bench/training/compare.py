@@ -176,8 +176,7 @@ def markdown(document: Json) -> str:
     found, steps = document["verdict"], document["steps"]
     machine = document["environment"]
     networks = "a small codec and small discriminators (`bench/training/compare.py`)"
-    final = ("run", f"training, last {LAST} steps", "difference")
-    final += (f"{HELD_OUT} held-out items", "difference")
+    training_title, held_out_title = f"training, last {LAST} steps", f"{HELD_OUT} held-out items"
     lines = [
         f"# {steps} training steps, ours and the published ones: {title(machine)}",
         "",
@@ -191,7 +190,7 @@ def markdown(document: Json) -> str:
         "",
         f"## Mel loss after {steps} steps",
         "",
-        *table_head(final),
+        *table_head(("run", training_title, "difference", held_out_title, "difference")),
     ]
     for name in RUNS:
         run = document["runs"][name]

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +26,17 @@ class Clock:
 
     def __init__(self, on_gpu: bool):
         self.on_gpu = on_gpu
-        self.marks: list[tuple[str, torch.cuda.Event | float]] = []
+        # A part, and the event or the second at which it began.
+        self.marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
         """Begins the next part."""
-        if not self.on_gpu:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
             self.marks.append((part, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((part, event))
 
     def parts(self) -> dict[str, float]:
         """Milliseconds per part, the last one up to now; a part that comes twice has their sum."""
