@@ -211,6 +211,36 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
 
 
+def test_the_published_package_runs_in_a_python_of_its_own(tmp_path):
+    """Ours stands in for it, behind its names."""
+    (tmp_path / "dac.py").write_text(
+        "import dac_fast\n\n\n"
+        "class DAC(dac_fast.DAC):\n"
+        "    def preprocess(self, audio, rate):\n"
+        "        print('this goes to the log')\n"
+        "        return audio\n\n"
+        "    def encode(self, audio):\n"
+        "        return None, super().encode(audio).codes\n"
+    )
+    python = tmp_path / "python"
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={paths} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    case = next(case for case in end_to_end.cases("cpu", quick=True) if case.direction == "both")
+
+    def published(python):
+        settings = replace(SETTINGS, peers=["published"], published_python=str(python))
+        (row,) = run.run_case(case, settings, LIMITS)
+        return row
+
+    row = published(python)
+    assert row["status"] == "timed", row
+    assert row["snr_db"] > 90
+    assert row["agreement"] > 0.99
+    (tmp_path / "dac.py").write_text("raise ImportError('no torch here')")
+    assert published(python)["reason"].endswith("process ended: ImportError: no torch here")
+
+
 def test_the_ends_of_a_long_input_are_checked():
     codec = random_codec("tiny")
     hop, frames = codec.hop_length, 2 * PIECE + 30

@@ -1,5 +1,4 @@
-"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, a latent of 1024
-channels.
+"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, latent of 1024.
 
 Bytes: encoding reads the latent and writes its quantised version and the codes; decoding reads the
 codes and writes the latent; the backward pass reads one gradient and writes the other. The weights
@@ -88,10 +87,8 @@ def regret(
     """How much further than the nearest entry the worst of `codes` [B, N, F] is.
 
     Random inputs have near ties, which rounding decides, so that codes themselves cannot be
-    compared.
-    Each stage is judged on the residual that the given codes before it leave. All arguments but the
-    codes
-    are in float64.
+    compared. Each stage is judged on the residual that the given codes before it leave. All
+    arguments but the codes are in float64.
     """
     worst = 0.0
     residual = z
@@ -130,10 +127,7 @@ def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) 
 def prepare_encode_backward(
     config: Config, batch: int, frames: int, settings: Settings
 ) -> Prepared:
-    """Gradients of the latent and all weights.
-
-    They are those of the quantised latent, for a random gradient, and of both losses.
-    """
+    """Gradients of the latent and all weights, from the quantised latent and both losses."""
     z, weights = _inputs(config, batch, frames, settings.device)
     gradient = torch.randn_like(z)
     one = torch.ones((), device=z.device)

@@ -36,8 +36,7 @@ SMALL = (
 BATCH, HELD_OUT = 2, 16
 # Steps from one evaluation of the held-out batch to the next.
 EVERY = 20
-# Steps at the beginning that must agree closely; those at the end whose mean is the final training
-# loss.
+# Steps at the beginning that must agree closely, and at the end whose mean is the final loss.
 EARLY, LAST = 20, 40
 LOSSES = ("mel", "discriminator", "adversarial", "feature", "commitment", "codebook", "loss")
 
