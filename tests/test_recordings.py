@@ -164,14 +164,14 @@ MEMORY = """if True:
 
     codec.decompress(codec.compress((noise(2, 16000), 48000)))
     before = peak()
-    # Many channels, high rates, a chunk of five minutes, rates without a common factor.
-    codec.compress((noise(128, 200), 100))
+    # Many channels, high rates, a chunk of 94 s, rates without a common factor.
+    codec.compress((noise(64, 200), 100))
     print("channels", peak() - before)
-    codec.compress((noise(8, 7 * 192000), 192000))
+    codec.compress((noise(8, 2 * 192000), 192000))
     print("rate", peak() - before)
-    codec.decompress(DACFile(codes(256, 1, 3000), 1, 24000, -20, 256, 16000))
+    codec.decompress(DACFile(codes(128, 1, 3000), 1, 24000, -20, 128, 16000))
     print("channels of codes", peak() - before)
-    codec.decompress(DACFile(codes(1, 1, 300000), 300000, 2900000, -20, 1, 16000, False))
+    codec.decompress(DACFile(codes(1, 1, 150000), 150000, 1400000, -20, 1, 16000, False))
     print("chunk", peak() - before)
     try:
         list(Recording((noise(1, 1000), 999983)).blocks(44100))
@@ -182,7 +182,7 @@ MEMORY = """if True:
 
 
 def test_memory_follows_the_chunk(golden):
-    """Few bytes take little memory, whatever they are of. In MiB; each took over 700 once."""
+    """Few bytes take little memory, whatever they are of. In MiB; each took over 350 once."""
     pytest.importorskip("resource")
     paths = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
