@@ -1,4 +1,4 @@
-"""`.dac` files of both formats: what was written comes back, and damage and malice come to one clear line."""
+"""`.dac` files: what was written comes back; damage and malice come to one clear line."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_truncation_and_flipped_bits(tmp_path):
 
 
 def test_flipped_bits_of_published_files_never_crash(golden, tmp_path):
-    """They have no checksum: what is noticed comes to a DACFileError, the rest is another valid file."""
+    """They have no checksum: a flip is noticed, or makes another valid file."""
     data = (golden / "file_even_short.dac").read_bytes()
     path = tmp_path / "a.dac"
     for bit in range(8 * 80, 8 * len(data), 11):
@@ -201,6 +202,8 @@ def test_wrong_files(tmp_path):
         (published(codes=np.array([[["text"]]], object)), "dtype is not one of integers or floats"),
         (published(codes=[1, 2]), "codes are list; accepted: an array"),
         (published(surplus=1), "metadata are not those"),
+        (published(input_db=1 << 60), r"input_db is 1.152\d+e\+18; accepted: a loudness"),
+        (published(input_db=1 << 2000), "a number of more than 64 bits"),
     ]:
         path.write_bytes(content)
         with pytest.raises(DACFileError, match=f"a.dac: .*{reason}") as raised:
@@ -224,6 +227,7 @@ def test_wrong_values(tmp_path):
         ({"gains": np.array([1.0, np.inf])}, "gains is"),
         ({"gains": np.array([1.0])}, "accepted: 2 positive numbers"),
         ({"codebook_size": 65537}, "codebook_size is 65537"),
+        ({"gains": np.array([1.0, 1e-30])}, "gains is"),
         ({"model": "m" * 256}, "model is 'mmm"),
     ]:
         with pytest.raises(DACFileError, match=reason):
@@ -233,6 +237,58 @@ def test_wrong_values(tmp_path):
     with pytest.raises(DACFileError, match="codebook_size is None; format 'dac2' needs it"):
         small(codebook_size=None).save(tmp_path / "a.dac")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_has_one_form(tmp_path):
+    """Filler bits that are not zeros, and names that are not UTF-8, with a right checksum."""
+    path = tmp_path / "a.dac"
+    file = small(
+        codes=np.zeros((1, 1, 3), np.int64),
+        chunk_length=3,
+        channels=1,
+        gains=None,
+        original_length=9,
+    )
+    file.save(path)
+    data = path.read_bytes()
+    for position, reason in ((-5, "after the last code are not zeros"), (61, "accepted: UTF-8")):
+        changed = bytearray(data)
+        changed[position] |= 0x81
+        changed[-4:] = zlib.crc32(changed[:-4]).to_bytes(4, "little")
+        path.write_bytes(changed)
+        with pytest.raises(DACFileError, match=reason):
+            DACFile.load(path)
+
+
+def test_large_files_are_refused_unread(tmp_path):
+    """Sparse files: none of these could be read into memory."""
+    path = tmp_path / "a.dac"
+    codes = 1 << 36
+    whole = dac2_with(f=codes)[: HEADER.size]
+    for head, size, reason in [
+        (b"", 1 << 42, "neither format's magic"),
+        (npy(b""), 1 << 42, "4398046511104 bytes; accepted: up to"),
+        (dac2_with(), 1 << 42, "too long"),
+        (whole, HEADER.size + codes * 10 // 8 + 4, "the number of codes is 68719476736"),
+    ]:
+        path.write_bytes(head)
+        os.truncate(path, size)
+        with pytest.raises(DACFileError, match=reason):
+            DACFile.load(path)
+
+
+def test_long_numbers_in_a_pickle():
+    """The product of a shape of many such numbers would take minutes."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R"
+    dtype = b"cnumpy\ndtype\n(\x8c\x02u2tR"
+    for number, reason in [
+        (b"\x8a\xff" + b"\x7f" * 255, "a number of more than 64 bits"),
+        (b"J" + b"\x7f" * 4, "an array of no shape"),
+    ]:
+        shape = b"(" + number + b"q\x00" + b"h\x00" * 10**5 + b"t"
+        state = b"(K\x01" + shape + dtype + b"\x89C\x00tb"
+        with pytest.raises(ValueError, match=reason):
+            dac1.loads(npy(b"\x80\x04" + array + state + b"."))
 
 
 class Call:

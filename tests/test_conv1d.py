@@ -26,7 +26,9 @@ def innermost(tensor, axis=1):
 
 
 def make(*shapes, dtype=torch.float32, seed=0):
-    """A normal tensor of each shape, scaled for sums over all axes but the first two to stay near 1."""
+    """A normal tensor of each shape, scaled for sums over all axes but the first two to stay near
+    1.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
@@ -108,8 +110,18 @@ def test_every_kind_of_layer(name, dtype):
         residual=innermost(residual),
         lengths=lengths,
     )
-    y, snaked = compare("conv1d", x, weight, bias.float(), stride, padding, dilation, alpha=alpha.float(),
-                        lengths=lengths, tanh=True)  # fmt: skip
+    y, snaked = compare(
+        "conv1d",
+        x,
+        weight,
+        bias.float(),
+        stride,
+        padding,
+        dilation,
+        alpha=alpha.float(),
+        lengths=lengths,
+        tanh=True,
+    )
     past = slice((time + 2) // 3, None)
     assert not y[0, :, past].any()
     assert not snaked[0, :, past].any()
@@ -318,9 +330,18 @@ def test_real_sizes(shape, dtype):
     time = module.output_length(size, kernel, stride, padding, dilation, False)
     lengths = torch.tensor([time // 3, time], device=DEVICE)
     compare(
-        "conv1d", x, weight, bias, stride, padding, dilation, alpha=alpha, lengths=lengths, tf32=tf32,
+        "conv1d",
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        alpha=alpha,
+        lengths=lengths,
+        tf32=tf32,
         dtype=torch.float16 if tf32 else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.gpu

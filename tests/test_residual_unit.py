@@ -147,8 +147,9 @@ def test_refusals_name_the_value():
     assert "padding 8" in residual_unit_unsupported(*arguments, 3, 8)
     assert "no output" in residual_unit_unsupported(*arguments, 3, 9, keep=False)
     assert "2 x -34 output" in residual_unit_unsupported(*arguments, 9, 0)
-    assert "snaked has shape (2, 16, 10)" in residual_unit_unsupported(arguments[0], arguments[1][..., :10],
-                                                                      *arguments[2:], 3, 9)  # fmt: skip
+    assert "snaked has shape (2, 16, 10)" in residual_unit_unsupported(
+        arguments[0], arguments[1][..., :10], *arguments[2:], 3, 9
+    )
     wide = torch.zeros(1, 256, 8, device=DEVICE)
     assert "256 channels; accepted: up to 192" in residual_unit_unsupported(
         wide, wide, *arguments[2:], 3, 9
@@ -166,9 +167,14 @@ def test_real_sizes(channels, dtype):
     for dilation in (1, 9):
         lengths = torch.tensor([333, 20_001], device=DEVICE)
         compare(
-            arguments, dilation, 3 * dilation, dtype=torch.float16 if tf32 else None, alpha=alpha, lengths=lengths,
+            arguments,
+            dilation,
+            3 * dilation,
+            dtype=torch.float16 if tf32 else None,
+            alpha=alpha,
+            lengths=lengths,
             tf32=tf32,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ from dac_fast.cli.evaluation import evaluate
 from dac_fast.cli.files import decode, encode, reconstruct
 from dac_fast.cli.info import info
 from dac_fast.cli.models import convert, download, export
+from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out
+from dac_fast.cli.tokenize import tokenize
 from dac_fast.cli.training import curves, train
 from dac_fast.version import __version__
 
@@ -25,6 +27,8 @@ COMMANDS = (
     reconstruct,
     train,
     curves,
+    tokenize,
+    serve,
     evaluate,
     info,
     convert,

@@ -10,6 +10,7 @@ import typer
 from dac_fast import DAC, load
 from dac_fast.cli.jobs import Existing
 from dac_fast.config import PRESETS
+from dac_fast.ops.device import checked_device
 from dac_fast.recordings.compress import Batching
 
 
@@ -93,30 +94,11 @@ WhenExisting = Annotated[
 
 def load_codec(name: str, device: str) -> DAC:
     """The codec of that name on that device, folded for inference."""
-    return load(name, device=checked_device(device)).fold_weight_norm()
-
-
-def checked_device(name: str):
-    """The `torch.device` of that name, "auto": a GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; accepted: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
+    return load(name, device=checked_device(device, "--device")).fold_weight_norm()
 
 
 def batching(device: str, seconds: float | None) -> Batching:
     """How much is computed at once, by `--device` and `--batch-seconds`."""
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"--batch-seconds is {seconds}; accepted: 0 or above")
-    return Batching.on(checked_device(device), seconds)
+    return Batching.on(checked_device(device, "--device"), seconds)

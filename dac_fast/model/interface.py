@@ -21,16 +21,20 @@ class Codec(Protocol):
     quantizer: ResidualVectorQuantizer
     decoder: Decoder
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
-
     def encode(  # noqa: D102
-        self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        n_quantizers: int | None = None,
+        padded: bool = True,
     ) -> Encoded: ...
 
     def decode_codes(  # noqa: D102
-        self, codes: Tensor, lengths: Tensor | None = None
+        self, codes: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor: ...
 
-    def run_encoder(self, x: Tensor, padded: bool = True) -> Tensor: ...  # noqa: D102
+    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 
-    def run_decoder(self, z: Tensor, padded: bool = True) -> Tensor: ...  # noqa: D102
+    def eval(self) -> object: ...  # noqa: D102
+
+    def fold_weight_norm(self) -> object: ...  # noqa: D102

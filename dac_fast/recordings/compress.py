@@ -26,6 +26,7 @@ from torch import Tensor
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording, Source
 from dac_fast.audio.resample import Samples, resampled
+from dac_fast.config import codebook_count
 from dac_fast.model.interface import Codec
 from dac_fast.recordings import windows
 from dac_fast.recordings.pipeline import results
@@ -282,11 +283,9 @@ def check_options(
     normalize_db: float | None = None,
 ) -> None:
     """Raises ValueError where an option of `compress` is out of range."""
-    available = codec.config.n_codebooks
     if chunk_seconds is not None and not 0 < chunk_seconds < math.inf:
         raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
-    if n_quantizers is not None and n_quantizers not in range(1, available + 1):
-        raise ValueError(f"{n_quantizers} codebooks; accepted: 1 to {available}")
+    codebook_count(n_quantizers, codec.config.n_codebooks)
     if normalize_db is not None and not -100 <= normalize_db <= 20:
         raise ValueError(f"normalize_db is {normalize_db}; accepted: -100 to 20 LUFS, or None")
 

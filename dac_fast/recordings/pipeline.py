@@ -56,7 +56,11 @@ def results(
         run, batch_seconds: as for `in_batches`.
         threads: as for `read_ahead`.
     """
-    computed = in_batches(read_ahead(jobs, threads), run, batch_seconds)
+    return assembled(in_batches(read_ahead(jobs, threads), run, batch_seconds))
+
+
+def assembled(computed: Iterable[Computed[Result]]) -> Iterator[Result | Exception]:
+    """The result of every job, made of the outputs of its windows, as `results` says."""
     for job, group in itertools.groupby(computed, key=lambda pair: pair[0]):
         outcome: Result | Exception
         try:

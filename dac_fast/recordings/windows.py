@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
+from dac_fast.ops.upload import upload
 
 
 class Window(NamedTuple):
@@ -123,10 +124,7 @@ def encode_batch(
     """
     codec, padded = windows[0].codec, windows[0].padded
     samples, lengths = _stacked([window.signal for window in windows], codec)
-    if padded:
-        codes = codec.encode(samples, lengths, n_quantizers).codes
-    else:
-        codes = codec.quantizer(codec.run_encoder(samples, padded=False), n_quantizers)[1]
+    codes = codec.encode(samples, lengths, n_quantizers, padded).codes
     return _later(codes, windows)
 
 
@@ -141,35 +139,26 @@ def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
     """
     codec, padded = windows[0].codec, windows[0].padded
     codes, lengths = _stacked([window.signal for window in windows], codec)
-    if padded:
-        audio = codec.decode_codes(codes, lengths)
-    else:
-        audio = codec.run_decoder(codec.quantizer.decode(codes), padded=False)
+    audio = codec.decode_codes(codes, lengths, padded)
     return _later(audio[:, 0], windows)
 
 
 def _stacked(signals: Sequence[Tensor], codec: Codec) -> tuple[Tensor, Tensor | None]:
     """Signals as one batch on the codec's device, and the length of each item; None: one length."""
     parameter = next(codec.parameters())
-    on_gpu = parameter.is_cuda
     # samples [C, n] are items of one channel each
     signals = [signal if signal.dim() == 3 else signal[:, None] for signal in signals]
     lengths = torch.tensor([signal.shape[2] for signal in signals for _ in signal])
     longest = int(lengths.max())
     dtype = parameter.dtype if signals[0].is_floating_point() else signals[0].dtype
-    batch = torch.zeros(len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=on_gpu)
+    batch = torch.zeros(
+        len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda
+    )
     item = 0
     for signal in signals:
         batch[item : item + signal.shape[0], :, : signal.shape[2]] = signal
         item += signal.shape[0]
-    if on_gpu:
-        # on a stream of its own, so that it need not wait for what is being computed
-        stream = torch.cuda.Stream(parameter.device)
-        with torch.cuda.stream(stream):
-            batch = batch.to(parameter.device, non_blocking=True)
-        current = torch.cuda.current_stream(parameter.device)
-        current.wait_stream(stream)
-        batch.record_stream(current)
+    batch = upload(batch, parameter.device)
     return batch, lengths if int(lengths.min()) < longest else None
 
 

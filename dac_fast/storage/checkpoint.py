@@ -1,134 +1,165 @@
-"""Checkpoints: three formats read and written, none of which can run code; weights of the presets downloaded.
+"""Checkpoints: three formats read and written, none of which can run code.
 
 - `.safetensors`: ours; the configuration is JSON in the file's metadata, under "dac_fast".
-- `.pth`: the published package's: {"state_dict": ..., "metadata": {"kwargs": ...}}, read with `weights_only=True`.
-- a folder: Hugging Face's `DacModel` (config.json and model.safetensors), its names mapped to the published ones.
+- `.pth`: the published package's, {"state_dict": ..., "metadata": {"kwargs": ...}} by `torch.save`.
+- a folder: Hugging Face's `DacModel`, its names mapped to the published ones; the folders that
+  training with the published package leaves are read too.
 
 A weight may be stored normed (`weight_g`, `weight_v`), in the newer spelling of that
-(`parametrizations.weight.original0`, `original1`), or folded (`weight`); the model always gets the first.
+(`parametrizations.weight.original0`, `original1`), or folded (`weight`); the first is what `read`
+returns.
+
+What a file says is checked before time or memory goes into it: the configuration against limits,
+the tensors against the file's size, and their shapes against a codec that has no memory yet.
 """
 
+import io
 import json
-import pickle
-import re
-import warnings
-from collections.abc import Callable
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dac_fast.config import Config
-from dac_fast.files import atomic_path, write_bytes
+from dac_fast.files import OutputError, make_folder, write_bytes
+from dac_fast.storage import hugging_face, torch_archive
+from dac_fast.storage.pickled import RefusedError
 
-HUGGING_FACE_FILE = "model.safetensors"
+# Far beyond any codec's, and still quickly built on the meta device.
+MOST_CODEBOOKS = 1024
+MOST_RATES = 16
+MOST_CHANNELS = 2**16
+MOST_NUMBER = 2**20  # sample rate and hop length, too
+MOST_CONFIG_BYTES = 2**20
+
+# Of the tensors that are read; boolean is the state of a codebook of moving averages.
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}
+
+# What training with the published package leaves, in a run's folder and in those below it.
+PUBLISHED_WEIGHTS = ("weights.pth", "dac/weights.pth", "*/dac/weights.pth")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that is not the model it should be."""
 
 
-def read(path) -> tuple[Config, dict[str, Tensor]]:
+class Codec(Protocol):
+    """What is saved and restored of a `dac_fast.codec.DAC`."""
+
+    config: Config
+    name: str
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by their published names."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> object:
+        """Takes the tensors' values; with `assign`, the tensors themselves."""
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
     """Configuration and state dict, under the published names, of a checkpoint file or folder.
 
     Raises:
         CheckpointError: it is missing, damaged, or no codec checkpoint.
     """
     path = Path(path)
-    if path.name == HUGGING_FACE_FILE and (path.parent / "config.json").exists():
-        path = path.parent
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if path.is_dir():
-            return _read_hugging_face(path)
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_published(path)
-    except CheckpointError:
-        raise
-    # what the parsers raise on damaged input, which is of many types
+        file = _weights_file(path)
+        if file.name == hugging_face.WEIGHTS and _config_beside(file).exists():
+            config, state = _read_hugging_face(file)
+        elif file.suffix == ".safetensors":
+            config, state = _read_safetensors(file)
+        else:
+            config, state = _read_published(file)
+        return config, unfolded(_checked(state, file.stat().st_size))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    # Parsers raise errors of many types on damaged input.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path}: not a readable checkpoint: {reason[0]}") from error
+        shown = printable(reason[0])
+        raise CheckpointError(f"{path}: not a readable checkpoint: {shown}") from error
 
 
-def restore(codec, state: dict[str, Tensor], path):
-    """Load a state dict into a codec, whose weights may be stored in any of the three ways.
+def restore(codec: Codec, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load a state dict, as `read` returns it, into a codec.
+
+    A codec on the meta device takes the tensors themselves, any other one their values.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of another shape.
     """
-    state = unfolded(state)
     expected = codec.state_dict()
-    for key in expected.keys() ^ state.keys():
-        raise CheckpointError(
-            f"{path}: {'lacks' if key in expected else 'has an unexpected'} {key}"
-        )
+    for key in sorted(expected.keys() ^ state.keys()):
+        wrong = "lacks" if key in expected else "has an unexpected"
+        raise CheckpointError(f"{path}: {wrong} {printable(key)}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise CheckpointError(
                 f"{path}: {key} is {list(tensor.shape)}, expected {list(expected[key].shape)}"
             )
-    codec.load_state_dict(state)
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise CheckpointError(f"{path}: {key} is {tensor.dtype}, not {expected[key].dtype}")
+    codec.load_state_dict(state, assign=any(tensor.is_meta for tensor in expected.values()))
 
 
-def save(codec, path):
-    """Write a checkpoint atomically; its format follows from the path: .safetensors, .pth, or a folder (no suffix).
+def save(codec: Codec, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Its format follows from the path: .safetensors, .pth, or a folder (no suffix).
 
     Raises:
         CheckpointError: another suffix, or a configuration that the format cannot hold.
-        OSError: the path cannot be written.
+        OutputError: the path cannot be written.
     """
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in codec.state_dict().items()}
-    if path.suffix == ".safetensors":
-        metadata = {"dac_fast": json.dumps({"name": codec.name, **codec.config.to_dict()})}
-        _save_safetensors(state, path, metadata)
-    elif path.suffix == ".pth":
-        _require_published(codec.config, path)
-        kwargs = codec.config.to_dict()
-        del kwargs["activation"]
-        with atomic_path(path) as temporary:
-            torch.save({"state_dict": unfolded(state), "metadata": {"kwargs": kwargs}}, temporary)
-    elif path.suffix == "":
-        config = _hugging_face_config(codec.config, path)
-        path.mkdir(parents=True, exist_ok=True)
-        names = {
-            published: theirs for theirs, published in _hugging_face_names(codec.config).items()
-        }
-        state = {
-            _renamed(key, lambda module: names[module]): tensor
-            for key, tensor in folded(state).items()
-        }
-        _save_safetensors(state, path / HUGGING_FACE_FILE, {"format": "pt"})
-        with atomic_path(path / "config.json") as temporary:
-            Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
-    else:
-        raise CheckpointError(
-            f"{path}: unknown checkpoint format; accepted: .safetensors, .pth, a folder (no suffix)"
-        )
+    try:
+        if path.suffix == ".safetensors":
+            values = {"name": codec.name, **codec.config.to_dict()}
+            write_bytes(path, _safetensors(state, {"dac_fast": json.dumps(values)}))
+        elif path.suffix == ".pth":
+            write_bytes(path, _published(state, codec.config))
+        elif path.suffix == "":
+            _write_folder(path, _hugging_face(state, codec.config))
+        else:
+            accepted = ".safetensors, .pth, a folder (no suffix)"
+            raise CheckpointError(f"unknown checkpoint format; accepted: {accepted}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def unfolded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unfolded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with every convolution's as `weight_g` and `weight_v`."""
     spellings = {
         "parametrizations.weight.original0": "weight_g",
         "parametrizations.weight.original1": "weight_v",
     }
-    result = {}
+    result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         for theirs, ours in spellings.items():
             key = key.replace(theirs, ours)
+        parts = {key: tensor}
         if key.endswith(".weight") and not key.endswith("codebook.weight"):
-            magnitude = tensor.float().flatten(1).norm(dim=1).view(-1, *[1] * (tensor.dim() - 1))
-            result[f"{key}_g"], result[f"{key}_v"] = magnitude.to(tensor.dtype), tensor
-        else:
-            result[key] = tensor
+            magnitude = _row_norms(tensor)
+            # A row of zeros has no direction; with magnitude 0, any other will do.
+            direction = tensor.masked_fill(magnitude == 0, 1)
+            parts = {f"{key}_g": magnitude.to(tensor.dtype), f"{key}_v": direction}
+        if result.keys() & parts.keys():
+            raise CheckpointError(f"{printable(key)} is stored twice")
+        result |= parts
     return result
 
 
-def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with every convolution's as one `weight`."""
     result = {
         key: tensor for key, tensor in state.items() if not key.endswith(("weight_g", "weight_v"))
@@ -139,141 +170,185 @@ def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _read_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
+def _row_norms(weight: Tensor) -> Tensor:
+    """The norm of each row, an index of the first axis, in the shape of `weight_g`."""
+    norms: Tensor = weight.float().reshape(len(weight), -1).norm(dim=1)
+    return norms.view(-1, *[1] * (weight.dim() - 1))
+
+
+def printable(text: str) -> str:
+    """A file's own words for a message of one line: without control characters, and not long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+
+
+def _weights_file(path: Path) -> Path:
+    """The file that holds the tensors of a checkpoint."""
+    if not path.exists():
+        raise CheckpointError("no such checkpoint")
+    if path.is_dir() and _config_beside(path / hugging_face.WEIGHTS).exists():
+        path /= hugging_face.WEIGHTS
+    elif path.is_dir():
+        found = sorted(file for pattern in PUBLISHED_WEIGHTS for file in path.glob(pattern))
+        if not found:
+            accepted = f"{hugging_face.CONFIG} (Hugging Face) or weights.pth (published package)"
+            raise CheckpointError(f"not a checkpoint: a folder with neither {accepted}")
+        if len(found) > 1:
+            names = ", ".join(str(file.relative_to(path)) for file in found)
+            raise CheckpointError(f"a folder of {len(found)} checkpoints; accepted: {names}")
+        path = found[0]
+    if not path.is_file():
+        raise CheckpointError(f"not a checkpoint: {path.name} is missing or not a regular file")
+    return path
+
+
+def _config_beside(file: Path) -> Path:
+    return file.with_name(hugging_face.CONFIG)
+
+
+def _config(values: object) -> Config:
+    """The configuration of these values, if a codec can be described with it at little cost."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"its configuration is a {type(values).__name__}")
+    for name, value in values.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        big = any(isinstance(number, int) and abs(number) > MOST_NUMBER for number in numbers)
+        if big or len(numbers) > MOST_CODEBOOKS:
+            accepted = f"numbers up to {MOST_NUMBER}, and up to {MOST_CODEBOOKS} of them"
+            raise CheckpointError(f"{name} is {value!r:.80}; accepted: {accepted}")
+    config = Config.from_dict(values)
+    rates = max(len(config.encoder_rates), len(config.decoder_rates))
+    latent = config.latent_dim or 0
+    widest = max(config.encoder_dim << rates, config.decoder_dim, latent, *config.codebook_dims)
+    for what, found, most in (
+        ("n_codebooks", config.n_codebooks, MOST_CODEBOOKS),
+        ("the number of rates", rates, MOST_RATES),
+        ("the number of channels", widest, MOST_CHANNELS),
+        ("hop_length", config.hop_length, MOST_NUMBER),
+    ):
+        if found > most:
+            raise CheckpointError(f"{what} is {found}; accepted: up to {most}")
+    return config
+
+
+def _checked(state: Mapping[str, object], size: int) -> dict[str, Tensor]:
+    """The tensors as float32 in memory of their own, if a file of that many bytes can hold them."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        shown = printable(key)
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{shown} is a {type(tensor).__name__}; accepted: a tensor")
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{shown} is of {tensor.dtype}; accepted: floats")
+        if tensor.dtype != torch.bool and (tensor.dim() == 0 or tensor.numel() == 0):
+            raise CheckpointError(f"{shown} is of shape {list(tensor.shape)}; accepted: none of 0")
+        tensors[key] = tensor
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > size:
+        raise CheckpointError(f"its tensors claim {claimed} bytes of the file's {size}")
+    for key, tensor in tensors.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        tensors[key] = own = tensor.to(dtype, copy=True).contiguous()
+        if not own.isfinite().all():
+            raise CheckpointError(f"{printable(key)} holds a value that is not finite")
+        if key.endswith("weight_v") and not _row_norms(own).all():
+            raise CheckpointError(f"{printable(key)} has a row of zeros, which has no direction")
+    return tensors
+
+
+def _read_safetensors(file: Path) -> tuple[Config, Mapping[str, object]]:
+    metadata, state = _tensors(file)
+    if "dac_fast" not in metadata:
+        raise CheckpointError(f"no configuration inside, and no {hugging_face.CONFIG} beside it")
+    values = json.loads(metadata["dac_fast"])
+    if isinstance(values, dict):
+        values.pop("name", None)
+    return _config(values), state
+
+
+def _read_hugging_face(file: Path) -> tuple[Config, Mapping[str, object]]:
+    beside = _config_beside(file)
+    if not beside.is_file() or beside.stat().st_size > MOST_CONFIG_BYTES:
+        accepted = f"a regular file of up to {MOST_CONFIG_BYTES} bytes"
+        raise CheckpointError(f"{beside.name} is not {accepted}")
+    config = _config(hugging_face.values_of(json.loads(beside.read_text(encoding="utf-8"))))
+    return config, hugging_face.published(_tensors(file)[1], config)
+
+
+def _tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a .safetensors file."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "dac_fast" not in metadata:
-            raise CheckpointError(f"{path}: no configuration inside, and no config.json beside it")
-        values = json.loads(metadata["dac_fast"])
-        values.pop("name", None)
-        return Config.from_dict(values), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with safe_open(file, framework="pt") as content:
+        keys = content.keys()
+        return content.metadata() or {}, {key: content.get_tensor(key) for key in keys}
 
 
-def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]):
+def _read_published(file: Path) -> tuple[Config, Mapping[str, object]]:
+    try:
+        content = torch_archive.load(file)
+    except (zipfile.BadZipFile, RefusedError) as error:
+        refused = "no checkpoint, or it holds more than tensors and plain values"
+        raise CheckpointError(f"not a readable checkpoint: {refused} ({error})") from error
+    match content:
+        case {"state_dict": dict(state), "metadata": {"kwargs": kwargs}}:
+            return _config(kwargs), state
+    raise CheckpointError("lacks state_dict or metadata.kwargs of a published checkpoint")
+
+
+def _safetensors(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save as to_bytes
 
-    # not `save_file`, whose files are private to the user, whatever the umask says
-    write_bytes(path, to_bytes(state, metadata))
+    # Not `save_file`, whose files are private to the user, whatever the umask says.
+    data: bytes = to_bytes(state, metadata)
+    return data
 
 
-def _read_published(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # whose message advises to switch the protection off
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: no checkpoint, or it holds more than tensors and plain values"
-        ) from error
-    try:
-        state, kwargs = dict(content["state_dict"]), dict(content["metadata"]["kwargs"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: lacks state_dict or metadata.kwargs of a published checkpoint"
-        ) from error
-    return Config.from_dict(kwargs), state
+def _published(state: dict[str, Tensor], config: Config) -> bytes:
+    """A .pth checkpoint as the published package writes it."""
+    _require_published(config)
+    kwargs = config.to_dict()
+    del kwargs["activation"]
+    buffer = io.BytesIO()
+    torch.save({"state_dict": unfolded(state), "metadata": {"kwargs": kwargs}}, buffer)
+    return buffer.getvalue()
 
 
-def _read_hugging_face(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    from safetensors.torch import load_file
-
-    theirs = json.loads((path / "config.json").read_text())
-    if theirs.get("model_type") != "dac":
-        raise CheckpointError(
-            f"{path}: config.json is of a {theirs.get('model_type')!r} model; accepted: 'dac'"
-        )
-    config = Config(
-        encoder_dim=theirs["encoder_hidden_size"],
-        encoder_rates=theirs["downsampling_ratios"],
-        latent_dim=theirs.get("hidden_size"),
-        decoder_dim=theirs["decoder_hidden_size"],
-        decoder_rates=theirs.get("upsampling_ratios", theirs["downsampling_ratios"][::-1]),
-        n_codebooks=theirs["n_codebooks"],
-        codebook_size=theirs["codebook_size"],
-        codebook_dim=theirs["codebook_dim"],
-        quantizer_dropout=theirs.get("quantizer_dropout", 0.0),
-        sample_rate=theirs["sampling_rate"],
-    )
-    names = _hugging_face_names(config)
-    state = load_file(path / HUGGING_FACE_FILE)
-    return config, {
-        _renamed(key, lambda module: names.get(module, module)): value
-        for key, value in state.items()
+def _hugging_face(state: dict[str, Tensor], config: Config) -> dict[str, bytes]:
+    """The files of a Hugging Face folder, by their names."""
+    _require_published(config)
+    texts = {
+        hugging_face.CONFIG: hugging_face.config_of(config),
+        hugging_face.PREPROCESSOR: hugging_face.preprocessor_of(config),
     }
-
-
-def _hugging_face_config(config: Config, path: Path) -> dict:
-    _require_published(config, path)
-    if config.latent_dim != config.encoder_dim * 2 ** len(config.encoder_rates):
-        raise CheckpointError(
-            f"{path}: latent_dim {config.latent_dim} has no place in Hugging Face's format"
-        )
-    if config.decoder_rates != config.encoder_rates[::-1] or not isinstance(
-        config.codebook_dim, int
-    ):
-        raise CheckpointError(
-            f"{path}: decoder_rates or codebook_dim have no place in Hugging Face's format"
-        )
+    weights = hugging_face.theirs(folded(state), config)
     return {
-        "architectures": ["DacModel"],
-        "model_type": "dac",
-        "encoder_hidden_size": config.encoder_dim,
-        "downsampling_ratios": list(config.encoder_rates),
-        "upsampling_ratios": list(config.decoder_rates),
-        "hidden_size": config.latent_dim,
-        "decoder_hidden_size": config.decoder_dim,
-        "n_codebooks": config.n_codebooks,
-        "codebook_size": config.codebook_size,
-        "codebook_dim": config.codebook_dim,
-        "quantizer_dropout": config.quantizer_dropout,
-        "sampling_rate": config.sample_rate,
-        "hop_length": config.hop_length,
+        hugging_face.WEIGHTS: _safetensors(weights, {"format": "pt"}),
+        **{name: f"{json.dumps(values, indent=2)}\n".encode() for name, values in texts.items()},
     }
 
 
-def _require_published(config: Config, path: Path):
+def _require_published(config: Config) -> None:
     for name, value in (("activation", "snake"), ("quantizer", "factorized")):
         if getattr(config, name) != value:
-            raise CheckpointError(
-                f"{path}: {name} {getattr(config, name)!r} fits a .safetensors checkpoint only"
+            raise ValueError(
+                f"{name} {getattr(config, name)!r} fits a .safetensors checkpoint only"
             )
 
 
-def _hugging_face_names(config: Config) -> dict[str, str]:
-    """Hugging Face's name of every module outside the quantizer to the published one."""
-    names = {}
-    unit_parts = ("snake1", "conv1", "snake2", "conv2")
-    for side, published, rates in (
-        ("encoder", "encoder.block", config.encoder_rates),
-        ("decoder", "decoder.model", config.decoder_rates),
-    ):
-        # an encoder block is three residual units, then activation and convolution; a decoder block begins with those
-        units, ends = (
-            (range(3), {"snake1": 3, "conv1": 4}) if side == "encoder" else (range(2, 5), None)
-        )
-        ends = ends or {"snake1": 0, "conv_t1": 1}
-        names[f"{side}.conv1"] = f"{published}.0"
-        for i in range(len(rates)):
-            block = f"{published}.{i + 1}.block"
-            names.update(
-                {f"{side}.block.{i}.{part}": f"{block}.{index}" for part, index in ends.items()}
-            )
-            for number, unit in enumerate(units, start=1):
-                for index, part in enumerate(unit_parts):
-                    names[f"{side}.block.{i}.res_unit{number}.{part}"] = (
-                        f"{block}.{unit}.block.{index}"
-                    )
-        names[f"{side}.snake1"] = f"{published}.{len(rates) + 1}"
-        names[f"{side}.conv2"] = f"{published}.{len(rates) + 2}"
-    return names
-
-
-def _renamed(key: str, rename: Callable[[str], str]) -> str:
-    """A tensor's key with its module renamed; the quantizer's modules have the same names everywhere."""
-    if key.startswith("quantizer."):
-        return key
-    module, parameter = re.fullmatch(r"(.+?)\.((?:parametrizations\.weight\.)?\w+)", key).groups()
-    return f"{rename(module)}.{parameter}"
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """A folder of these files: all of them or none. What else a folder holds stays there."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    make_folder(temporary)
+    try:
+        for name, data in files.items():
+            write_bytes(temporary / name, data)
+        if path.is_dir():
+            for name in files:
+                os.replace(temporary / name, path / name)
+        else:
+            os.rename(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
