@@ -174,7 +174,9 @@ def _open(path: str) -> "soundfile.SoundFile":
 def _require_whole_wav(path: str) -> None:
     """Raises where a WAV file ends before its samples do: libsndfile would read a shorter one."""
     with open(path, "rb") as file:
-        riff, _, wave = file.read(4), file.read(4), file.read(4)
+        riff = file.read(4)
+        file.read(4)
+        wave = file.read(4)
         if (riff, wave) != (b"RIFF", b"WAVE"):
             return
         size = os.path.getsize(path)

@@ -43,7 +43,9 @@ class CodesDataset(IterableDataset[Record]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of another epoch, from its beginning."""
-        self.epoch, self._shard, self._record = epoch, 0, 0
+        self.epoch = epoch
+        self._shard = 0
+        self._record = 0
 
     def state_dict(self) -> dict[str, int]:
         """Which record is next."""
@@ -51,7 +53,9 @@ class CodesDataset(IterableDataset[Record]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on with the record that was next."""
-        self.epoch, self._shard, self._record = state["epoch"], state["shard"], state["record"]
+        self.epoch = state["epoch"]
+        self._shard = state["shard"]
+        self._record = state["record"]
 
     def __iter__(self) -> Iterator[Record]:
         mine = self._mine()

@@ -257,7 +257,9 @@ class _Part(io.RawIOBase):
     """A part of a seekable file, as a file."""
 
     def __init__(self, file: IO[bytes], offset: int, size: int):
-        self.file, self.offset, self.size = file, offset, size
+        self.file = file
+        self.offset = offset
+        self.size = size
         self.position = 0
 
     def readable(self) -> bool:

@@ -66,7 +66,9 @@ def sample_windows(codec: Codec, blocks: Iterable[Tensor], chunk_frames: int) ->
 
 def code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
     """Codes [C, N, F] in windows to decode, `chunk_frames` frames each, like `sample_windows`."""
-    hop, frames, context = codec.hop_length, codes.shape[-1], reach(codec.decoder)
+    hop = codec.hop_length
+    frames = codes.shape[-1]
+    context = reach(codec.decoder)
     for begin in range(0, frames, chunk_frames):
         end = min(begin + chunk_frames, frames)
         first = max(begin - context, 0)

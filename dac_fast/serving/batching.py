@@ -61,7 +61,9 @@ def gather(waiting: Sequence[Call], most_seconds: float) -> list[Call]:
         most_seconds: audio of a batch, padding included. The oldest call is taken in any case.
     """
     oldest = waiting[0]
-    batch, rows, longest = [oldest], oldest.rows, oldest.seconds
+    batch = [oldest]
+    rows = oldest.rows
+    longest = oldest.seconds
     others = [call for call in waiting[1:] if call.kind == oldest.kind]
     for call in sorted(others, key=lambda call: abs(call.seconds - oldest.seconds)):
         if (rows + call.rows) * max(longest, call.seconds) <= most_seconds:
@@ -110,7 +112,9 @@ class Job:
         run: Callable[[Callable[[], Tensor]], Future[Tensor]],
         threads: anyio.CapacityLimiter,
     ) -> None:
-        self._submit, self._run, self._threads = submit, run, threads
+        self._submit = submit
+        self._run = run
+        self._threads = threads
         self._lock = threading.Lock()
         self._ended = False
         self._waiting: Future[Tensor] | None = None

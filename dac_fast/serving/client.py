@@ -38,7 +38,9 @@ class ServerError(Exception):
 
     def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
         super().__init__(f"{status}: {detail}")
-        self.status, self.detail, self.retry_after = status, detail, retry_after
+        self.status = status
+        self.detail = detail
+        self.retry_after = retry_after
 
 
 class Reconstruction(NamedTuple):
@@ -70,7 +72,9 @@ class Client:
     def __init__(
         self, url: str = DEFAULT_URL, token: str | None = None, timeout: float = 300.0
     ) -> None:
-        self._url, self._headers, self._timeout = url, _headers(token), timeout
+        self._url = url
+        self._headers = _headers(token)
+        self._timeout = timeout
         self._http = httpx.Client(base_url=url, headers=self._headers, timeout=timeout)
 
     def __enter__(self) -> "Client":
@@ -140,7 +144,9 @@ class AsyncClient:
     def __init__(
         self, url: str = DEFAULT_URL, token: str | None = None, timeout: float = 300.0
     ) -> None:
-        self._url, self._headers, self._timeout = url, _headers(token), timeout
+        self._url = url
+        self._headers = _headers(token)
+        self._timeout = timeout
         limits = httpx.Limits(max_connections=None)
         self._http = httpx.AsyncClient(
             base_url=url, headers=self._headers, timeout=timeout, limits=limits
@@ -233,7 +239,9 @@ class _Pieces:
         scheme = {"http": "ws", "https": "wss"}.get(scheme, scheme)
         path = f"{path.rstrip('/')}/v1/{direction}/stream"
         self._url = urlunsplit((scheme, place, path, "", ""))
-        self._http_headers, self._direction, self._timeout = headers, direction, timeout
+        self._http_headers = headers
+        self._direction = direction
+        self._timeout = timeout
         self._first = json.dumps({"n_quantizers": n_quantizers, "format": format})
         self._samples = np.dtype("<i2" if format == "int16" else "<f4")
         self.header: dict[str, Any] = {}

@@ -115,7 +115,9 @@ async def decode(
     blocks = decompressed_blocks(
         batched(service.codec, job), file, chunk_seconds=service.chunk_seconds
     )
-    rate, channels, samples = file.sample_rate, file.channels, file.original_length
+    rate = file.sample_rate
+    channels = file.channels
+    samples = file.original_length
     pieces = audio_to_bytes(blocks, format, rate, channels, samples)
     # What is wrong with the file shows before the answer begins.
     first = await job.in_thread(lambda: next(pieces, None))

@@ -95,7 +95,9 @@ class _Connection:
     """The connection of one stream."""
 
     def __init__(self, socket: WebSocket, service: Service, direction: Direction) -> None:
-        self._socket, self._service, self._direction = socket, service, direction
+        self._socket = socket
+        self._service = service
+        self._direction = direction
         self._pool = service.worker.pools[direction]
         self._codebooks = service.codec.config.n_codebooks
         self._as_int16 = False

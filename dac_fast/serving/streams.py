@@ -78,7 +78,9 @@ class Stream:
 
     def take(self, frames: int) -> tuple[float, Array]:
         """When the next frames arrived, and what they are: [channels, frames unit]."""
-        since, taken, missing = self.pieces[0][0], [], frames * self.unit
+        since = self.pieces[0][0]
+        taken = []
+        missing = frames * self.unit
         self.positions -= missing
         while missing:
             arrived, piece = self.pieces.popleft()
