@@ -1,4 +1,4 @@
-"""The command line: python -m bench list | run | gpu | parity | train | report | house."""
+"""The command line: python -m bench list | run | gpu | parity | train | corpus | report | house."""
 
 import fnmatch
 import os
@@ -232,6 +232,35 @@ def train(
         quick=quick,
     )
     run_train(settings, path, budget, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
+def corpus(
+    device: OnDevice = None,
+    model: Annotated[str, typer.Option(help="Of all ways.")] = "tiny",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of recordings. Default: a clip, often.")
+    ] = None,
+    most: Annotated[int, typer.Option(help="Recordings to encode at most.")] = 100,
+    rounds: Annotated[int, typer.Option(help="In which the ways take turns.")] = 1,
+    published_python: PublishedPython = None,
+    quick: Quick = False,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Time a corpus to codes: one and two workers, a loop, the published package in a pool."""
+    # Imported here, since it needs Ray, which a machine that only times kernels may lack.
+    from bench.corpus import CLIP, CorpusSettings, run_corpus
+    from dac_fast.audio.sources import files_below
+
+    name = name_of(device)
+    must_be_there(name)
+    count = 4 if quick else most
+    files = [Path(file.path) for file in files_below(data)] if data else [CLIP] * count
+    settings = CorpusSettings(name, model, files[:count], rounds, published_python)
+    path = out or OUT / f"{name}_corpus.json"
+    run_corpus(settings, path, commit)
     say_written([path, *write_report(path)])
 
 

@@ -95,6 +95,10 @@ def kind(
         from bench import precisions
 
         return precisions.markdown, lambda _: {}
+    if "corpus" in document:
+        from bench import corpus
+
+        return corpus.markdown, lambda _: {}
     return markdown, figures
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import dac_fast
 from dac_fast.cli.commands import app
-from dac_fast.corpus import DatasetError, read, shards
+from dac_fast.corpus import DatasetError, on_ray, read, shards
 from dac_fast.corpus.encoding import Encoder, Reading
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.sources import Item, SourceError, files_of, items_of
@@ -600,6 +600,17 @@ def test_without_ray_a_line_says_what_to_do(clips, options, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"pip install 'dac-fast\[corpus\]', or --local"):
         made(clips, tmp_path / "codes", replace(options, local=False))
     assert not (tmp_path / "codes").exists()
+
+
+def test_a_ray_that_gives_up_is_one_line(clips, options, tmp_path, monkeypatch):
+    exceptions = pytest.importorskip("ray.exceptions")
+
+    def fail(*arguments):
+        raise exceptions.RayError("a traceback\nof many lines\nValueError: no model")
+
+    monkeypatch.setattr(on_ray, "_run", fail)
+    with pytest.raises(OSError, match=r"^Ray gave up \(ValueError: no model\); the same command"):
+        made(clips, tmp_path / "codes", replace(options, local=False))
 
 
 def test_the_command_tells_forecast_run_and_verdict(clips, model, tmp_path):

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PIECE_SECONDS = 600.0
 # Pieces of a stream: each is a task, which Ray keeps in mind until the stream ends.
 STREAM_PIECES = 2000
+# Pieces that a process reads before another takes its place.
+READER_CALLS = 1000
 # Bytes of windows that Ray moves at once.
 BLOCK_BYTES = 32 << 20
 # Shards that are written at once.
@@ -106,6 +108,10 @@ class Pools:
         return cls(device, least, most, wanted.readers or cpus, seconds)
 
 
+class RayFailedError(OSError):
+    """Ray, or a worker beyond what Ray makes up for; the shards that are written stay."""
+
+
 def require() -> None:
     """Raises ValueError where Ray is not installed."""
     try:
@@ -130,8 +136,22 @@ def run(
         meter: told of everything.
     Raises:
         OutputError: a shard cannot be written.
-        EncodingError: the model cannot encode.
+        RayFailedError: Ray gave up; its message ends with what the last worker said.
     """
+    import ray
+
+    try:
+        _run(folder, work, spec, wanted, address, meter)
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise RayFailedError(
+            f"Ray gave up ({said}); the same command goes on with the shards that are missing"
+        ) from error
+
+
+def _run(
+    folder: Folder, work: Work, spec: Spec, wanted: Wanted, address: str | None, meter: Meter
+) -> None:
     with _connected(address, wanted) as pools:
         meter.capacity = {
             "reading": pools.readers,
@@ -192,6 +212,8 @@ def _stream(claimed: Sequence[Shard], spec: Spec, pools: Pools) -> Iterator["pa.
         batch_format="pyarrow",
         num_cpus=1,
         compute=TaskPoolStrategy(size=pools.readers),
+        # Ray fuses neighbours with the same arguments, and then nothing is read while encoding.
+        max_calls=READER_CALLS,
     )
     encoded = read.map_batches(
         _Encode,
