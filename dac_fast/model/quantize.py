@@ -145,11 +145,11 @@ class ResidualVectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.stages(1)[0].codebook.weight.dtype)
             if self.form != "factorized":
-                return self._encodestages(z, n, counts, lengths)
+                return self._encode_stages(z, n, counts, lengths)
             weights = (*self._encode_weights(n), *self._decode_weights(n))
             return ops.rvq_encode(z, *weights, counts, lengths)
 
-    def _encodestages(
+    def _encode_stages(
         self, z: Tensor, n: int, counts: Tensor | None, lengths: Tensor | None
     ) -> Quantized:
         """The result of `ops.rvq_encode`, for the forms that the op does not know."""
