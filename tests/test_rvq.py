@@ -268,6 +268,27 @@ def test_a_captured_graph_keeps_its_tables(monkeypatch):
     assert reference() is not None
 
 
+def test_another_stream_waits_for_tables(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waits = []
+
+        def record_event(self):
+            return self
+
+        def wait_event(self, event):
+            self.waits.append(event)
+
+    first, second = Stream(), Stream()
+    tables = per_version.PerVersion(lambda group: [2 * group[0]])
+    weight = torch.ones(3)
+    for stream in (first, first, second):
+        monkeypatch.setattr(per_version, "_stream", lambda tensor, stream=stream: stream)
+        tables([weight])
+    assert first.waits == []
+    assert second.waits == [first]
+
+
 def test_same_bits_with_every_tile(monkeypatch):
     """So which one is fastest decides no code."""
     z, weights, made = random_input(frames=40), random_weights(size=200, dim=8), []
