@@ -39,7 +39,7 @@ clean:
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --upgrade pip
 	@echo "2/3 installing PyTorch ($(TORCH_BUILD)): a minute or more, by your network"
-	@$(BIN)/pip install --quiet $(TORCH_INDEX) "$(TORCH)"
+	@$(BIN)/pip install -qq $(TORCH_INDEX) "$(TORCH)"
 	@echo "3/3 compiling csrc for this machine, installing dac_fast and its tools: about as long"
 	@$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@

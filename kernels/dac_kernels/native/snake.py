@@ -99,7 +99,8 @@ def _gradients(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_alpha = _gradients(grad, x, alpha)
     last = _channels_last(x)
-    grad, x, alpha = _with_runs(grad, last), _with_runs(x, last), alpha.contiguous()
+    grad, x = _with_runs(grad, last), _with_runs(x, last)
+    alpha = alpha.contiguous()
     inputs = _rows(grad, last), _rows(x, last), alpha.data_ptr()
     outputs = _rows(grad_x, last), grad_alpha.data_ptr()
     call("snake_backward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
