@@ -278,8 +278,10 @@ void prepare(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (ready.count(device)) return;
   const auto made = make_tables<float>();
-  check_cuda(cudaMemcpyToSymbol(tables, made.get(), sizeof(Tables<float>)),
-             "stft_bands: copying tables to the device (call the op once before capturing it in a CUDA graph)");
+  const char* what = "stft_bands: copying tables to the device (call the op once before capturing it in a CUDA graph)";
+  check_cuda(cudaMemcpyToSymbol(tables, made.get(), sizeof(Tables<float>)), what);
+  // The copy from pageable memory may not have ended yet, and streams other than the default one would not wait for it.
+  check_cuda(cudaStreamSynchronize(nullptr), what);
   ready.insert(device);
 }
 

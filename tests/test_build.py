@@ -1,6 +1,5 @@
 """The compiled module: what is built for which GPUs, what is shipped, and csrc under sanitizers."""
 
-import functools
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 
 
 def run(*command, **options):
@@ -75,36 +75,43 @@ native.extension.disc_preprocess_forward_cuda_float32(
     assert re.match(r"RuntimeError: disc_preprocess: .*(driver|device)", ran.stderr.split("\n")[-2])
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A function: the objects of csrc and native_main.cpp by name, with sanitizers of g++ or none.
+class Sanitized:
+    """C++ compiled and linked by g++ with its sanitizers, or without; each object once."""
 
-    It skips the test where g++ has no such sanitizer.
-    """
+    def __init__(self, folder):
+        self.folder = folder
+
+    def flags(self, sanitizers):
+        options = ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-Wno-psabi"]
+        if not sanitizers:
+            return options
+        return [*options, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+
+    def compile(self, sanitizers, source):
+        made = self.folder / f"{source.stem}-{sanitizers}.o"
+        if not made.exists():
+            include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            built = run("g++", *self.flags(sanitizers), *include, "-c", source, "-o", made)
+            assert built.returncode == 0, built.stderr
+        return made
+
+    def link(self, sanitizers, sources, target, *options):
+        """Skips the test where g++ has no such sanitizer."""
+        empty = self.folder / "empty.cpp"
+        empty.write_text("int main() {}")
+        if run("g++", *self.flags(sanitizers), empty, "-o", self.folder / "empty").returncode:
+            pytest.skip(f"g++ has no {sanitizers} sanitizer")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: self.compile(sanitizers, source), sources))
+        built = run("g++", *self.flags(sanitizers), *options, *objects, "-o", target)
+        assert built.returncode == 0, built.stderr
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++ on PATH")
-
-    @functools.cache
-    def objects(sanitizers):
-        folder = tmp_path_factory.mktemp("objects")
-        flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
-        (folder / "empty.cpp").write_text("int main() {}")
-        if run("g++", *flags, folder / "empty.cpp", "-o", folder / "empty").returncode:
-            pytest.skip(f"g++ has no {sanitizers} sanitizer")
-        flags += ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-Wno-psabi"]
-        flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-
-        def compile_source(source):
-            made = folder / f"{source.stem}.o"
-            built = run("g++", *flags, "-c", source, "-o", made)
-            assert built.returncode == 0, built.stderr
-            return source.stem, made
-
-        sources = [ROOT / "tests/native_main.cpp", *(ROOT / "csrc").glob("*.cpp")]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return flags, dict(pool.map(compile_source, sources))
-
-    return objects
+    return Sanitized(tmp_path_factory.mktemp("sanitized"))
 
 
 # Random calls, by so many callers at once, and forked children while all but one of these are
@@ -114,23 +121,21 @@ SANITIZERS = {"address,undefined": (2000, 1, 50), "thread": (800, 8, 0), "": (40
 
 
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
-def test_cpu_half_under_sanitizers(sanitizers, compiled, tmp_path, capsys):
-    flags, objects = compiled(sanitizers)
-    parts = [made for name, made in objects.items() if name != "bindings"]
-    assert run("g++", *flags, *parts, "-o", tmp_path / "main").returncode == 0
+def test_cpu_half_under_sanitizers(sanitizers, sanitized, tmp_path, capsys):
+    csrc = [path for path in sorted(CSRC.glob("*.cpp")) if path.stem != "bindings"]
+    sanitized.link(sanitizers, [ROOT / "tests/native_main.cpp", *csrc], tmp_path / "main")
     ran = run(tmp_path / "main", *map(str, SANITIZERS[sanitizers]), timeout=300)
     assert ran.returncode == 0, ran.stderr
     with capsys.disabled():
         print(f"\ncsrc, sanitizer {sanitizers or 'none'}: {ran.stdout.strip()}")
 
 
-def test_registered_ops_under_sanitizers(compiled, tmp_path, capsys):
+def test_registered_ops_under_sanitizers(sanitized, tmp_path, capsys):
     """Whatever the arguments: a whole result or a refusal, and no access outside the tensors."""
-    flags, objects = compiled("address,undefined")
     package = tmp_path / "dac_kernels"
     shutil.copytree(ROOT / "kernels/dac_kernels", package, ignore=shutil.ignore_patterns("*.so"))
-    parts = [made for name, made in objects.items() if name != "native_main"]
-    assert run("g++", *flags, "-shared", *parts, "-o", package / "_C.so").returncode == 0
+    csrc = sorted(CSRC.glob("*.cpp"))
+    sanitized.link("address,undefined", csrc, package / "_C.so", "-shared")
     runtimes = [
         run("g++", f"-print-file-name=lib{name}.so").stdout.strip() for name in ("asan", "ubsan")
     ]

@@ -122,7 +122,8 @@ def test_every_tile(kind, monkeypatch):
     )
     tf32, made = kind == "tf32", []
     for tile in range(len(module.TILES[kind])):
-        monkeypatch.setattr(module, "tuned", lambda key, configs, run, tile=tile: configs[tile])
+        choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
+        monkeypatch.setattr(module, "tuned", choice)
         made += [
             compare(arguments, 3, 9, dtype=torch.float16 if tf32 else None, alpha=alpha, tf32=tf32)
         ]

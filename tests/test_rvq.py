@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dac_kernels import per_version, rvq
+from dac_kernels import per_version, rvq, rvq_kernels
 from dac_kernels.rvq_kernels import decode, project, search
 from tolerances import assert_as_good_as
 
@@ -266,6 +266,38 @@ def test_a_captured_graph_keeps_its_tables(monkeypatch):
     gc.collect()
     assert not tables.entries
     assert reference() is not None
+
+
+def test_another_stream_waits_for_tables(monkeypatch):
+    class Stream:
+        def __init__(self):
+            self.waits = []
+
+        def record_event(self):
+            return self
+
+        def wait_event(self, event):
+            self.waits.append(event)
+
+    first, second = Stream(), Stream()
+    tables = per_version.PerVersion(lambda group: [2 * group[0]])
+    weight = torch.ones(3)
+    for stream in (first, first, second):
+        monkeypatch.setattr(per_version, "_stream", lambda tensor, stream=stream: stream)
+        tables([weight])
+    assert first.waits == []
+    assert second.waits == [first]
+
+
+def test_same_bits_with_every_tile(monkeypatch):
+    """So which one is fastest decides no code."""
+    z, weights, made = random_input(frames=40), random_weights(size=200, dim=8), []
+    for tile in range(len(rvq_kernels.search_configs(8))):
+        choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
+        monkeypatch.setattr(rvq_kernels, "tuned", choice)
+        made.append(rvq.rvq_encode(z, *weights))
+    for outputs in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, made[0], strict=True))
 
 
 def test_same_bits_every_time():

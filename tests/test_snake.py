@@ -181,19 +181,26 @@ def test_imports_without_triton():
 
 
 def test_configuration_is_chosen_once_and_never_during_capture(monkeypatch):
+    """And one that does not fit into the GPU is passed over."""
     timed, capturing = [], True
+
+    def run(config):
+        if config["time"] == 0:
+            raise launch.triton.OutOfResources(2, 1, "shared memory")
+        return config["time"]
+
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_choices", {})
     monkeypatch.setattr(
         launch.triton.testing, "do_bench", lambda run, **_: timed.append(run()) or timed[-1]
     )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    configs = [{"time": 3}, {"time": 1}, {"time": 2}]
-    pick = lambda: launch.tuned("key", configs, lambda config: config["time"])  # noqa: E731
+    configs = [{"time": 3}, {"time": 0}, {"time": 1}, {"time": 2}]
+    pick = lambda: launch.tuned("op", torch.zeros(1), (), configs, run)  # noqa: E731
     assert pick() is configs[0]
     assert not timed
     capturing = False
-    assert pick() is pick() is configs[1]
+    assert pick() is pick() is configs[2]
     assert timed == [3, 1, 2]
 
 

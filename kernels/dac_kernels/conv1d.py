@@ -198,8 +198,9 @@ def _conv1d(
 
     parts = [tensor is not None for tensor in tensors]
     shape = (channels, product["N"], product["runs"], product["run"], stride, rows.bit_length())
-    key = "conv1d", x.device, x.dtype, precision, align, aligned, weight.stride(), *parts, *shape
-    run(tuned(key, tiles(TILES, x, precision, aligned, product["N"], product["run"]), run))
+    kind = precision, align, aligned, weight.stride(), *parts, *shape
+    configs = tiles(TILES, x, precision, aligned, product["N"], product["run"])
+    run(tuned("conv1d", x, kind, configs, run))
     return existing(y, snaked)
 
 

@@ -1,6 +1,7 @@
 """What every Triton op here shares: an optional Triton, launches, and the choice of tile sizes."""
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -57,31 +58,47 @@ def launch(kernel: Any, programs: int, first: Tensor, /, *rest: Any, **options: 
     """Run that many programs of a kernel on the device of its first argument."""
     if programs:
         with torch.cuda.device(first.get_device()):
-            kernel[(programs,)](first, *rest, **options)
+            # Said aloud, because the default changes with Triton 3.10.
+            kernel[(programs,)](first, *rest, enable_fp_fusion=True, **options)
 
 
 _choices: dict[Hashable, Config] = {}
 
 
-def tuned(key: Hashable, configs: Sequence[Config], run: Callable[[Config], object]) -> Config:
-    """The fastest configuration for a shape class: timed the first time, remembered afterwards.
+def tuned(
+    op: str,
+    x: Tensor,
+    shape: Sequence[Hashable],
+    configs: Sequence[Config],
+    run: Callable[[Config], object],
+) -> Config:
+    """The fastest configuration of an op: timed the first time, remembered afterwards.
 
     Only for kernels whose result does not depend on the configuration, to the bit. The first one is
     the default: it is taken in the interpreter, and during the capture of a CUDA graph where none
-    was chosen before (so call `warmup` first).
+    was chosen before (so call `warmup` first). One that the GPU has no room for is passed over.
 
     Args:
-        key: names the op, the device, and all that the choice may depend on.
+        op: its name.
+        x: a tensor of the device and dtype that the choice is for.
+        shape: what else the choice may depend on.
         configs: the configurations, the default first.
         run: launches the kernel with a configuration.
     """
     if INTERPRETED or len(configs) == 1:
         return configs[0]
+
+    def milliseconds(config: Config) -> float:
+        try:
+            time: float = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20)
+        except triton.OutOfResources:
+            return math.inf
+        return time
+
+    key = (op, x.device, x.dtype, *shape)
     if key not in _choices:
-        if torch.cuda.is_current_stream_capturing():
-            return configs[0]
-        _choices[key] = min(
-            configs,
-            key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20),
-        )
+        with torch.cuda.device(x.get_device()):
+            if torch.cuda.is_current_stream_capturing():
+                return configs[0]
+            _choices[key] = min(configs, key=milliseconds)
     return _choices[key]

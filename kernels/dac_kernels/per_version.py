@@ -16,6 +16,9 @@ class _Entry(Generic[Tables]):
     # Of each tensor, what changes when its values do.
     version: Sequence[tuple[object, ...]]
     tables: Tables
+    # On CUDA, the stream that computes the tables, and when they are ready.
+    stream: torch.cuda.Stream | None
+    ready: torch.cuda.Event | None
     # One for each tensor; it removes the entry when the tensor dies.
     owners: Sequence[weakref.ref[Tensor]]
 
@@ -58,11 +61,20 @@ class PerVersion(Generic[Tables]):
             # Later calls that do record gradients of their input can use these tables, too.
             with torch.inference_mode(False), torch.no_grad():
                 tables = self.build(*groups)
+            stream = _stream(tensors[0])
+            ready = stream.record_event() if stream else None
             references = [weakref.ref(t, lambda _: self.entries.pop(key, None)) for t in owners]
-            entry = self.entries[key] = _Entry(version, tables, references)
+            entry = self.entries[key] = _Entry(version, tables, stream, ready, references)
         if capturing:
+            # A capture begins when all streams are done, and must not wait for one of them.
             self.captured[id(entry.tables)] = entry.tables
+        elif entry.ready and (stream := _stream(tensors[0])) and stream != entry.stream:
+            stream.wait_event(entry.ready)
         return entry.tables
+
+
+def _stream(tensor: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -183,8 +183,9 @@ def _residual_unit(
     parts = keep, alpha is None, lengths is None
     shape = (channels, dilation, (items * time).bit_length())
     strides = weight1.stride(), weight2.stride()
-    key = "residual_unit", x.device, x.dtype, precision, aligned, *strides, *parts, *shape
-    run(tuned(key, tiles(TILES, x, precision, aligned, channels, channels), run))
+    kind = precision, aligned, *strides, *parts, *shape
+    configs = tiles(TILES, x, precision, aligned, channels, channels)
+    run(tuned("residual_unit", x, kind, configs, run))
     return existing(y, y_snaked)
 
 

@@ -79,15 +79,19 @@ def _search_kernel(
                 latent = tl.fma(-column[None, :], entry[:, None], latent)
 
         # The smallest squared distance of unit vectors a and e is the largest a e - |e|^2 / 2. With
-        # one vector per dimension, held in registers, the search is plain fp32 multiply-adds
-        # without shared memory.
-        length = tl.sqrt(tl.sum(latent * latent, axis=1))
-        unit = latent / tl.maximum(length, 1e-12)[:, None]
+        # one vector per dimension, held in registers, the search is plain fp32 multiply-adds, in an
+        # order that does not depend on the tile.
         components = ()
+        square = tl.zeros((BLOCK_F, 1), tl.float32)
         for k in tl.static_range(DIM):
-            component = tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None]
+            component = tl.sum(tl.where(dim[None, :] == k, latent, 0.0), axis=1)[:, None]
             # Triton knows no unpacking into a tuple.
             components = components + (component,)  # noqa: RUF005
+            square = tl.fma(component, component, square)
+        length = tl.maximum(tl.sqrt(square), 1e-12)
+        unit = ()
+        for k in tl.static_range(DIM):
+            unit = unit + (components[k] / length,)  # noqa: RUF005
         column = tl.arange(0, BLOCK_K)
         best = tl.full((BLOCK_F, BLOCK_K), float("-inf"), tl.float32)
         index = tl.zeros((BLOCK_F, BLOCK_K), tl.int32) + column[None, :]
@@ -98,7 +102,7 @@ def _search_kernel(
             score = tl.zeros_like(best) - norm[None, :]
             for k in tl.static_range(DIM):
                 part = tl.load(units + (i * DIM + k) * K + entry, mask=known, other=0.0)
-                score = tl.fma(components[k], part[None, :], score)
+                score = tl.fma(unit[k], part[None, :], score)
             # Strictly better only: the first of equals stays, and so it does in every column.
             better = score > best
             best = tl.where(better, score, best)
@@ -233,12 +237,12 @@ def search(
         programs = -(-frames // config["BLOCK_F"])
         launch(_search_kernel, programs, *tensors, *integers, **constants, **config)
 
-    key = "rvq_search", projections.device, stages, entries, dim, frames.bit_length()
-    run(tuned(key, _search_configs(dim), run))
+    shape = stages, entries, dim, frames.bit_length()
+    run(tuned("rvq_search", projections, shape, search_configs(dim), run))
     return latents, chosen, codes
 
 
-def _search_configs(dim: int) -> list[Config]:
+def search_configs(dim: int) -> list[Config]:
     """The rows that a thread holds cost `dim` registers each, so wide codes take few."""
     sizes = ((16, 128), (32, 64)) if dim <= 8 else ((8 if dim <= 16 else 4, 64),)
     return [{"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes]

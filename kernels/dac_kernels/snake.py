@@ -122,12 +122,13 @@ def _pointers(
     ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     # To the tile [BLOCK_C, BLOCK_T] of x. ALIGN divides the distances between runs of consecutive
-    # elements, so that these are loaded in vectors; Triton itself notices only multiples of 16.
-    stride_batch = tl.multiple_of(stride_batch, ALIGN)
+    # elements, so that these are loaded in vectors. Of an argument Triton itself notices only that
+    # 16 divides it, and takes no `tl.multiple_of`.
+    stride_batch = stride_batch // ALIGN * ALIGN
     if C_FAST:
-        stride_time = tl.multiple_of(stride_time, ALIGN)
+        stride_time = stride_time // ALIGN * ALIGN
     else:
-        stride_channel = tl.multiple_of(stride_channel, ALIGN)
+        stride_channel = stride_channel // ALIGN * ALIGN
     first = x + item * stride_batch + c_start * stride_channel + t_start * stride_time
     c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
     t = tl.arange(0, BLOCK_T)[None, :].to(tl.int64)
@@ -249,8 +250,8 @@ def _snake(x: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
 
     if x.numel():
         _, _, constants = _geometry(1024, x, y)
-        layout = constants["ALIGN"], constants["C_FAST"]
-        run(tuned(("snake", x.device, x.dtype, *layout, channels, time.bit_length()), CONFIGS, run))
+        shape = constants["ALIGN"], constants["C_FAST"], channels, time.bit_length()
+        run(tuned("snake", x, shape, CONFIGS, run))
     return y
 
 
