@@ -2,18 +2,19 @@
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from bench import house as house_of
+from bench import house as checkout
 from bench import precisions, run
 from bench.case import Case, Settings
 from bench.cases import all_cases
 from bench.document import ROOT
-from bench.gpu import GpuSettings, Step, run_everything
+from bench.gpu import GpuSettings, run_everything
 from bench.options import (
     Budget,
     CaseNames,
@@ -26,6 +27,7 @@ from bench.options import (
     PublishedPython,
     Quick,
     Recording,
+    Step,
     StepPrecision,
     Threads,
 )
@@ -76,7 +78,8 @@ def run_cases(
     name = name_of(device)
     cases = matching(case, name, quick)
     must_be_there(name)
-    use_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     without_tf32()
     settings = Settings(
         device=name,
@@ -110,7 +113,7 @@ def gpu(
     published_python: PublishedPython = None,
     recording: Recording = None,
 ) -> None:
-    """Do everything for a machine with a GPU, see bench/gpu.py: build, test, time, report."""
+    """Build, test and time everything on a GPU, see bench/gpu.py."""
     if not torch.cuda.is_available():
         hint = "`python -m bench run --device cpu` runs the CPU cases"
         raise typer.BadParameter(f"torch sees no CUDA device here; {hint}")
@@ -141,15 +144,12 @@ def parity(
     out: Out = None,
     commit: Commit = None,
 ) -> None:
-    """Say what each precision costs: codes that agree and audio in dB, against float64."""
+    """Measure what each precision costs, against float64."""
     name = name_of(device)
     must_be_there(name)
     must_be_files(recording)
-    wanted = [each.value for each in precision or Precision]
-    if name == "cpu" and precision and "tf32" in wanted:
-        raise typer.BadParameter("--precision tf32 on the CPU; accepted there: fp32, fp16, bf16")
-    if name == "cpu":
-        wanted = [each for each in wanted if each != "tf32"]
+    available = [each.value for each in Precision if name == "cuda" or each is not Precision.tf32]
+    wanted = accepted("--precision", [each.value for each in precision or ()], available, name)
     without_tf32()
     path = out or OUT / f"{name}_precisions.json"
     precisions.run_table(name, wanted, recording or precisions.CLIP, seconds, path, commit)
@@ -197,7 +197,7 @@ def train(
     out: Out = None,
     commit: Commit = None,
 ) -> None:
-    """Time the training step, part by part: the published one, torch.compile of it, ours."""
+    """Time the training step, part by part."""
     # Imported here, since training needs packages that a machine which only times kernels may lack.
     from bench.training.compare import main_line, run_compare
     from bench.training.step import PEERS, QUICK, TAKEN_APART, TrainSettings, run_train
@@ -205,7 +205,8 @@ def train(
 
     name = name_of(device)
     must_be_there(name)
-    use_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     path = out or OUT / f"{name}_train{'_compare' if compare else ''}.json"
     quick_overrides = QUICK if quick else ()
     if compare:
@@ -213,24 +214,18 @@ def train(
         say_written([path, *write_report(path)])
         return
     on_gpu = name == "cuda"
-    available = TAKEN_APART if count_only else PEERS[name]
-    for each in peer or ():
-        if each not in available:
-            accepted = ", ".join(available)
-            raise typer.BadParameter(f"--peer is {each!r}; accepted on {name}: {accepted}")
+    overrides = [*quick_overrides, *(override or ())]
     try:
-        chosen = load_recipe(
-            recipe or ("44khz" if on_gpu else "tiny"), [*quick_overrides, *(override or ())]
-        )
+        loaded = load_recipe(recipe or ("44khz" if on_gpu else "tiny"), overrides)
     except RecipeError as error:
         raise typer.BadParameter(str(error)) from error
+    precisions_wanted = precision or (list(StepPrecision) if on_gpu else [StepPrecision.fp32])
     settings = TrainSettings(
         device=name,
-        recipe=chosen,
+        recipe=loaded,
         batches=batch or ([72, 12] if on_gpu else [1]),
-        precisions=[each.value for each in precision or ()]
-        or (["fp32", "bf16"] if on_gpu else ["fp32"]),
-        peers=[each for each in available if each in (peer or available)],
+        precisions=[each.value for each in precisions_wanted],
+        peers=accepted("--peer", peer, TAKEN_APART if count_only else PEERS[name], name),
         seconds=0.2 if quick else seconds,
         count_only=count_only,
         data=data,
@@ -271,7 +266,7 @@ def corpus(
 
 @app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
-    """Turn result files into a Markdown page and PNG pictures beside each."""
+    """Turn result files into pages and pictures."""
     for path in results:
         must_be_files(path)
         say_written(write_report(path))
@@ -282,7 +277,7 @@ def house(
     root: Annotated[Path, typer.Option(help="The checkout. Default: this one.")] = ROOT,
 ) -> None:
     """Print size, style and import graph of a checkout."""
-    print(house_of.markdown(root))
+    print(checkout.markdown(root))
 
 
 def name_of(device: Device | None) -> str:
@@ -305,6 +300,17 @@ def must_be_files(*paths: Path | None) -> None:
             raise typer.BadParameter(f"{path} is no file")
 
 
+def accepted(
+    option: str, values: list[str] | None, available: Sequence[str], device: str
+) -> list[str]:
+    """The available values that are wanted, all of them where none is named."""
+    for value in values or ():
+        if value not in available:
+            choice = ", ".join(map(repr, available))
+            raise typer.BadParameter(f"{option} is {value!r}; accepted on {device}: {choice}")
+    return [value for value in available if value in (values or available)]
+
+
 def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]:
     """The cases that match, in the order in which they are run."""
     patterns = patterns or ["*"]
@@ -318,12 +324,6 @@ def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]
         hint = "`python -m bench list` prints them"
         raise typer.BadParameter(f"no case matches {wanted}; {hint}")
     return sorted(found, key=lambda case: case.priority)
-
-
-def use_threads(count: int | None) -> None:
-    """Has torch use that many threads of the CPU; None: as many as it likes."""
-    if count:
-        torch.set_num_threads(count)
 
 
 def without_tf32() -> None:

@@ -33,7 +33,7 @@ def environment(device: str, commit: str | None = None) -> Json:
         commit: recorded where the tree is no git checkout.
     """
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
-    record = {
+    record: Json = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD") or commit,
         "dirty": None if changes is None else bool(changes),

@@ -11,8 +11,8 @@ most, three of them do all of it:
 
     python -m bench gpu --budget 570 --skip precisions --skip train
     python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip train --resume FIRST.json
-    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases --skip precisions
-        \\ --resume FIRST.json
+    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases \\
+        --skip precisions --resume FIRST.json
 
 FIRST.json is the document that the first call wrote (copied to --out-dir if it lies elsewhere);
 cases that it has are not run again. The build is repeated where the machine is a fresh one, and
@@ -30,28 +30,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import torch
 
 from bench.document import ROOT, SCHEMA, Json, write
+from bench.options import Step
 from bench.report import write_report
 
 # A program and its arguments.
 Command = Sequence[str | Path]
-
-
-class Step(str, Enum):
-    """The steps, in their order."""
-
-    build = "build"
-    tests = "tests"
-    sanitizers = "sanitizers"
-    cases = "cases"
-    precisions = "precisions"
-    train = "train"
-
 
 # Seconds that a step, or each tool of the sanitizers, may take at most. The cases get all that is
 # left of the budget once the steps after them have theirs.
@@ -70,8 +58,7 @@ LEAST_OTHERWISE = 30
 RESERVE = 15
 # Seconds after which a case starts no more peers: those of the whole codec compile for minutes.
 PEER_SECONDS = "200"
-# What runs under compute-sanitizer, which slows kernels down a hundredfold: tests of our own CUDA
-# code.
+# The tests of our own CUDA code: compute-sanitizer slows kernels down a hundredfold.
 SANITIZED = "stft_bands or disc_preprocess"
 
 BENCH = (sys.executable, "-m", "bench")
@@ -159,7 +146,7 @@ class Session:
         return self.path.with_name(f"{self.path.stem}_{name}.json")
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def kept_for_later(self) -> float:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from bench.document import table_row
+from bench.document import table_head, table_row
 
 FOLDERS = {
     "dac_fast": "dac_fast",
@@ -17,7 +17,6 @@ FOLDERS = {
     "tests": "tests",
 }
 LONGEST_LINE = 100
-MOST_PACKED = 2
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Graph = dict[str, set[str]]
@@ -26,19 +25,19 @@ Graph = dict[str, set[str]]
 def markdown(root: Path) -> str:
     """The figures per folder; the circles between modules and rooms; the arrows between rooms."""
     columns = {name: figures(root / folder) for name, folder in FOLDERS.items()}
-    lines = [table_row(["", *columns]), table_row(["---"] * (len(columns) + 1))]
+    lines = table_head(["", *columns])
     for figure in columns["bench"]:
         lines.append(table_row([figure, *(str(column[figure]) for column in columns.values())]))
     modules = imports(root)
     rooms: Graph = defaultdict(set)
-    for module, imported in modules.items():
-        rooms[room(module)] |= {room(other) for other in imported} - {room(module)}
+    for module, others in modules.items():
+        rooms[room(module)] |= {room(other) for other in others} - {room(module)}
     for kind, graph in (("modules", modules), ("rooms", rooms)):
         found = circles(graph)
         lines += ["", f"Circles between {kind}: {len(found)}"]
         lines += [f"- {' ↔ '.join(circle)}" for circle in found]
     lines += ["", f"Arrows between rooms: {sum(map(len, rooms.values()))}", ""]
-    lines += [table_row(["room", "imports"]), table_row(["---"] * 2)]
+    lines += table_head(["room", "imports"])
     lines += [table_row([name, ", ".join(sorted(rooms[name]))]) for name in sorted(rooms)]
     return "\n".join(lines)
 
@@ -49,6 +48,7 @@ def figures(folder: Path) -> dict[str, int]:
     texts = [path.read_text() for path in files]
     widths = [len(line) for text in texts for line in text.splitlines()]
     nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    packed = [packed_names(node) for node in nodes]
     functions = [node for node in nodes if isinstance(node, Function) and not is_kernel(node)]
     return {
         "files": len(files),
@@ -57,7 +57,8 @@ def figures(folder: Path) -> dict[str, int]:
         "lines of the longest file": max(len(text.splitlines()) for text in texts),
         "longest line": max(widths),
         f"lines over {LONGEST_LINE}": sum(width > LONGEST_LINE for width in widths),
-        f"assignments that pack over {MOST_PACKED} names": sum(map(is_packed, nodes)),
+        "packed assignments of 2 names": packed.count(2),
+        "packed assignments of more": sum(count > 2 for count in packed),
         "functions": len(functions),
         "untyped arguments": sum(map(untyped_arguments, functions)),
         "untyped returns": sum(f.returns is None and f.name != "__init__" for f in functions),
@@ -76,12 +77,12 @@ def untyped_arguments(function: Function) -> int:
     return sum(x.annotation is None and x.arg not in ("self", "cls") for x in arguments)
 
 
-def is_packed(node: ast.AST) -> bool:
-    """Whether one statement gives several names a value each; taking one value apart is fine."""
+def packed_names(node: ast.AST) -> int:
+    """How many names one statement gives a value each; taking one value apart does not count."""
     if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
-        return False
+        return 0
     several = isinstance(node.value, ast.Tuple | ast.List | ast.GeneratorExp | ast.ListComp)
-    return several and len(node.targets[0].elts) > MOST_PACKED
+    return len(node.targets[0].elts) if several else 0
 
 
 def imports(root: Path) -> Graph:
@@ -100,12 +101,11 @@ def imported(path: Path, known: Container[str]) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom) and node.module in known:
-            names = (f"{node.module}.{alias.name}" for alias in node.names)
-            yield from (name if name in known else node.module for name in names)
-        elif isinstance(node, ast.ImportFrom):  # dac_fast/… without an __init__.py of its own
-            names = (f"{node.module}.{alias.name}" for alias in node.names)
-            yield from (name for name in names if name in known)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                # The name is a module of a package, or something in a module.
+                candidates = (f"{node.module}.{alias.name}", f"{node.module}")
+                yield from [name for name in candidates if name in known][:1]
 
 
 def room(module: str) -> str:

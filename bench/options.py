@@ -8,7 +8,7 @@ import typer
 
 
 class Device(str, Enum):
-    """Devices."""
+    """Where cases run."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -28,6 +28,17 @@ class StepPrecision(str, Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Step(str, Enum):
+    """The steps of `gpu`, in their order."""
+
+    build = "build"
+    tests = "tests"
+    sanitizers = "sanitizers"
+    cases = "cases"
+    precisions = "precisions"
+    train = "train"
 
 
 OnDevice = Annotated[

@@ -42,7 +42,7 @@ def run_all(
         commit: see `environment`.
     """
     start = time.monotonic()
-    document = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
+    document: Json = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
     if "environment" not in document:
         document["environment"] = environment(settings.device, commit)
     if "limits" not in document:
@@ -85,7 +85,7 @@ def run_case(case: Case, settings: Settings, limits: Json) -> list[Json]:
     }
     try:
         prepared = case.prepare(settings)
-    except Exception as error:  # reported in its row; the other cases go on
+    except Exception as error:  # A row reports it, and the other cases go on.
         return [head | {"provider": "all", "status": "failed", "reason": one_line(error)}]
 
     rows = []
@@ -125,7 +125,7 @@ def start_and_check(
         row |= {"status": "skipped", "reason": str(error)}
     except AssertionError as error:
         row |= {"status": "failed", "reason": f"parity: {one_line(error)}"}
-    except Exception as error:  # reported in its row; the other peers go on
+    except Exception as error:  # The row reports it, and the other peers go on.
         row |= {"status": "failed", "reason": one_line(error)}
     if run:
         run.close()
@@ -146,7 +146,7 @@ def time_runs(
             row["provider"]: run.sampler(case.device, case.requests) for row, run in started
         }
         samples = timing.measure(samplers, seconds, settings.rounds)
-    except Exception as error:  # reported in the rows; the other cases go on
+    except Exception as error:  # The rows report it, and the other cases go on.
         for row, _ in started:
             row |= {"status": "failed", "reason": f"while timing: {one_line(error)}"}
     else:

@@ -17,8 +17,7 @@ from dac_fast.ops.precision import float32_products
 # Times that many calls and returns the milliseconds of each.
 Sampler = Callable[[int], list[float]]
 
-# More than any GPU's L2 cache holds (60 MB on an H200): writing it evicts the inputs of the last
-# call.
+# More than any GPU's L2 cache holds (60 MB on an H200): writing them evicts the last call's inputs.
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -26,8 +25,7 @@ def sampler(run: Callable[[], object], device: str) -> Sampler:
     """Times calls of `run` by the device's clock.
 
     CUDA: events around each call. The L2 cache is flushed before it, which also keeps the GPU busy
-    while
-    the CPU launches, so that launches do not count. CPU: wall clock, nothing is flushed.
+    while the CPU launches, so that launches do not count. CPU: wall clock, nothing is flushed.
     """
     if device == "cpu":
         return lambda n: [_wall_clock(run) for _ in range(n)]
@@ -72,8 +70,7 @@ class Start:
 
     Attributes:
         facts: `start_s`, seconds. On CUDA also `peak_bytes`, beyond what was held before: the most
-            that tensors held, or the memory held at the end, CUDA graphs included, where that is
-                more.
+            that tensors held, or the memory held at the end, CUDA graphs included, if that is more.
     """
 
     def __init__(self, device: str):
@@ -117,8 +114,7 @@ def measure(
     """
     counts = {}
     for name, sample in samplers.items():
-        # A peer that compiles in its second call, as TorchScript does, is slow in the first two
-        # only.
+        # A peer that compiles in its second call, as TorchScript does, is slow in two calls only.
         once = min(sample(2))
         if once < 100:
             once = min(sample(5))
@@ -144,8 +140,7 @@ def summary(rounds: list[list[float]]) -> Json:
 
 
 def limits(device: str, quick: bool = False) -> Json:
-    """What the device does at best here and now: a large copy, and a large matrix product per
-    dtype.
+    """What the device does at best here and now: a large copy, a large matrix product per dtype.
 
     Returns:
         copy_gb_s: bytes read plus bytes written, per second.

@@ -15,8 +15,10 @@ if not GPU:
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; where there is one, Triton's tests need it."""
     for item in items:
+        if item.get_closest_marker("triton") and GPU:
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

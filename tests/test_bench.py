@@ -189,9 +189,7 @@ def test_options_that_match_nothing_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_every_way_to_run_the_codec_is_right(monkeypatch):
-    """Those for CUDA too, as far as they run on a CPU: without graphs, and, for time,
-    uncompiled.
-    """
+    """Those for CUDA too, as far as they run on a CPU: without graphs, and uncompiled for time."""
     monkeypatch.setattr(end_to_end, "cpu_peers", end_to_end.cuda_peers)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     prepared = end_to_end.prepare("tiny", 2, 0.2, "both", SETTINGS)
@@ -211,6 +209,36 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes, 0.99 * audio), "float32")
     with pytest.raises(AssertionError, match="of the codes are float64's"):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
+
+
+def test_the_published_package_runs_in_a_python_of_its_own(tmp_path):
+    """Ours stands in for it, behind its names."""
+    (tmp_path / "dac.py").write_text(
+        "import dac_fast\n\n\n"
+        "class DAC(dac_fast.DAC):\n"
+        "    def preprocess(self, audio, rate):\n"
+        "        print('this goes to the log')\n"
+        "        return audio\n\n"
+        "    def encode(self, audio):\n"
+        "        return None, super().encode(audio).codes\n"
+    )
+    python = tmp_path / "python"
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={paths} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    case = next(case for case in end_to_end.cases("cpu", quick=True) if case.direction == "both")
+
+    def published(python):
+        settings = replace(SETTINGS, peers=["published"], published_python=str(python))
+        (row,) = run.run_case(case, settings, LIMITS)
+        return row
+
+    row = published(python)
+    assert row["status"] == "timed", row
+    assert row["snr_db"] > 90
+    assert row["agreement"] > 0.99
+    (tmp_path / "dac.py").write_text("raise ImportError('no torch here')")
+    assert published(python)["reason"].endswith("process ended: ImportError: no torch here")
 
 
 def test_the_ends_of_a_long_input_are_checked():

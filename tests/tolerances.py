@@ -10,9 +10,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.b
 
 
 def assert_as_good_as(actual, same_dtype, exact, dtype=None):
-    """`actual` is at most twice as far from `exact` (float64) as `same_dtype` is, plus the dtype's
-    floor.
-    """
+    """`actual` is at most twice as far from `exact` as `same_dtype`, plus the dtype's floor."""
     dtype = dtype or actual.dtype
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     error = (actual.double() - exact).abs().max().item()

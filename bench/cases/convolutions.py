@@ -168,11 +168,12 @@ def flops(layer: Layer, batch: int, size: int) -> int:
 
 def ways(op: str, args: list[Any], options: dict[str, Any]) -> dict[str, peers.Function]:
     """PyTorch's way pass by pass, torch.compile of it, and ours, as functions without arguments."""
-    passes = {
+    in_passes: dict[str, peers.Op] = {
         "conv1d": conv1d,
         "conv_transpose1d": conv_transpose1d,
         "residual_unit": residual_unit,
-    }[op]
+    }
+    passes = in_passes[op]
     found: dict[str, peers.Function] = {
         "cudnn": partial(passes, ops.snake),
         "compiled": partial(torch.compile(passes, dynamic=False), reference.snake),

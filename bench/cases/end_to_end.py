@@ -8,8 +8,7 @@ have the same weights:
                           call, TorchScript's Snake, PyTorch's default switches
     transformers          Hugging Face's DacModel; `-compiled`: torch.compile of it
     reference-…           on the CPU: our modules with the reference ops, weight norm folded or not
-    auto-folded           on the CPU: our modules, folded, with the ops that the backend `auto`
-    chooses
+    auto-folded           on the CPU: our modules, folded, with the ops that `auto` chooses
     recipe                peers/compiled.py
     engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as
                           a CUDA graph
@@ -98,9 +97,10 @@ def published(codec: DAC, direction: str, source: Tensor, settings: Settings) ->
     """The published package."""
     if not settings.published_python:
         return "no --published-python was given"
-    kwargs = codec.config.to_dict()
     # The published constructor knows no choice of activation or quantizer.
-    del kwargs["activation"], kwargs["quantizer"]
+    unknown = ("activation", "quantizer")
+    config = codec.config.to_dict().items()
+    kwargs = {key: value for key, value in config if key not in unknown}
     kwargs["quantizer_dropout"] = bool(kwargs["quantizer_dropout"])
     job = {
         "kwargs": kwargs,

@@ -1,5 +1,4 @@
-"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, a latent of 1024
-channels.
+"""Residual vector quantisation at the 44.1 kHz size: 9 codebooks of 1024 x 8, latent of 1024.
 
 Bytes: encoding reads the latent and writes its quantised version and the codes; decoding reads the
 codes and writes the latent; the backward pass reads one gradient and writes the other. The weights
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bench.case import Case, Outputs, Prepared, Settings
 from bench.checks import ops as checks
+from bench.document import Json
 from bench.peers import ops as peers
 from dac_fast.config import PRESETS, Config
 from dac_fast.ops import reference
@@ -87,10 +87,8 @@ def regret(
     """How much further than the nearest entry the worst of `codes` [B, N, F] is.
 
     Random inputs have near ties, which rounding decides, so that codes themselves cannot be
-    compared.
-    Each stage is judged on the residual that the given codes before it leave. All arguments but the
-    codes
-    are in float64.
+    compared. Each stage is judged on the residual that the given codes before it leave. All
+    arguments but the codes are in float64.
     """
     worst = 0.0
     residual = z
@@ -108,15 +106,16 @@ def regret(
 def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) -> Prepared:
     """Encoding: codes are judged by their regret, the quantised latent by its codes."""
     z, weights = _inputs(config, batch, frames, settings.device)
-    exact = checks.doubles((z, *weights))
-    allowed = 2 * regret(reference.rvq_encode(z, *weights)[1], *exact) + REGRET_FLOOR
+    exact_z, exact_weights = z.double(), checks.doubles(weights)
+    reference_codes = reference.rvq_encode(z, *weights)[1]
+    allowed = 2 * regret(reference_codes, exact_z, *exact_weights) + REGRET_FLOOR
 
-    def check(outputs: Outputs, precision: str) -> float:
+    def check(outputs: Outputs, precision: str) -> float | Json:
         quantised, codes = outputs[:2]
-        found = regret(codes, *exact)
+        found = regret(codes, exact_z, *exact_weights)
         assert found <= allowed, f"regret {found:.3g}, allowed {allowed:.3g}"
         same = reference.rvq_decode(codes, *weights[2:])
-        truth = reference.rvq_decode(codes, *exact[3:])
+        truth = reference.rvq_decode(codes, *exact_weights[2:])
         return checks.as_good_as([same], [truth])([quantised], precision)
 
     functions = peers.functions("rvq_encode", z, *weights)
@@ -128,10 +127,7 @@ def prepare_encode(config: Config, batch: int, frames: int, settings: Settings) 
 def prepare_encode_backward(
     config: Config, batch: int, frames: int, settings: Settings
 ) -> Prepared:
-    """Gradients of the latent and all weights.
-
-    They are those of the quantised latent, for a random gradient, and of both losses.
-    """
+    """Gradients of the latent and all weights, from the quantised latent and both losses."""
     z, weights = _inputs(config, batch, frames, settings.device)
     gradient = torch.randn_like(z)
     one = torch.ones((), device=z.device)
@@ -156,9 +152,8 @@ def prepare_encode_backward(
 
     def check(outputs: Outputs, precision: str) -> float:
         # In the root mean square: a near tie decided differently changes a frame's gradient.
-        errors = [
-            ((a.double() - e).norm() / e.norm()).item() for a, e in zip(outputs, exact, strict=True)
-        ]
+        pairs = zip(outputs, exact, strict=True)
+        errors = [float((a.double() - e).norm() / e.norm()) for a, e in pairs]
         assert errors[0] <= 1e-3, f"gradient of z off by {errors[0]:.3g}, allowed 1e-3"
         assert max(errors) <= 5e-2, f"gradient of a weight off by {max(errors):.3g}, allowed 5e-2"
         return max(errors)

@@ -1,7 +1,6 @@
 """Snake at the shapes of every layer of the 44.1 kHz encoder and decoder.
 
-Bytes: the forward pass reads x and writes y; the backward pass reads x and the gradient and writes
-dx.
+Bytes: the forward pass reads x and writes y; the backward pass reads x and dy and writes dx.
 """
 
 import math

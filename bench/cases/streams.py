@@ -1,5 +1,4 @@
-"""One step of a live stream at 44.1 kHz: one frame is pushed in the steady state, its result
-awaited.
+"""One step of a live stream at 44.1 kHz: a frame is pushed and its result awaited.
 
 Peers: `modules`, ours, folded; `engine-PRECISION`, the layers of `codec.optimize`; `-graph`, the
 step as a CUDA graph. The check: of a frame that repeats for ever, every step gives the same, which

@@ -35,9 +35,8 @@ def as_good_as(same_dtype: Sequence[Tensor], exact: Sequence[Tensor]) -> Check:
         exact: its outputs for them in float64.
     Returns:
         a function of a peer's outputs and its precision, which does not matter here. The result is
-            the
-        largest relative error; AssertionError is raised where an output is further off than
-            allowed.
+        the largest relative error; where an output is further off than allowed, AssertionError is
+        raised.
     """
     rule = _rule()
 

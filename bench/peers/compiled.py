@@ -1,5 +1,4 @@
-"""The usual recipe for fast inference with such a network, in plain PyTorch: what an engine must
-beat.
+"""The usual recipe for fast inference, in plain PyTorch: what an engine has to beat.
 
 Weight norm is folded, convolutions are channels-last conv2d in float16, torch.compile fuses the
 rest, and one CUDA graph holds it all. The quantizer stays in float32. Kernels and engine of

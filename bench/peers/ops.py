@@ -1,6 +1,6 @@
 """Peers of an op: the reference, eager and compiled, and the backends' implementations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def implementations(op: str, *args: Any, **options: Any) -> dict[str, Function]:
     }
 
 
-def forward(functions: dict[str, Function], *args: Any) -> dict[str, Peer]:
+def forward(functions: Mapping[str, Function], *args: Any) -> dict[str, Peer]:
     """Peers that call each function without gradients; the outputs are its tensors, flat."""
 
     def peer(function: Op) -> Peer:
@@ -54,7 +54,7 @@ def forward(functions: dict[str, Function], *args: Any) -> dict[str, Peer]:
 
 
 def backward(
-    functions: dict[str, Function],
+    functions: Mapping[str, Function],
     args: Sequence[Any],
     leaves: Sequence[Tensor],
     gradients: Sequence[Tensor],

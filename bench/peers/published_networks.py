@@ -201,7 +201,7 @@ class Codec(nn.Module):
 
 
 class PeriodDiscriminator(nn.Module):
-    """The judge of the waveform in rows of a period."""
+    """A discriminator of the waveform in rows of a period."""
 
     def __init__(self, period: int):
         super().__init__()
@@ -229,7 +229,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ResolutionDiscriminator(nn.Module):
-    """The judge of the complex spectrogram in bands."""
+    """A discriminator of the complex spectrogram in bands."""
 
     def __init__(self, window: int, bands: Sequence[tuple[float, float]]):
         super().__init__()
@@ -272,7 +272,7 @@ class ResolutionDiscriminator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """All judges of one signal."""
+    """All discriminators of one signal."""
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
@@ -287,11 +287,11 @@ class Discriminator(nn.Module):
         )
 
     def inputs(self, audio: Tensor) -> list[Tensor]:
-        """What each judge looks at, of audio [B, 1, T]."""
+        """The input of each discriminator, of audio [B, 1, T]."""
         audio = audio - audio.mean(-1, keepdim=True)
         audio = 0.8 * audio / (audio.abs().amax(-1, keepdim=True) + 1e-9)
-        return [judge.inputs(audio) for judge in self.discriminators]
+        return [each.inputs(audio) for each in self.discriminators]
 
     def forward(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The feature maps of `inputs`, per judge."""
-        return [judge(x) for judge, x in zip(self.discriminators, inputs, strict=True)]
+        """The feature maps of `inputs`, per discriminator."""
+        return [each(x) for each, x in zip(self.discriminators, inputs, strict=True)]

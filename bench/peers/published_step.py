@@ -17,7 +17,7 @@ from bench.peers.published_networks import Codec, Discriminator
 from dac_fast.spectral import full_precision, mel_filters
 from dac_fast.training.recipe import Recipe
 
-# The feature maps of a signal: per judge one of each layer, its score last.
+# The feature maps of a signal: per discriminator one of each layer, its score last.
 Maps = list[list[Tensor]]
 
 
@@ -29,8 +29,7 @@ class PublishedStep:
         device: to train on.
         precision: "fp32", or "bf16": autocast in the networks.
     Attributes:
-        mark: called with the name of each part of the step as it begins; for a clock to be put
-            there.
+        mark: called with the name of each part of the step as it begins, for a clock.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: str = "fp32"):
@@ -171,7 +170,7 @@ class PublishedStep:
 
 
 def score(maps: list[Tensor]) -> Tensor:
-    """A judge's score of a signal, in float32."""
+    """A discriminator's score of a signal, in float32."""
     return full_precision(maps[-1])
 
 

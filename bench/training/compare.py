@@ -36,8 +36,7 @@ SMALL = (
 BATCH, HELD_OUT = 2, 16
 # Steps from one evaluation of the held-out batch to the next.
 EVERY = 20
-# Steps at the beginning that must agree closely; those at the end whose mean is the final training
-# loss.
+# Steps at the beginning that must agree closely, and at the end whose mean is the final loss.
 EARLY, LAST = 20, 40
 LOSSES = ("mel", "discriminator", "adversarial", "feature", "commitment", "codebook", "loss")
 
@@ -176,8 +175,7 @@ def markdown(document: Json) -> str:
     found, steps = document["verdict"], document["steps"]
     machine = document["environment"]
     networks = "a small codec and small discriminators (`bench/training/compare.py`)"
-    final = ("run", f"training, last {LAST} steps", "difference")
-    final += (f"{HELD_OUT} held-out items", "difference")
+    training_title, held_out_title = f"training, last {LAST} steps", f"{HELD_OUT} held-out items"
     lines = [
         f"# {steps} training steps, ours and the published ones: {title(machine)}",
         "",
@@ -191,7 +189,7 @@ def markdown(document: Json) -> str:
         "",
         f"## Mel loss after {steps} steps",
         "",
-        *table_head(final),
+        *table_head(("run", training_title, "difference", held_out_title, "difference")),
     ]
     for name in RUNS:
         run = document["runs"][name]

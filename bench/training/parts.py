@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +26,17 @@ class Clock:
 
     def __init__(self, on_gpu: bool):
         self.on_gpu = on_gpu
-        self.marks: list[tuple[str, torch.cuda.Event | float]] = []
+        # A part, and the event or the second at which it began.
+        self.marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
         """Begins the next part."""
-        if not self.on_gpu:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
             self.marks.append((part, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((part, event))
 
     def parts(self) -> dict[str, float]:
         """Milliseconds per part, the last one up to now; a part that comes twice has their sum."""
@@ -67,35 +69,38 @@ def time_parts(
 
 def time_discriminators(step: AnyStep, audio: Tensor) -> dict[str, float]:
     """Milliseconds of each discriminator in its update: forward and backward, of two signals."""
-    judges = step.discriminator.discriminators
+    discriminators = step.discriminator.discriminators
     if isinstance(step, PublishedStep):
         signals = [step.discriminator.inputs(audio) for _ in range(2)]
-        passes = [[signal[i] for signal in signals] for i in range(len(judges))]
+        passes = [[signal[i] for signal in signals] for i in range(len(discriminators))]
     else:
         with step.autocast():
             spectra = step.discriminator.spectra(torch.cat([audio, audio]))
         bands = iter(spectra.bands)
-        passes = [[next(bands) if isinstance(each, MRD) else spectra.audio] for each in judges]
+        passes = [
+            [next(bands) if isinstance(each, MRD) else spectra.audio] for each in discriminators
+        ]
     times = {}
-    for judge, inputs in zip(judges, passes, strict=True):
+    for discriminator, inputs in zip(discriminators, passes, strict=True):
 
-        def run(judge: nn.Module = judge, inputs: list[Tensor] = inputs) -> None:
+        def run(discriminator: nn.Module = discriminator, inputs: list[Tensor] = inputs) -> None:
             with step.autocast():
-                maps = [feature for x in inputs for feature in judge(x)]
+                maps = [feature for x in inputs for feature in discriminator(x)]
             # Scores and maps both get gradients in a step.
             torch.autograd.backward([feature.float().mean() for feature in maps])
 
         sample = timing.sampler(run, audio.device.type)
         sample(2)
-        times[_name(judge)] = float(np.median(sample(5 if audio.is_cuda else 3)))
+        times[_name(discriminator)] = float(np.median(sample(5 if audio.is_cuda else 3)))
         step.discriminator.zero_grad()
     return times
 
 
-def _name(judge: nn.Module) -> str:
-    if hasattr(judge, "period"):
-        return f"period {judge.period}"
-    return f"window {judge.window_length if isinstance(judge, MRD) else judge.window}"
+def _name(discriminator: nn.Module) -> str:
+    if hasattr(discriminator, "period"):
+        return f"period {discriminator.period}"
+    ours = isinstance(discriminator, MRD)
+    return f"window {discriminator.window_length if ours else discriminator.window}"
 
 
 def count_work(step: AnyStep, audio: Tensor, limits: Json, precision: str) -> Json:
@@ -104,10 +109,8 @@ def count_work(step: AnyStep, audio: Tensor, limits: Json, precision: str) -> Js
     Returns:
         work: per part `flops`, of matrix products and convolutions; `bytes`; and `floor_ms`, the
             larger of what both take at the measured limits. The bytes of a forward pass are the
-                tensors kept for
-            the backward pass, written once; of a backward pass the same, read once; of the
-                optimizers
-            parameters, gradients and moments.
+            tensors kept for the backward pass, written once; of a backward pass the same, read
+            once; of the optimizers parameters, gradients and moments.
         saved_peak_bytes: the most that autograd kept at once.
     """
     saved = SavedBytes()

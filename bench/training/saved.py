@@ -8,8 +8,7 @@ from torch import Tensor
 
 
 class SavedBytes:
-    """While active, counts the tensors that autograd keeps, each storage once however often it is
-    kept.
+    """While active, counts the tensors that autograd keeps, those of one storage once.
 
     Attributes:
         live: bytes kept now.

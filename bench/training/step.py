@@ -1,5 +1,4 @@
-"""`python -m bench train`: the training step, the published one against ours, whole and part by
-part.
+"""`python -m bench train`: the training step, the published one and ours, whole and in parts.
 
 All peers start from the same weights and get the same batch, which is made up; reading real audio
 is timed by `--data`. The result file is one JSON document: `environment` and `limits` as in run.py,
@@ -7,9 +6,8 @@ is timed by `--data`. The result file is one JSON document: `environment` and `l
 
     rows    one per batch size, precision and peer: step_ms, steps_s, `parts` (ms of each part of
             the step), `discriminators` (ms of each of them in its update, alone), `work` (per part
-                its flops and
-            bytes, and the floor that they set), peak_bytes of GPU memory, and saved_peak_bytes that
-            autograd kept
+            its flops and bytes, and the floor that they set), peak_bytes of GPU memory, and
+            saved_peak_bytes that autograd kept
     data    excerpts per second and worker, where a folder was given
 """
 
@@ -98,7 +96,7 @@ def run_train(
     """
     start = time.monotonic()
     if settings.device == "cuda":
-        # As both trainers do.
+        # Both trainers do so.
         torch.backends.cudnn.benchmark = True
     document: Json = {
         "schema": SCHEMA,
@@ -134,8 +132,7 @@ def groups(settings: TrainSettings) -> list[list[tuple[str, str]]]:
     """Peers and their precisions, in the order of interest; those of a group take turns.
 
     On the CPU all of a precision do, so that a machine that slows down slows all; on a GPU each
-    peer has
-    the memory for itself.
+    peer has the memory for itself.
     """
     if settings.device == "cpu":
         return [[(name, precision) for name in settings.peers] for precision in settings.precisions]

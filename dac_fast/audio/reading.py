@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SAMPLE_RATES = range(100, 1_000_001)
 # As many as libsndfile reads.
 MAX_CHANNELS = 1024
+# Samples of a block, of all channels.
+BLOCK_SAMPLES = 1 << 20
 
 # The suffixes that a folder is searched for. A file that is named itself may have any.
 AUDIO_SUFFIXES = (
@@ -69,6 +71,7 @@ class Recording:
             with _open(self.name) as file:
                 self.channels, self.sample_rate = file.channels, file.samplerate
                 self.frames = file.frames
+                self._identity = _identity(self.name)
             _require_whole_wav(self.name)
         else:
             self.name = "array"
@@ -83,16 +86,18 @@ class Recording:
             raise AudioError(f"{self.name}: holds no samples")
 
     def blocks(self, sample_rate: int | None = None, seconds: float = 5.0) -> Iterator[Samples]:
-        """The audio from its beginning, in blocks [C, n] of about `seconds`, n at least 1.
+        """The audio from its beginning, in blocks [C, n] of at most `seconds`, n at least 1.
 
         At another `sample_rate` the blocks are cut from one resampled stream of
         max(1, floor(T * sample_rate / self.sample_rate)) samples, whose values do not depend on
         where blocks end. Once the stream has been read to its end, `frames` is exact.
 
         Raises:
-            AudioError: the file is damaged or cut short, or a sample is not finite.
+            AudioError: the file is damaged or cut short, it has changed, or a sample is not finite.
+            ValueError: the rates are too far apart, see `resampled`.
         """
-        pieces = self._pieces(max(1, int(seconds * self.sample_rate)))
+        size = min(int(seconds * self.sample_rate), BLOCK_SAMPLES // self.channels)
+        pieces = self._pieces(max(1, size))
         return resampled(pieces, self.sample_rate, sample_rate or self.sample_rate)
 
     def _pieces(self, size: int) -> Iterator[Samples]:
@@ -122,12 +127,24 @@ class Recording:
                 if not len(piece):
                     break
                 read += len(piece)
+                self._require_unchanged()
                 yield np.ascontiguousarray(piece.T)
             if read == 0 or (read < self.frames and file.format != "MP3"):
                 raise AudioError(
                     f"{self.name}: cut short: {read} of {self.frames} samples are there"
                 )
             self.frames = read
+
+    def _require_unchanged(self) -> None:
+        """Raises where the file is no longer the one that was opened first."""
+        if _identity(self.name) != self._identity:
+            raise AudioError(f"{self.name}: it was changed while it was read")
+
+
+def _identity(path: str) -> tuple[int, int, int, int]:
+    """Changes when the file's content does."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _cut(array: NDArray[np.floating[Any]], size: int) -> Iterator[Samples]:
@@ -157,7 +174,9 @@ def _open(path: str) -> "soundfile.SoundFile":
 def _require_whole_wav(path: str) -> None:
     """Raises where a WAV file ends before its samples do: libsndfile would read a shorter one."""
     with open(path, "rb") as file:
-        riff, _, wave = file.read(4), file.read(4), file.read(4)
+        riff = file.read(4)
+        file.read(4)
+        wave = file.read(4)
         if (riff, wave) != (b"RIFF", b"WAVE"):
             return
         size = os.path.getsize(path)

@@ -19,6 +19,14 @@ Samples: TypeAlias = NDArray[np.float32]
 
 ZERO_CROSSINGS = 24
 ROLLOFF = 0.945
+# Rates of recordings lie nearer to each other than this (100 Hz to 44.1 kHz: 441), and their ratio
+# in lowest terms has smaller numbers (44.1 kHz to 48.001 kHz: 48001). Others would take memory and
+# time for filters that have nothing to do with how much audio there is.
+MOST_APART = 512
+LARGEST_TERM = 1 << 16
+# Outputs that are made at once, of all channels, and inputs that are gathered for one of them.
+MOST_OUTPUTS = 1 << 20
+MOST_GATHERED = 1 << 22
 
 
 def filter_bank(old: int, new: int) -> Samples:
@@ -45,14 +53,22 @@ def resampled(blocks: Iterable[Samples], old_rate: int, new_rate: int) -> Iterat
         old_rate, new_rate: in Hz.
     Yields:
         the result, piece by piece, [C, m].
+    Raises:
+        ValueError: the rates are too far apart, or hardly have a common factor.
     """
     if old_rate == new_rate:
         yield from blocks
         return
     divisor = math.gcd(old_rate, new_rate)
     old, new = old_rate // divisor, new_rate // divisor
-    filters = filter_bank(old, new)
-    width = filters.shape[1] // 2 - 1
+    if max(old, new) > min(MOST_APART * min(old, new), LARGEST_TERM):
+        raise ValueError(
+            f"resampling from {old_rate} Hz to {new_rate} Hz, as {old} to {new}; accepted: up to "
+            f"{MOST_APART} times apart, and terms up to {LARGEST_TERM}"
+        )
+    bank = filter_bank(old, new)
+    taps = bank.shape[1]
+    width = taps // 2 - 1
     # The inputs held, the index of the first of them, and the inputs and outputs so far.
     held: Samples | None = None
     first = -width
@@ -72,12 +88,18 @@ def resampled(blocks: Iterable[Samples], old_rate: int, new_rate: int) -> Iterat
             until = max(total * new // old, 1)
         else:
             return
-        outputs = np.arange(done, until)
-        if not len(outputs):
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(held, filters.shape[1], axis=1)
-        starts = outputs * old // new - width - first
-        yield np.einsum("cnk,nk->cn", windows[:, starts], filters[outputs % new])
-        done = until
+        size = max(min(MOST_OUTPUTS // len(held), MOST_GATHERED // taps), 1)
+        for begin in range(done, until, size):
+            outputs = np.arange(begin, min(begin + size, until))
+            starts = outputs * old // new - width - first
+            filters = bank[outputs % new]
+            yield np.stack([_filtered(channel, starts, filters) for channel in held])
+        done = max(done, until)
         keep = done * old // new - width
         held, first = held[:, keep - first :], keep
+
+
+def _filtered(signal: Samples, starts: NDArray[np.int64], filters: Samples) -> Samples:
+    """Every filter [n, taps] applied to a signal [T] at its start: [n]."""
+    windows = np.lib.stride_tricks.sliding_window_view(signal, filters.shape[1])
+    return np.asarray(np.einsum("nk,nk->n", windows[starts], filters), np.float32)

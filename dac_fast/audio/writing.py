@@ -52,7 +52,9 @@ class AudioWriter:
         subtype: str | None = None,
         replace: bool = True,
     ):
-        self.path, self.sample_rate, self.channels = os.fspath(path), sample_rate, channels
+        self.path = os.fspath(path)
+        self.sample_rate = sample_rate
+        self.channels = channels
         suffix = Path(path).suffix.lower()
         if suffix not in WRITABLE:
             raise AudioError(f"{self.path}: suffix is {suffix!r}; accepted: {', '.join(WRITABLE)}")

@@ -14,6 +14,7 @@ from dac_fast.cli.evaluation import evaluate
 from dac_fast.cli.files import decode, encode, reconstruct
 from dac_fast.cli.info import info
 from dac_fast.cli.models import convert, download, export
+from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out
 from dac_fast.cli.tokenize import tokenize
 from dac_fast.cli.training import curves, train
@@ -27,6 +28,7 @@ COMMANDS = (
     train,
     curves,
     tokenize,
+    serve,
     evaluate,
     info,
     convert,

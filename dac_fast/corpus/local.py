@@ -68,7 +68,9 @@ class _Worker:
     def __init__(
         self, folder: Folder, work: Work, encoder: Encoder, batch_seconds: float, meter: Meter
     ):
-        self.folder, self.work, self.meter = folder, work, meter
+        self.folder = folder
+        self.work = work
+        self.meter = meter
         self.encoder, self.batch_seconds = encoder, batch_seconds
         self.stopped = threading.Event()
 

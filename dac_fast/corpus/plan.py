@@ -79,7 +79,9 @@ def _shards(items: Iterable[Item], shard_seconds: float) -> Iterator[Shard]:
         seconds += item.seconds
         if seconds >= shard_seconds or len(inside) == MOST_ITEMS:
             yield Shard(number, seconds, inside)
-            number, seconds, inside = number + 1, 0.0, []
+            number += 1
+            seconds = 0.0
+            inside = []
     if inside:
         yield Shard(number, seconds, inside)
 

@@ -59,7 +59,8 @@ class CodesDataset(IterableDataset[Record]):
         self._position = self._start = (state["shard"], state["record"])
 
     def __iter__(self) -> Iterator[Record]:
-        (first, skipped), self._start = self._start, (0, 0)
+        first, skipped = self._start
+        self._start = (0, 0)
         for number, path in enumerate(self._mine()[first:], start=first):
             records = shards.read(path, self.card.layout)
             if self.seed is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Values of a JSON object.
 Metadata: TypeAlias = dict[str, Any]
 
-CONTAINERS = (".tar", ".parquet")
+KINDS = (".tar", ".parquet", *AUDIO_SUFFIXES)
 # Columns and manifest entries that say how long a recording is, in seconds.
 SECONDS = ("seconds", "duration")
 # Rows of a Parquet file whose audio is held at once to look at its headers.
@@ -178,10 +178,10 @@ def _files_of(source: str) -> list[Found]:
         local = "file" in filesystem.protocol
         return Found(inside if local else filesystem.unstrip_protocol(inside), name)
 
-    def is_source(inside: str) -> bool:
-        path = PurePosixPath(inside)
-        hidden = any(part.startswith(".") for part in path.parts)
-        return path.suffix.lower() in (*AUDIO_SUFFIXES, *CONTAINERS) and not hidden
+    def is_source(name: str) -> bool:
+        parts = PurePosixPath(name).parts
+        hidden = any(part.startswith(".") for part in parts)
+        return PurePosixPath(name).suffix.lower() in KINDS and not hidden
 
     if filesystem.isdir(path):
         root = path.rstrip("/")
@@ -192,17 +192,16 @@ def _files_of(source: str) -> list[Found]:
     elif not filesystem.exists(path):
         if not any(mark in source for mark in "*?["):
             raise SourceError(f"{source}: no such file or folder")
-        names = [(inside, PurePosixPath(inside).name) for inside in sorted(filesystem.glob(path))]
-        files = [found(inside, name) for inside, name in names if is_source(name)]
+        named = {inside: PurePosixPath(inside).name for inside in sorted(filesystem.glob(path))}
+        files = [found(inside, name) for inside, name in named.items() if is_source(name)]
     elif PurePosixPath(path).suffix == ".jsonl":
         folder = found(path, "").path.rsplit("/", 1)[0]
         files = list(_manifest_files(source, filesystem.cat_file(path), folder))
-    elif PurePosixPath(path).suffix.lower() in (*AUDIO_SUFFIXES, *CONTAINERS):
+    elif PurePosixPath(path).suffix.lower() in KINDS:
         files = [found(path, PurePosixPath(path).name)]
     else:
         raise SourceError(
-            f"{source}: not a source; accepted: a folder, a .jsonl manifest, "
-            f"{', '.join((*CONTAINERS, *AUDIO_SUFFIXES))}"
+            f"{source}: not a source; accepted: a folder, a .jsonl manifest, {', '.join(KINDS)}"
         )
     if not files:
         raise SourceError(f"{source}: nothing to tokenize in it")
@@ -265,7 +264,9 @@ class _Part(io.RawIOBase):
     """A part of a seekable file, as a file."""
 
     def __init__(self, file: IO[bytes], offset: int, size: int):
-        self.file, self.offset, self.size = file, offset, size
+        self.file = file
+        self.offset = offset
+        self.size = size
         self.position = 0
 
     def readable(self) -> bool:

@@ -277,7 +277,19 @@ def disc_preprocess(x: Tensor) -> Tensor:
 
 
 def band_edges(window: int, bands: Sequence[tuple[float, float]] = BANDS) -> list[tuple[int, int]]:
-    """First and one-past-last FFT bin of each band, for a window of that many samples."""
+    """First and one-past-last FFT bin of each band, for a window of that many samples.
+
+    Raises:
+        ValueError: a band is not two numbers.
+    """
+    for band in bands:
+        try:
+            low, high = band
+            numbers = math.isfinite(low) and math.isfinite(high)
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers:
+            raise ValueError(f"a band is {band!r}; accepted: two fractions of the spectrum")
     bins = window // 2 + 1
     return [(int(low * bins), int(high * bins)) for low, high in bands]
 
@@ -301,7 +313,7 @@ def stft_bands(
     ceil(T / hop) frames; everything outside the signal is its reflection.
 
     Args:
-        x: [B, T] audio.
+        x: [B, T] audio. No items give empty bands.
         windows: window lengths in samples.
         bands: (low, high) fractions of the spectrum.
         layout: "channels_first" (contiguous) or "channels_last" (strides of torch.channels_last).
@@ -309,7 +321,8 @@ def stft_bands(
     Returns:
         per window, per band: [B, 2, frames, bins], real part then imaginary part.
     Raises:
-        ValueError: the signal is too short for a window's reflection, or the layout is unknown.
+        ValueError: the signal is too short for a window's reflection, the layout is unknown, or a
+            band is not two numbers.
     """
     memory_formats = {
         "channels_first": torch.contiguous_format,
@@ -317,6 +330,10 @@ def stft_bands(
     }
     if layout not in memory_formats:
         raise ValueError(f"layout is {layout!r}; accepted: {', '.join(memory_formats)}")
+    if not x.shape[0]:
+        # FFT libraries refuse an empty batch, so one silent item is transformed in its place.
+        silent = stft_bands(F.pad(x, (0, 0, 0, 1)), windows, bands, layout, dtype)
+        return [[band[:0] for band in spectrum] for spectrum in silent]
     outputs = []
     for window in windows:
         hop, samples = window // 4, x.shape[-1]

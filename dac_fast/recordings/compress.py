@@ -34,6 +34,8 @@ from dac_fast.recordings.windows import Window
 from dac_fast.storage.dac2 import DACFile
 
 DEFAULT_CHUNK_SECONDS = 10.0
+# Samples of a chunk, of all channels: from 38 channels on, chunks of 44.1 kHz get shorter.
+CHUNK_SAMPLES = 1 << 24
 
 Direction = Literal["encode", "decode"]
 # Is called with the seconds of audio done since its last call.
@@ -216,7 +218,7 @@ class _Encoding:
         chunk_samples = self.chunk_seconds * codec.sample_rate
         self.padded = self.padding or self.samples <= chunk_samples
         if self.padded:
-            frames = max(round(chunk_samples / hop), 1)
+            frames = _chunk_frames(codec, self.chunk_seconds, self.recording.channels)
             self.chunk_length, self.step = -(-max(self.samples, 1) // hop), frames * hop
             yield from windows.sample_windows(codec, blocks, frames)
         else:
@@ -261,6 +263,11 @@ class _Encoding:
             hop_length=self.codec.hop_length,
             model=self.codec.name,
         )
+
+
+def _chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
+    samples = min(seconds * codec.sample_rate, CHUNK_SAMPLES / channels)
+    return max(round(samples / codec.hop_length), 1)
 
 
 def _of_all_channels(outputs: Iterator[Tensor], channels: int) -> Iterator[Tensor]:
@@ -350,11 +357,12 @@ class _Decoding(Generic[Named]):
         """Loads the file and cuts its codes."""
         self.codec, self.file = codec, file = self.load(self.source)
         _check_fits(codec, file)
+        frames = _chunk_frames(codec, self.chunk_seconds, file.channels)
         if file.padding:
-            frames = max(round(self.chunk_seconds * codec.sample_rate / codec.hop_length), 1)
             yield from windows.code_windows(codec, file.codes, frames)
         else:
-            yield from windows.unpadded_code_windows(codec, file.codes, file.chunk_length)
+            chunk = file.chunk_length
+            yield from windows.unpadded_code_windows(codec, file.codes, chunk, frames)
 
     def result(self, outputs: Iterator[Tensor]) -> tuple[DACFile, Iterator[Samples]]:
         """The file, and the blocks of its audio."""
@@ -398,13 +406,13 @@ def _at_loudness(blocks: Iterable[Samples], rate: int, target_db: float) -> Iter
 def _of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
     """Exactly that many samples: cut, or filled up with zeros."""
     left = length
-    channels = 1
     for block in blocks:
-        channels = block.shape[0]
         yield block[:, :left]
         left -= min(left, block.shape[1])
-    if left:
-        yield np.zeros((channels, left), np.float32)
+    while left:
+        zeros = np.zeros_like(block[:, :left])
+        yield zeros
+        left -= zeros.shape[1]
 
 
 def _check_fits(codec: Codec, file: DACFile) -> None:

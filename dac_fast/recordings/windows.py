@@ -66,7 +66,9 @@ def sample_windows(codec: Codec, blocks: Iterable[Tensor], chunk_frames: int) ->
 
 def code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
     """Codes [C, N, F] in windows to decode, `chunk_frames` frames each, like `sample_windows`."""
-    hop, frames, context = codec.hop_length, codes.shape[-1], reach(codec.decoder)
+    hop = codec.hop_length
+    frames = codes.shape[-1]
+    context = reach(codec.decoder)
     for begin in range(0, frames, chunk_frames):
         end = min(begin + chunk_frames, frames)
         first = max(begin - context, 0)
@@ -249,8 +251,38 @@ def _require_long_enough(codec: Codec, size: int) -> None:
         )
 
 
-def unpadded_code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
-    """Codes [C, N, F], made in the published package's chunk mode, `chunk_frames` at a time."""
+def unpadded_code_windows(
+    codec: Codec, codes: Tensor, chunk_frames: int, most_frames: int
+) -> Iterator[Window]:
+    """Codes [C, N, F], made in the published package's chunk mode, in windows to decode.
+
+    Args:
+        codec: that decodes.
+        codes: of all chunks.
+        chunk_frames: frames of a chunk, fewer of the last one.
+        most_frames: a longer chunk is decoded in windows of so many frames and their context.
+    """
+    hop = codec.hop_length
+    before, after = _seen_unpadded(codec.decoder, hop)
     for chunk in torch.split(codes, chunk_frames, dim=-1):
-        for channel in torch.split(chunk, 1):
-            yield Window(codec, channel, padded=False)
+        # The samples of the last frames see beyond the chunk, and are missing: the window before
+        # takes these frames too, which are too few to be decoded alone.
+        starts = range(0, max(chunk.shape[-1] - after, 1), most_frames)
+        for begin in starts:
+            end = None if begin == starts[-1] else begin + most_frames
+            first = max(begin - before, 0)
+            keep = slice((begin - first) * hop, end and (end - first) * hop)
+            for channel in torch.split(chunk[..., first : end and end + after], 1):
+                yield Window(codec, channel, keep, padded=False)
+
+
+def _seen_unpadded(decoder: nn.Module, hop: int) -> tuple[int, int]:
+    """Frames before and after frame f that the samples from f * hop to (f + 1) * hop can see."""
+    first, last = 0, hop - 1
+    for conv in reversed(convolutions(decoder)):
+        if isinstance(conv, Conv1d):
+            last += conv.dilation * (conv.kernel_size - 1)
+        else:
+            first = -((conv.kernel_size - 1 - first) // conv.stride)
+            last = last // conv.stride
+    return -first, last

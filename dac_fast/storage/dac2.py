@@ -257,7 +257,9 @@ class DACFile:
         )
 
     def _to_dac2(self) -> bytes:
-        size, model_rate, hop = self.codebook_size, self.model_sample_rate, self.hop_length
+        size = self.codebook_size
+        model_rate = self.model_sample_rate
+        hop = self.hop_length
         if size is None or model_rate is None or hop is None:
             missing = next(name for name in MODEL_NUMBERS if getattr(self, name) is None)
             raise DACFileError(

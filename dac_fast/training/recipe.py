@@ -194,7 +194,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError where values do not fit each other."""
-        losses, data, rate = self.losses, self.data, self.model.sample_rate
+        losses, data = self.losses, self.data
+        rate = self.model.sample_rate
         if len(losses.mel_bins) != len(losses.mel_windows):
             raise ValueError(
                 f"losses.mel_bins is {list(losses.mel_bins)}; accepted: one number per window of "

@@ -1,4 +1,4 @@
-"""A training step: the discriminator's update, then the generator's (paper, section 3.4 and 3.5).
+"""A training step: the discriminator's update, then the generator's (paper, sections 3.4, 3.5).
 
 Nothing here waits for the GPU: losses stay tensors, and a step whose gradients are not finite is
 skipped on the device.

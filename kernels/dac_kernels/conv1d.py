@@ -81,7 +81,9 @@ def _conv1d_kernel(
     # elements starts at row * step - first, the next ones `run_step` apart.
     m_block, n_block = tile_of(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    known, item, m = row < rows, row // M, row % M
+    known = row < rows
+    item = row // M
+    m = row % M
     x_at, low, high = windows(x, item, m, known, size, stride_x_batch, step, first, ALIGN)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     n_known = n < N

@@ -71,7 +71,9 @@ def _residual_unit_kernel(
 ):  # fmt: skip
     # Items of `size` elements give M rows each, `rows` together.
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    known, item, m = row < rows, row // M, row % M
+    known = row < rows
+    item = row // M
+    m = row % M
     snaked_at, low, high = windows(
         snaked, item, m, known, size, stride_snaked_batch, C, first, ALIGN
     )

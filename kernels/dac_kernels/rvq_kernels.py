@@ -83,11 +83,11 @@ def _search_kernel(
         # without shared memory.
         length = tl.sqrt(tl.sum(latent * latent, axis=1))
         unit = latent / tl.maximum(length, 1e-12)[:, None]
-        parts = ()
+        components = ()
         for k in tl.static_range(DIM):
-            part = tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None]
+            component = tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None]
             # Triton knows no unpacking into a tuple.
-            parts = parts + (part,)  # noqa: RUF005
+            components = components + (component,)  # noqa: RUF005
         column = tl.arange(0, BLOCK_K)
         best = tl.full((BLOCK_F, BLOCK_K), float("-inf"), tl.float32)
         index = tl.zeros((BLOCK_F, BLOCK_K), tl.int32) + column[None, :]
@@ -98,7 +98,7 @@ def _search_kernel(
             score = tl.zeros_like(best) - norm[None, :]
             for k in tl.static_range(DIM):
                 part = tl.load(units + (i * DIM + k) * K + entry, mask=known, other=0.0)
-                score = tl.fma(parts[k], part[None, :], score)
+                score = tl.fma(components[k], part[None, :], score)
             # Strictly better only: the first of equals stays, and so it does in every column.
             better = score > best
             best = tl.where(better, score, best)
