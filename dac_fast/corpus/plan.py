@@ -125,6 +125,3 @@ class Plan:
             for item in values["items"]
         ]
         return Shard(values["number"], values["seconds"], items)
-
-    def __iter__(self) -> Iterator[Shard]:
-        return (self.shard(number) for number in range(len(self)))

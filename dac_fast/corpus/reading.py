@@ -39,38 +39,36 @@ class CodesDataset(IterableDataset[Record]):
         self.shards = [path for path in found if report_path(path).exists()]
         self.seed = seed
         self.epoch = 0
-        self._shard = self._record = 0
+        # The next record: a shard of this worker's, and a place in it. The first one is of what
+        # has been handed out, the second is where the next iteration begins.
+        self._position = self._start = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of another epoch, from its beginning."""
         self.epoch = epoch
-        self._shard = 0
-        self._record = 0
+        self._position = self._start = (0, 0)
 
     def state_dict(self) -> dict[str, int]:
         """Which record is next."""
-        return {"epoch": self.epoch, "shard": self._shard, "record": self._record}
+        shard, record = self._position
+        return {"epoch": self.epoch, "shard": shard, "record": record}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on with the record that was next."""
+        """Has the next iteration go on with the record that was next."""
         self.epoch = state["epoch"]
-        self._shard = state["shard"]
-        self._record = state["record"]
+        self._position = self._start = (state["shard"], state["record"])
 
     def __iter__(self) -> Iterator[Record]:
-        mine = self._mine()
-        while self._shard < len(mine):
-            path = mine[self._shard]
+        first, skipped = self._start
+        self._start = (0, 0)
+        for number, path in enumerate(self._mine()[first:], start=first):
             records = shards.read(path, self.card.layout)
             if self.seed is not None:
                 records = iter(self._shuffled(list(records), path.name))
-            for number, record in enumerate(records):
-                if number < self._record:
-                    continue
-                self._record = number + 1
-                yield record
-            self._shard, self._record = self._shard + 1, 0
-        self._shard = 0
+            for place, record in enumerate(records):
+                if number > first or place >= skipped:
+                    self._position = (number, place + 1)
+                    yield record
 
     def _mine(self) -> list[Path]:
         """The shards of this process and worker, in the order of this epoch."""

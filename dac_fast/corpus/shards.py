@@ -1,7 +1,8 @@
 """Shards: records in a file of one of three formats, whose bytes follow from the records alone.
 
-- webdataset: a tar with `<key>.npy` (uint16 [C, N, F]) or `<key>.dac`, and `<key>.json`. Dots and
-  percent signs in a key's last part stand as `%2E` and `%25`, since WebDataset ends the key there.
+- webdataset: a tar with `<key>.npy` (uint16 [C, N, F]) or `<key>.dac`, and `<key>.json`. In names
+  of members, dots of a key's last part stand as `%2E`, since WebDataset ends the key there, and
+  percent signs as `%25`.
 - parquet: a row per recording, codes as nested lists [C][N][F] of uint16.
 - npy: codes of all recordings below each other, uint16 [rows, N], to be mapped into memory; beside
   it `<shard>.jsonl` says of each recording at which row its codes start. Those of its channels
@@ -152,9 +153,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _member(key: str) -> str:
-    folder, _, name = key.rpartition("/")
-    name = name.replace("%", "%25").replace(".", "%2E")
-    return f"{folder}/{name}" if folder else name
+    """A key as the path of a member, which lies below the folder that it is unpacked in."""
+    *folders, name = key.replace("%", "%25").split("/")
+    names = {"": "%2F", ".": "%2E", "..": "%2E%2E"}
+    return "/".join([*(names.get(part, part) for part in folders), name.replace(".", "%2E")])
 
 
 def _npy(codes: Codes) -> bytes:

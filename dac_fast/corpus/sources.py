@@ -31,12 +31,22 @@ if TYPE_CHECKING:
 # Values of a JSON object.
 Metadata: TypeAlias = dict[str, Any]
 
-CONTAINERS = (".tar", ".parquet")
+KINDS = (".tar", ".parquet", *AUDIO_SUFFIXES)
 # Columns and manifest entries that say how long a recording is, in seconds.
 SECONDS = ("seconds", "duration")
 # Rows of a Parquet file whose audio is held at once to look at its headers.
 ROWS = 16
 COPY_BYTES = 8 << 20
+
+
+def require_pyarrow() -> None:
+    """Raises ValueError where pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"Parquet needs pyarrow ({error}); accepted: pip install 'dac-fast[corpus]'"
+        ) from error
 
 
 class SourceError(ValueError):
@@ -168,34 +178,30 @@ def _files_of(source: str) -> list[Found]:
         local = "file" in filesystem.protocol
         return Found(inside if local else filesystem.unstrip_protocol(inside), name)
 
-    if any(mark in source for mark in "*?["):
-        files = [
-            found(inside, PurePosixPath(inside).name)
-            for inside in sorted(filesystem.glob(path))
-            if PurePosixPath(inside).suffix.lower() in (*AUDIO_SUFFIXES, *CONTAINERS)
-        ]
-    elif filesystem.isdir(path):
+    def is_source(name: str) -> bool:
+        parts = PurePosixPath(name).parts
+        hidden = any(part.startswith(".") for part in parts)
+        return PurePosixPath(name).suffix.lower() in KINDS and not hidden
+
+    if filesystem.isdir(path):
         root = path.rstrip("/")
         if filesystem.exists(f"{root}/{MANIFEST}"):
             return _files_of(f"{source.rstrip('/')}/{MANIFEST}")
         names = [inside[len(root) + 1 :] for inside in sorted(filesystem.find(root))]
-        files = [
-            found(f"{root}/{name}", name)
-            for name in names
-            if PurePosixPath(name).suffix.lower() in (*AUDIO_SUFFIXES, *CONTAINERS)
-            and not any(part.startswith(".") for part in PurePosixPath(name).parts)
-        ]
+        files = [found(f"{root}/{name}", name) for name in names if is_source(name)]
     elif not filesystem.exists(path):
-        raise SourceError(f"{source}: no such file or folder")
+        if not any(mark in source for mark in "*?["):
+            raise SourceError(f"{source}: no such file or folder")
+        named = {inside: PurePosixPath(inside).name for inside in sorted(filesystem.glob(path))}
+        files = [found(inside, name) for inside, name in named.items() if is_source(name)]
     elif PurePosixPath(path).suffix == ".jsonl":
-        folder = str(PurePosixPath(found(path, "").path).parent).replace(":/", "://", 1)
+        folder = found(path, "").path.rsplit("/", 1)[0]
         files = list(_manifest_files(source, filesystem.cat_file(path), folder))
-    elif PurePosixPath(path).suffix.lower() in (*AUDIO_SUFFIXES, *CONTAINERS):
+    elif PurePosixPath(path).suffix.lower() in KINDS:
         files = [found(path, PurePosixPath(path).name)]
     else:
         raise SourceError(
-            f"{source}: not a source; accepted: a folder, a .jsonl manifest, "
-            f"{', '.join((*CONTAINERS, *AUDIO_SUFFIXES))}"
+            f"{source}: not a source; accepted: a folder, a .jsonl manifest, {', '.join(KINDS)}"
         )
     if not files:
         raise SourceError(f"{source}: nothing to tokenize in it")
@@ -217,7 +223,8 @@ def _manifest_files(source: str, content: bytes, folder: str) -> Iterator[Found]
                 f"{source}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}"
             ) from error
         path = name if outside else f"{folder}/{name}"
-        yield Found(path, name.split("://")[-1].lstrip("/"), entry)
+        parts = PurePosixPath(name.split("://")[-1]).parts
+        yield Found(path, "/".join(part for part in parts if part not in ("/", "..")), entry)
 
 
 def _key(name: str) -> str:
@@ -325,6 +332,7 @@ def _sample(name: str) -> str:
 
 def _items_of_parquet(file: Found, audio_column: str) -> Iterator[Item]:
     """The rows of a Parquet file. Where no column tells the seconds, all audio is read once."""
+    require_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -17,7 +17,7 @@ from dac_fast.corpus.folder import Card, Folder, Model, Settings, Sources, Work
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import SUFFIXES
-from dac_fast.corpus.sources import Found, absolute, digest, files_of
+from dac_fast.corpus.sources import Found, absolute, digest, files_of, require_pyarrow
 from dac_fast.files import OutputError
 from dac_fast.recordings.compress import check_options
 
@@ -75,8 +75,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _require(self.format in SUFFIXES, "format", self.format, ", ".join(SUFFIXES))
-        only = "npy" if self.format != "webdataset" else ", ".join(CODES)
-        _require(self.codes in only, "codes", self.codes, f"{only} with format {self.format}")
+        forms = CODES if self.format == "webdataset" else CODES[:1]
+        accepted = f"{', '.join(forms)} with format {self.format}"
+        _require(self.codes in forms, "codes", self.codes, accepted)
         _require(0 < self.shard_hours < math.inf, "shard_hours", self.shard_hours, "above 0")
         _require(self.budget_hours > 0, "budget_hours", self.budget_hours, "above 0")
         least, most = self.workers if isinstance(self.workers, tuple) else (self.workers or 1,) * 2
@@ -153,6 +154,8 @@ def tokenize(
     """
     if not options.local:
         on_ray.require()
+    if options.format == "parquet":
+        require_pyarrow()
     named = [absolute(source) for source in sources]
     files = files_of(named)
     model, settings = _identity(options)
