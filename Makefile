@@ -5,11 +5,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-serve test lint bench clean
 
-demo: .venv/installed
-	$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
+demo: .venv/demo
+	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
 	@echo "listen to demo/tabla_cc0.wav, look at demo/tabla_cc0.png"
+
+demo-serve: .venv/installed
+	$(BIN)/dac-fast serve
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -26,10 +29,19 @@ bench: .venv/installed
 clean:
 	rm -rf .venv build demo *.egg-info
 
-# Everything is reinstalled when what is installed changes.
-.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $@
+# A newcomer's environment: the package and its pictures.
+.venv/demo: pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "1/3 making .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --upgrade pip
+	@echo "2/3 installing PyTorch ($(TORCH)): a minute or more, by your network"
+	@$(BIN)/pip install --quiet "$(TORCH)"
+	@echo "3/3 compiling csrc for this machine, installing dac_fast: under a minute"
+	@$(BIN)/pip install --quiet --editable ".[plot]"
+	@touch $@
+
+# A contributor's environment: what tests and linters use on top (Ray, transformers and others).
+.venv/installed: .venv/demo
+	@echo "installing what the tests use: a minute or more, by your network"
+	@$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@

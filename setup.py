@@ -1,9 +1,9 @@
-"""Builds the native extension dac_kernels._C with ninja; everything else about the package is in pyproject.toml.
+"""Builds the native extension dac_kernels._C with ninja; pyproject.toml has all the rest.
 
-DAC_KERNELS_BUILD: "auto" (default: the CPU half where there is a C++ compiler, the CUDA half where there is nvcc as
-well), "cpu", "cuda" (an error without nvcc) or "none". DAC_KERNELS_CUDA_ARCH: GPU architectures to compile for,
-default "80;86;89;90"; the last one's PTX goes along, for newer GPUs. CXX, CXXFLAGS, CUDA_HOME:
-the compilers, if not on PATH, and more flags.
+DAC_KERNELS_BUILD: "auto" (default: the CPU half if there is a C++ compiler, and the CUDA half for
+this machine's GPUs if there is nvcc), "cpu", "cuda" (for many GPUs; an error without nvcc), "none".
+DAC_KERNELS_CUDA_ARCH: the GPU architectures to compile for, with "cuda" by default "80;86;89;90";
+the last one's PTX goes along, for newer GPUs. CXX, CXXFLAGS, CUDA_HOME: compilers and more flags.
 """
 
 import os
@@ -18,88 +18,77 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_SOURCES = ["bindings.cpp", "disc_preprocess.cpp", "parallel.cpp", "snake.cpp", "stft_bands.cpp"]
-CUDA_SOURCES = ["disc_preprocess.cu", "stft_bands.cu"]
-
 MODE = os.environ.get("DAC_KERNELS_BUILD", "auto")
+CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
 if MODE not in ("auto", "cpu", "cuda", "none"):
     raise SystemExit(f"DAC_KERNELS_BUILD is {MODE!r}; accepted: auto, cpu, cuda, none")
-CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-NVCC = shutil.which(
-    str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-) or shutil.which("nvcc")
 if MODE == "cuda" and not (CXX and NVCC):
-    raise SystemExit(
-        f"DAC_KERNELS_BUILD is 'cuda', but there is no {'nvcc' if CXX else 'C++ compiler'} on PATH"
-    )
+    missing = "nvcc" if CXX else "C++ compiler"
+    raise SystemExit(f"DAC_KERNELS_BUILD is 'cuda', but there is no {missing} on PATH")
 
 
 def architectures() -> list[str]:
-    """The GPU architectures to compile for, as nvcc numbers them."""
-    names = re.split(r"[;,\s]+", os.environ.get("DAC_KERNELS_CUDA_ARCH", "80;86;89;90").strip())
+    """The GPU architectures to compile for, as nvcc numbers them; none: the CPU half alone."""
+    if MODE == "cpu" or not NVCC:
+        return []
+    default = "80;86;89;90" if MODE == "cuda" else ""
+    names = re.findall(r"[^;,\s]+", os.environ.get("DAC_KERNELS_CUDA_ARCH", default))
     for name in names:
         if not re.fullmatch(r"\d{2,3}[af]?", name):
-            raise SystemExit(
-                f"DAC_KERNELS_CUDA_ARCH has {name!r}; accepted: numbers such as 80;90 or 90a"
-            )
+            accepted = "numbers such as 80;90 or 90a"
+            raise SystemExit(f"DAC_KERNELS_CUDA_ARCH has {name!r}; accepted: {accepted}")
+    if not names:
+        gpus = subprocess.getoutput("nvidia-smi --query-gpu=compute_cap --format=csv,noheader")
+        known = subprocess.getoutput(f"'{NVCC}' --list-gpu-code").split()
+        found = {"".join(digits) for digits in re.findall(r"^(\d+)\.(\d)$", gpus, re.MULTILINE)}
+        names = sorted((name for name in found if f"sm_{name}" in known), key=int)
+    if not names:
+        print("nvcc, but no GPU: only the CPU half is built; DAC_KERNELS_BUILD=cuda builds both.")
     return names
 
 
-def build_file(target: Path) -> str:
+def build_file(target: Path, archs: list[str]) -> str:
     """The build.ninja that compiles csrc into `target`."""
     import pybind11
 
     flags = f"-std=c++17 -O3 -DNDEBUG -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     host = "-fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
-    link = (
-        "-shared -pthread -undefined dynamic_lookup"
-        if sys.platform == "darwin"
-        else "-shared -pthread"
-    )
-    sources, nvcc = CPU_SOURCES, ""
-    if NVCC and MODE != "cpu":
-        archs = architectures()
-        sources = CPU_SOURCES + CUDA_SOURCES
-        flags += f" '-DDAC_KERNELS_CUDA=\"{';'.join(archs)}\"' -I{Path(NVCC).resolve().parents[1] / 'include'}"
-        nvcc = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-        nvcc += f" -gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]} -Xcompiler {host.replace(' ', ',')}"
+    link = "-shared -pthread" + " -undefined dynamic_lookup" * (sys.platform == "darwin")
+    compilers = {".cpp": f"{CXX} {host} {os.environ.get('CXXFLAGS', '')}"}
+    if archs:
         home = Path(NVCC).resolve().parents[1]
-        folder = next(
-            (p for p in (home / "lib64", *home.glob("targets/*/lib")) if p.is_dir()), home / "lib"
-        )
-        link += f" -L{folder} -lcudart_static -ldl -lrt"
-    objects = " ".join(f"{source}.o" for source in sources)
-    edges = "\n".join(f"build {s}.o: {Path(s).suffix[1:]} {ROOT / 'csrc' / s}" for s in sources)
+        libraries = [home / "lib64", *home.glob("targets/*/lib"), home / "lib"]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        compilers[".cu"] = " ".join([NVCC, *codes, "-Xcompiler", host.replace(" ", ",")])
+        flags += f" '-DDAC_KERNELS_CUDA=\"{';'.join(archs)}\"' -I{home / 'include'}"
+        link += f" -L{next(filter(Path.is_dir, libraries))} -lcudart_static -ldl -lrt"
+    sources = [p for p in sorted((ROOT / "csrc").iterdir()) if p.suffix in compilers]
+    edge = "build {0.name}.o: compile {0}\n  compiler = {1}\n"
+    edges = "".join(edge.format(source, compilers[source.suffix]) for source in sources)
     return f"""
-rule cpp
-  description = c++ $in
-  command = {CXX} -MMD -MF $out.d {flags} {host} {os.environ.get("CXXFLAGS", "")} -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule cu
-  description = nvcc $in
-  command = {NVCC} -MD -MF $out.d {flags} {nvcc} -c $in -o $out
+rule compile
+  command = $compiler -MD -MF $out.d {flags} -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
   command = {CXX} $in {link} -o $out
-{edges}
-build {target}: link {objects}
+{edges}build {target}: link {" ".join(f"{source.name}.o" for source in sources)}
 """
 
 
 class Ninja(build_ext):
-    """Compiles in build/native-*, which stays: the next build compiles what changed."""
+    """Compiles in build/_C.*, which stays: the next build compiles what changed."""
 
-    def build_extension(self, ext):
+    def build_extension(self, ext: Extension) -> None:
         """Called by setuptools for the one extension."""
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = (
-            ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        )
+        archs, target = architectures(), Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / "-".join([target.stem, *archs])
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(build_file(folder / target.name))
+        (folder / "build.ninja").write_text(build_file(folder / target.name, archs))
         search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         subprocess.run([shutil.which("ninja", path=search) or "ninja", "-C", folder], check=True)
         # A new file, not new contents: a process that has the old one loaded keeps it.
@@ -107,10 +96,5 @@ class Ninja(build_ext):
         shutil.copy2(folder / target.name, target)
 
 
-native = [Extension("dac_kernels._C", [f"csrc/{source}" for source in CPU_SOURCES])]
-if MODE == "none" or not CXX:
-    print(
-        f"dac_kernels._C is not built: {'DAC_KERNELS_BUILD is none' if CXX else 'no C++ compiler on PATH'}"
-    )
-    native = []
-setup(ext_modules=native, cmdclass={"build_ext": Ninja})
+native = Extension("dac_kernels._C", ["csrc/bindings.cpp"])
+setup(ext_modules=[native] if CXX and MODE != "none" else [], cmdclass={"build_ext": Ninja})

@@ -1,1 +1,1 @@
-"""Benchmarks of the ops and of the codec against their peers: `python -m bench --help`, from the repository's root."""
+"""Benchmarks against peers, run from the repository's root: `python -m bench --help`."""

@@ -1,329 +1,342 @@
-"""The command line: python -m bench list | run | gpu | parity | train | report."""
+"""The command line: python -m bench list | run | gpu | parity | train | corpus | report | house."""
 
-import argparse
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-RESULTS = Path(__file__).parent / "results"
+import torch
+import typer
 
+from bench import house as checkout
+from bench import precisions, run
+from bench.case import Case, Settings
+from bench.cases import all_cases
+from bench.document import ROOT
+from bench.gpu import GpuSettings, run_everything
+from bench.options import (
+    Budget,
+    CaseNames,
+    Commit,
+    Device,
+    OnDevice,
+    Out,
+    PeerNames,
+    Precision,
+    PublishedPython,
+    Quick,
+    Recording,
+    Step,
+    StepPrecision,
+    Threads,
+)
+from bench.report import write_report
 
-def main(arguments=None):
-    """Parse the command line and do it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Time every op and the codec against their peers. Each provider's outputs are checked before it "
-        "is timed: one that is wrong is reported as failed. Run from the repository's root.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+# Git ignores this folder. A result to keep is copied to bench/results and committed.
+OUT = ROOT / "bench/out"
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
-    common.add_argument(
-        "--case", action="append", metavar="GLOB",
-        help="cases whose name matches, such as 'snake/*' or '*/backward/*'; may be repeated; default: all",
-    )  # fmt: skip
-    common.add_argument(
-        "--quick", action="store_true", help="tiny shapes: tests the harness, says nothing of speed"
-    )
-
-    commands.add_parser("list", parents=[common], help="print the names of the cases")
-
-    run = commands.add_parser("run", parents=[common], help="run cases and write a result file")
-    run.add_argument(
-        "--provider",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only this one; may be repeated; default: all",
-    )
-    run.add_argument(
-        "--seconds", type=float, default=1.0, help="of timing per case and provider (default: 1)"
-    )
-    run.add_argument(
-        "--rounds", type=int, default=7, help="in which the providers take turns (default: 7)"
-    )
-    run.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    run.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no case after that long"
-    )
-    run.add_argument(
-        "--provider-seconds", type=float, default=float("inf"), metavar="SECONDS",
-        help="start no more providers of a case after that long",
-    )  # fmt: skip
-    published = {
-        "metavar": "PATH",
-        "help": "a Python that can import the published package: times it in the same run, with the same weights",
-    }
-    run.add_argument("--published-python", **published)
-    run.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
-    run.add_argument(
-        "--resume", action="store_true", help="go on with the file, running the cases it lacks"
-    )
-    run.add_argument("--commit", help="to be recorded where this is no git checkout")
-
-    gpu = commands.add_parser(
-        "gpu",
-        help="everything for a machine with a GPU, see bench/gpu.py: build, tests, every CUDA case, report",
-    )
-    gpu.add_argument("--out-dir", type=Path, default=RESULTS, help="default: bench/results")
-    gpu.add_argument(
-        "--budget", type=float, default=500, metavar="SECONDS", help="for all of it (default: 500)"
-    )
-    gpu.add_argument("--commit", help="to be recorded where this is no git checkout")
-    gpu.add_argument("--case", action="append", metavar="GLOB", help="as for run")
-    gpu.add_argument(
-        "--skip", action="append", default=[], metavar="STEP",
-        choices=("build", "tests", "sanitizers", "cases", "precisions", "train"),
-        help="leave a step out: build, tests, sanitizers, cases, precisions or train; may be repeated",
-    )  # fmt: skip
-    gpu.add_argument(
-        "--resume", type=Path, metavar="JSON", help="go on with the result file of an earlier call"
-    )
-    gpu.add_argument("--published-python", **published)
-    gpu.add_argument("--recording", type=Path, help="as for parity")
-
-    parity = commands.add_parser(
-        "parity",
-        help="what each precision costs on a real recording: codes that agree, audio in dB, against float64",
-    )
-    parity.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
-    parity.add_argument(
-        "--precision",
-        nargs="+",
-        choices=("fp32", "tf32", "fp16", "bf16"),
-        help="default: all; tf32 on cuda only",
-    )
-    parity.add_argument(
-        "--recording", type=Path, help="a .wav of 16 bit, or what soundfile reads; default: a clip"
-    )
-    parity.add_argument("--seconds", type=float, default=1.0, help="of the recording (default: 1)")
-    parity.add_argument("--out", type=Path, help="default: bench/results/<device>_precisions.json")
-    parity.add_argument("--commit", help="to be recorded where this is no git checkout")
-
-    train = commands.add_parser(
-        "train",
-        help="time the training step: the published composition, torch.compile of it, ours; part by part",
-    )
-    train.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
-    train.add_argument("--recipe", help="default: 44khz on cuda, tiny on the CPU")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe",
-    )
-    train.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="default: 72 12 on cuda, 1 on the CPU"
-    )
-    train.add_argument(
-        "--precision", nargs="+", choices=("fp32", "bf16"), help="default: both; on the CPU fp32"
-    )
-    train.add_argument(
-        "--implementation", action="append", metavar="NAME", help="only this one; may be repeated"
-    )
-    train.add_argument("--seconds", type=float, default=5.0, help="of timing per row (default: 5)")
-    train.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no row after that long"
-    )
-    train.add_argument("--data", type=Path, metavar="FOLDER", help="of audio: time reading it too")
-    train.add_argument(
-        "--compare", type=int, metavar="STEPS",
-        help="instead: train a small codec for that many steps in each way, and compare the losses",
-    )  # fmt: skip
-    train.add_argument(
-        "--count-only",
-        action="store_true",
-        help="count flops and memory in a step, and time nothing",
-    )
-    train.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    train.add_argument(
-        "--quick",
-        action="store_true",
-        help="a tiny model: tests the harness, says nothing of speed",
-    )
-    train.add_argument(
-        "--out", type=Path, help="default: bench/results/<device>_train[_compare].json"
-    )
-    train.add_argument("--commit", help="to be recorded where this is no git checkout")
-
-    report = commands.add_parser(
-        "report", help="turn result files into a Markdown table and PNG plots beside each"
-    )
-    report.add_argument("results", type=Path, nargs="+", metavar="JSON")
-
-    options = parser.parse_args(arguments)
-    run = {
-        "list": _list,
-        "run": _run,
-        "gpu": _gpu,
-        "parity": _parity,
-        "train": _train,
-        "report": _report,
-    }
-    run[options.command](options, parser)
+app = typer.Typer(
+    help="Time every op and the codec against their peers. The outputs of each peer are checked "
+    "before it is timed: one that is wrong is reported as failed. Run from the repository's root.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
-def _selected(options, parser):
-    import torch
+@app.command("list")
+def list_cases(device: OnDevice = None, case: CaseNames = None, quick: Quick = False) -> None:
+    """Print the names of the cases."""
+    for found in matching(case, name_of(device), quick):
+        print(found.name)
 
-    from bench.cases import all_cases
 
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = options.case or ["*"]
-    cases = all_cases(options.device, options.quick)
-    found = [case for case in cases if any(fnmatch.fnmatch(case.name, name) for name in names)]
-    if not found:
-        parser.error(
-            f"no case matches {' or '.join(map(repr, names))}; `python -m bench list` prints them"
+@app.command("run")
+def run_cases(
+    device: OnDevice = None,
+    case: CaseNames = None,
+    quick: Quick = False,
+    peer: PeerNames = None,
+    seconds: Annotated[float, typer.Option(help="Of timing per case and peer.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="In which the peers take turns.")] = 7,
+    threads: Threads = None,
+    budget: Budget = None,
+    peer_seconds: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Start no more peers of a case after that long."),
+    ] = float("inf"),
+    published_python: PublishedPython = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the file, running the cases it lacks.")
+    ] = False,
+    commit: Commit = None,
+) -> None:
+    """Run cases and write a result file."""
+    name = name_of(device)
+    cases = matching(case, name, quick)
+    must_be_there(name)
+    if threads:
+        torch.set_num_threads(threads)
+    without_tf32()
+    settings = Settings(
+        device=name,
+        seconds=0.02 if quick else seconds,
+        rounds=2 if quick else rounds,
+        peers=peer or (),
+        published_python=published_python,
+        quick=quick,
+        peer_seconds=peer_seconds,
+    )
+    path = out or OUT / f"{name}.json"
+    if not resume:
+        path.unlink(missing_ok=True)
+    run.run_all(cases, settings, path, budget, commit)
+    say_written([path])
+
+
+@app.command()
+def gpu(
+    out_dir: Annotated[Path, typer.Option(help="Folder of the results.")] = OUT,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 500,
+    commit: Commit = None,
+    case: CaseNames = None,
+    skip: Annotated[
+        list[Step] | None, typer.Option(help="Leave a step out; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Go on with the result file of an earlier call."),
+    ] = None,
+    published_python: PublishedPython = None,
+    recording: Recording = None,
+) -> None:
+    """Build, test and time everything on a GPU, see bench/gpu.py."""
+    if not torch.cuda.is_available():
+        hint = "`python -m bench run --device cpu` runs the CPU cases"
+        raise typer.BadParameter(f"torch sees no CUDA device here; {hint}")
+    must_be_files(resume, recording)
+    run_everything(
+        GpuSettings(
+            folder=out_dir,
+            budget=budget,
+            commit=commit,
+            patterns=case or (),
+            skip=skip or (),
+            resume=resume,
+            published_python=published_python,
+            recording=recording,
         )
+    )
+
+
+@app.command()
+def parity(
+    device: OnDevice = None,
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="May be repeated. Default: all; tf32 on cuda only."),
+    ] = None,
+    recording: Recording = None,
+    seconds: Annotated[float, typer.Option(help="Of the recording.")] = 1.0,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Measure what each precision costs, against float64."""
+    name = name_of(device)
+    must_be_there(name)
+    must_be_files(recording)
+    available = [each.value for each in Precision if name == "cuda" or each is not Precision.tf32]
+    wanted = accepted("--precision", [each.value for each in precision or ()], available, name)
+    without_tf32()
+    path = out or OUT / f"{name}_precisions.json"
+    precisions.run_table(name, wanted, recording or precisions.CLIP, seconds, path, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
+def train(
+    device: OnDevice = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Default: 44khz on cuda, tiny on the CPU.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="May be repeated. Default: 72 and 12 on cuda, else 1."),
+    ] = None,
+    precision: Annotated[
+        list[StepPrecision] | None,
+        typer.Option(help="May be repeated. Default: both on cuda, else fp32."),
+    ] = None,
+    peer: PeerNames = None,
+    seconds: Annotated[float, typer.Option(help="Of timing per row.")] = 5.0,
+    budget: Budget = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of audio: time reading it, too.")
+    ] = None,
+    compare: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Instead, train a small codec for that many steps in each way, and compare them.",
+        ),
+    ] = None,
+    count_only: Annotated[
+        bool, typer.Option("--count-only", help="Count flops and memory, and time nothing.")
+    ] = False,
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Time the training step, part by part."""
+    # Imported here, since training needs packages that a machine which only times kernels may lack.
+    from bench.training.compare import main_line, run_compare
+    from bench.training.step import PEERS, QUICK, TAKEN_APART, TrainSettings, run_train
+    from dac_fast.training import RecipeError, load_recipe
+
+    name = name_of(device)
+    must_be_there(name)
+    if threads:
+        torch.set_num_threads(threads)
+    path = out or OUT / f"{name}_train{'_compare' if compare else ''}.json"
+    quick_overrides = QUICK if quick else ()
+    if compare:
+        print(main_line(run_compare(name, compare, path, quick_overrides, commit)))
+        say_written([path, *write_report(path)])
+        return
+    on_gpu = name == "cuda"
+    overrides = [*quick_overrides, *(override or ())]
+    try:
+        loaded = load_recipe(recipe or ("44khz" if on_gpu else "tiny"), overrides)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error)) from error
+    precisions_wanted = precision or (list(StepPrecision) if on_gpu else [StepPrecision.fp32])
+    settings = TrainSettings(
+        device=name,
+        recipe=loaded,
+        batches=batch or ([72, 12] if on_gpu else [1]),
+        precisions=[each.value for each in precisions_wanted],
+        peers=accepted("--peer", peer, TAKEN_APART if count_only else PEERS[name], name),
+        seconds=0.2 if quick else seconds,
+        count_only=count_only,
+        data=data,
+        quick=quick,
+    )
+    run_train(settings, path, budget, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
+def corpus(
+    device: OnDevice = None,
+    model: Annotated[str, typer.Option(help="Of all ways.")] = "tiny",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of recordings. Default: a clip, often.")
+    ] = None,
+    most: Annotated[int, typer.Option(help="Recordings to encode at most.")] = 100,
+    rounds: Annotated[int, typer.Option(help="In which the ways take turns.")] = 1,
+    published_python: PublishedPython = None,
+    quick: Quick = False,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Time a corpus to codes: one and two workers, a loop, the published package in a pool."""
+    # Imported here, since it needs Ray, which a machine that only times kernels may lack.
+    from bench.corpus import CLIP, CorpusSettings, run_corpus
+    from dac_fast.audio.sources import files_below
+
+    name = name_of(device)
+    must_be_there(name)
+    count = 4 if quick else most
+    files = [Path(file.path) for file in files_below(data)] if data else [CLIP] * count
+    settings = CorpusSettings(name, model, files[:count], rounds, published_python)
+    path = out or OUT / f"{name}_corpus.json"
+    run_corpus(settings, path, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
+def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
+    """Turn result files into pages and pictures."""
+    for path in results:
+        must_be_files(path)
+        say_written(write_report(path))
+
+
+@app.command()
+def house(
+    root: Annotated[Path, typer.Option(help="The checkout. Default: this one.")] = ROOT,
+) -> None:
+    """Print size, style and import graph of a checkout."""
+    print(checkout.markdown(root))
+
+
+def name_of(device: Device | None) -> str:
+    """The name of the device, by default of the fastest."""
+    if device:
+        return device.value
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def must_be_there(device: str) -> None:
+    """Ends the command where the device is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda, but torch sees no CUDA device")
+
+
+def must_be_files(*paths: Path | None) -> None:
+    """Ends the command where one of the paths is no file; None is passed over."""
+    for path in paths:
+        if path and not path.is_file():
+            raise typer.BadParameter(f"{path} is no file")
+
+
+def accepted(
+    option: str, values: list[str] | None, available: Sequence[str], device: str
+) -> list[str]:
+    """The available values that are wanted, all of them where none is named."""
+    for value in values or ():
+        if value not in available:
+            choice = ", ".join(map(repr, available))
+            raise typer.BadParameter(f"{option} is {value!r}; accepted on {device}: {choice}")
+    return [value for value in available if value in (values or available)]
+
+
+def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]:
+    """The cases that match, in the order in which they are run."""
+    patterns = patterns or ["*"]
+    found = [
+        case
+        for case in all_cases(device, quick)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        wanted = " or ".join(map(repr, patterns))
+        hint = "`python -m bench list` prints them"
+        raise typer.BadParameter(f"no case matches {wanted}; {hint}")
     return sorted(found, key=lambda case: case.priority)
 
 
-def _list(options, parser):
-    for case in _selected(options, parser):
-        print(case.name)
+def without_tf32() -> None:
+    """Has single precision mean single precision in this process: the codes depend on it."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def _run(options, parser):
-    import torch
-
-    from bench.case import Settings
-    from bench.run import run_all
-
-    cases = _selected(options, parser)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    # Single precision means single precision: the codes depend on it.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    settings = Settings(
-        options.device,
-        0.02 if options.quick else options.seconds,
-        2 if options.quick else options.rounds,
-        options.provider,
-        options.published_python,
-        options.quick,
-        options.provider_seconds,
-    )
-    out = options.out or RESULTS / f"{options.device}.json"
-    if not options.resume:
-        out.unlink(missing_ok=True)
-    run_all(cases, settings, out, options.budget, options.commit)
-    print(f"wrote {os.path.relpath(out)}")
-
-
-def _gpu(options, parser):
-    import torch
-
-    from bench.gpu import GpuSettings, run_everything
-
-    if not torch.cuda.is_available():
-        parser.error(
-            "torch sees no CUDA device here; `python -m bench run --device cpu` runs the CPU cases"
-        )
-    for path in filter(None, (options.resume, options.recording)):
-        if not path.is_file():
-            parser.error(f"{path} is no file")
-    run_everything(
-        GpuSettings(
-            options.out_dir,
-            options.budget,
-            options.commit,
-            options.case or (),
-            options.skip,
-            options.resume,
-            options.published_python,
-            options.recording,
-        )
-    )
-
-
-def _parity(options, parser):
-    import torch
-
-    from bench.precisions import CLIP, markdown, run_table
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precisions = options.precision or [
-        "fp32",
-        *(["tf32"] if device == "cuda" else []),
-        "fp16",
-        "bf16",
-    ]
-    if device == "cpu" and "tf32" in precisions:
-        parser.error("--precision tf32 on the CPU; accepted there: fp32, fp16, bf16")
-    # As in _run.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    out = options.out or RESULTS / f"{device}_precisions.json"
-    document = run_table(
-        device, precisions, options.recording or CLIP, options.seconds, out, options.commit
-    )
-    out.with_suffix(".md").write_text(markdown(document))
-    print(f"wrote {os.path.relpath(out)} and {os.path.relpath(out.with_suffix('.md'))}")
-
-
-def _train(options, parser):
-    import torch
-
-    from bench.training.compare import main_line, run_compare
-    from bench.training.report import write_train_report
-    from bench.training.step import IMPLEMENTATIONS, QUICK, TrainSettings, run_train
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    out = options.out or RESULTS / f"{device}_train{'_compare' if options.compare else ''}.json"
-    quick = QUICK if options.quick else ()
-    if options.compare:
-        print(main_line(run_compare(device, options.compare, out, quick, options.commit)))
-        return
-    # Elsewhere there are no graphs, and compiled code does not show what it keeps.
-    available = IMPLEMENTATIONS if on_gpu else IMPLEMENTATIONS[:3]
-    available = ("published", "ours") if options.count_only else available
-    for name in options.implementation or ():
-        if name not in available:
-            parser.error(
-                f"--implementation is {name!r}; accepted on {device}: {', '.join(available)}"
-            )
-    settings = TrainSettings(
-        device,
-        options.recipe or ("44khz" if on_gpu else "tiny"),
-        (*quick, *options.set),
-        options.batch or ([72, 12] if on_gpu else [1]),
-        options.precision or (["fp32", "bf16"] if on_gpu else ["fp32"]),
-        [name for name in available if name in (options.implementation or available)],
-        0.2 if options.quick else options.seconds,
-        options.count_only,
-        options.data,
-        options.quick,
-    )
-    run_train(settings, out, options.budget, options.commit)
-    for written in [out, *write_train_report(out)]:
-        print(f"wrote {os.path.relpath(written)}")
-
-
-def _report(options, parser):
-    from bench.report import write_report
-
-    for path in options.results:
-        if not path.is_file():
-            parser.error(f"{path} is no file; a result file of `python -m bench run` is accepted")
-        for written in write_report(path):
-            print(f"wrote {os.path.relpath(written)}")
+def say_written(paths: list[Path]) -> None:
+    """Prints the paths of new files."""
+    for path in paths:
+        print(f"wrote {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":
-    main()
+    app(prog_name="python -m bench")

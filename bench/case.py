@@ -1,15 +1,56 @@
-"""A case to run and time: what it computes, at which size, by which providers."""
+"""A case to time: what it computes, at which size, and the peers that compute it.
+
+A peer is one way to compute a case, ours or somebody else's. Each is started right before its
+outputs are checked, so that one that fails takes down no other.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from bench import timing
+from bench.document import Json
+
+Outputs = Sequence[Tensor]
+
 
 class Unavailable(Exception):  # noqa: N818 (nothing went wrong)
-    """Raised by a provider's start: what it needs is not there; the message says what."""
+    """Something that a peer needs is not there; the message says what."""
 
 
-# Starts a provider and returns the function to time; or says why it cannot run.
-Provider = Callable[[], Callable] | str
+class Run:
+    """A peer that has been started; a call returns its outputs.
+
+    Attributes:
+        precision: of the computation, "float32/float16" where encoding and decoding differ; None:
+            the case's dtype.
+        facts: more for the peer's row, complete after the first call.
+    """
+
+    def __init__(self, call: Callable[[], Outputs], precision: str | None = None):
+        self.call = call
+        self.precision = precision
+        self.facts: Json = {}
+
+    def __call__(self) -> Outputs:
+        """The outputs."""
+        return self.call()
+
+    def sampler(self, device: str, requests: bool) -> timing.Sampler:
+        """A function that times a number of calls, as requests or by the device's clock."""
+        make = timing.request_sampler if requests else timing.sampler
+        return make(self.call, device)
+
+    def close(self) -> None:
+        """Ends what the peer started outside this process, which is nothing here."""
+
+
+# A function that starts a peer, or the reason why it cannot run.
+Peer = Callable[[], Run] | str
+# Judges outputs in a precision: returns their error, or several facts for the row; raises
+# AssertionError where they are wrong.
+Check = Callable[[Outputs, str], float | Json]
 
 
 @dataclass(frozen=True)
@@ -18,21 +59,22 @@ class Settings:
 
     Attributes:
         device: "cpu" or "cuda".
-        seconds: of timing per provider and case, about.
-        rounds: in which the providers take turns.
-        providers: names to run; empty: all.
-        published_python: a Python that can `import dac`, the published package; None: leave it out.
-        quick: shapes that run in a moment, for the harness's own test.
-        provider_seconds: a case starts no more providers after that long.
+        seconds: of timing per peer and case, about.
+        rounds: in which the peers take turns.
+        peers: names of those to run; empty: all.
+        published_python: a Python that can `import dac`, the published package; None: it is left
+            out.
+        quick: shapes that run in a moment, for the test of the benchmark itself.
+        peer_seconds: after this long a case starts no more peers.
     """
 
     device: str
     seconds: float = 1.0
     rounds: int = 7
-    providers: Sequence[str] = ()
+    peers: Sequence[str] = ()
     published_python: str | None = None
     quick: bool = False
-    provider_seconds: float = float("inf")
+    peer_seconds: float = float("inf")
 
 
 @dataclass
@@ -40,17 +82,16 @@ class Prepared:
     """A case ready to run.
 
     Attributes:
-        providers: by name, the baseline first. What one starts may have `precision`, where that is not the case's
-            dtype ("tf32", "float16", ...); `sample` and `close`, see `bench.peers.Peer`; `facts`, more for its row.
-        check: of a provider's outputs, and its precision: returns their error, or several facts for the row; raises
-            AssertionError where they are wrong.
-        bytes_moved: that the op cannot do without: each input and output tensor once; None: not of interest.
-        flops: of its matrix products and convolutions; 0: it has none.
-        audio_seconds: of audio that one call goes through; None: not of interest.
+        peers: by name, the baseline first.
+        check: of every peer's outputs.
+        bytes_moved: that no implementation can do without: each input and output tensor once; None:
+            memory does not limit this case.
+        flops: of matrix products and convolutions.
+        audio_seconds: that one call goes through; None: the case is no codec.
     """
 
-    providers: dict[str, Provider]
-    check: Callable[[Sequence, str], float | dict]
+    peers: dict[str, Peer]
+    check: Check
     bytes_moved: int | None
     flops: int = 0
     audio_seconds: float | None = None
@@ -61,14 +102,15 @@ class Case:
     """One thing to compute, at one size.
 
     Attributes:
-        op: name in `dac_fast.ops`, or "codec".
-        direction: what of it: forward, backward; encode, decode, both.
-        device: "cpu" or "cuda". dtype: "float32", ….
-        shape: of the input, and where it occurs.
-        prepare: makes the inputs, of `Settings`.
-        priority: 0 is run first.
-        requests: time calls as a user waits for them, one after the other, and longer; also measure each provider's
-            start and memory. Else the device's time is measured.
+        op: name in `dac_fast.ops`, or "codec" or "stream".
+        direction: forward or backward; of a codec encode, decode or both.
+        device: "cpu" or "cuda".
+        dtype: "float32", ….
+        shape: of the input, and the layer that has it.
+        prepare: makes inputs, peers and check.
+        priority: cases run in ascending order.
+        requests: whether calls are timed as a user waits for them, one after the other and for
+            longer, together with each peer's start and memory; else the device's time is taken.
     """
 
     op: str
@@ -82,5 +124,5 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What `--case` patterns match."""
+        """The name that `--case` patterns match."""
         return "/".join((self.op, self.direction, self.device, self.dtype, self.shape))

@@ -1,108 +1,102 @@
-"""The plots of a report: providers per case, and each kernel's share of what the device can do."""
+"""The pictures of a report: peers per case, and each one's share of what the device can do."""
 
 from itertools import groupby
-from pathlib import Path
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.document import speedups, title
+from bench.document import Json, speedups, title
 
 COLORS = matplotlib.colormaps["tab20"].colors
 
+# A case, a peer, and how long its bar is.
+Bar = tuple[str, str, float]
 
-def requests(timed: list[dict], document: dict, path: Path) -> bool:
-    """Bars per input: how many times faster than real time each provider encodes and decodes it."""
+
+def figures(document: Json) -> dict[str, Figure]:
+    """The pictures by suffix, those without any bar left out."""
+    timed = [row for row in document["rows"] if row["status"] == "timed"]
+    requests = [row for row in timed if "real_time" in row]
+    ops = [row for row in timed if "real_time" not in row]
+    found = {
+        ".requests.png": real_time(requests, document),
+        ".peers.png": peers(ops, document),
+        ".roofline.png": roofline(ops, document),
+    }
+    return {suffix: axes.figure for suffix, axes in found.items() if axes}
+
+
+def real_time(timed: list[Json], document: Json) -> Axes | None:
+    """Bars per input: how many times faster than real time each peer encodes and decodes it."""
     bars = [
         (row["shape"], row["provider"], row["real_time"])
         for row in timed
         if row["direction"] == "both"
     ]
-    if not bars:
-        return False
-    axes = _bars(
-        bars, f"Encode and decode, items x seconds\n{title(document['environment'])}", path
-    )
-    _log(axes)
-    axes.set_xlabel("times faster than real time")
-    return _save(axes, path)
+    axes = _bars(bars, "Encode and decode, items x seconds", document)
+    return axes and _log(axes, "times faster than real time")
 
 
-def providers(timed: list[dict], document: dict, path: Path) -> bool:
-    """Bars per case: how many times as fast as its first provider each one is. Returns whether there was any."""
+def peers(timed: list[Json], document: Json) -> Axes | None:
+    """Bars per case: how many times as fast as its first peer each one is."""
     bars = [
         (case, name, ratio)
         for case, rows in groupby(timed, key=lambda row: row["case"])
         for name, ratio in speedups(list(rows)).items()
     ]
-    if not bars:
-        return False
-    axes = _bars(
-        bars,
-        f"Speed against the first provider of each case\n{title(document['environment'])}",
-        path,
-    )
-    _log(axes)
-    axes.set_xlabel("times as fast")
-    return _save(axes, path)
+    axes = _bars(bars, "Speed against the first peer of each case", document)
+    return axes and _log(axes, "times as fast")
 
 
-def roofline(timed: list[dict], document: dict, path: Path) -> bool:
-    """Bars per case: share of the roof, which is the copy bandwidth or the matrix product rate measured in the run."""
+def roofline(timed: list[Json], document: Json) -> Axes | None:
+    """Bars per case: the share of the roof that the run's own copy and matrix product set."""
     bars = [
         (row["case"], row["provider"], 100 * row["share_of_roof"])
         for row in timed
         if "share_of_roof" in row
     ]
-    if not bars:
-        return False
     copy = document["limits"]["copy_gb_s"]
-    axes = _bars(
-        bars,
-        f"Share of the roof (copy measured at {copy:.0f} GB/s)\n{title(document['environment'])}",
-        path,
-    )
-    axes.set_xlim(0, max(105, *(value for *_, value in bars)))
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_xlabel("percent")
-    return _save(axes, path)
+    axes = _bars(bars, f"Share of the roof (copy measured at {copy:.0f} GB/s)", document)
+    if axes:
+        axes.set_xlim(0, max(105, *(length for *_, length in bars)))
+        axes.axvline(100, color="black", linewidth=0.8)
+        axes.set_xlabel("percent")
+    return axes
 
 
-def _bars(bars: list[tuple[str, str, float]], heading: str, path: Path):
-    """Horizontal bars (case, provider, value), one colour a provider, the cases apart."""
+def _bars(bars: list[Bar], heading: str, document: Json) -> Axes | None:
+    """Horizontal bars, one colour per peer, the cases apart; None where there is no bar."""
+    if not bars:
+        return None
     names = list(dict.fromkeys(name for _, name, _ in bars))
-    figure = Figure(
-        figsize=(11, 1.6 + 0.2 * (len(bars) + len({case for case, *_ in bars}))),
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
+    cases = {case for case, *_ in bars}
+    figure = Figure(figsize=(11, 1.6 + 0.2 * (len(bars) + len(cases))), layout="constrained")
     axes = figure.add_subplot()
-    position, ticks = 0.0, []
-    for case, group in groupby(bars, key=lambda bar: bar[0]):
-        group = list(group)
+    position = 0.0
+    ticks = []
+    for case, of_case in groupby(bars, key=lambda bar: bar[0]):
+        group = list(of_case)
         ticks.append((position + (len(group) - 1) / 2, case))
-        for _, name, value in group:
-            axes.barh(position, value, height=0.9, color=COLORS[names.index(name) % len(COLORS)])
-            axes.text(value, position, f" {value:.3g}", va="center", fontsize=7)
+        for _, name, length in group:
+            axes.barh(position, length, height=0.9, color=COLORS[names.index(name) % len(COLORS)])
+            axes.text(length, position, f" {length:.3g}", va="center", fontsize=7)
             position += 1
         position += 1
     axes.set_yticks([y for y, _ in ticks], [case for _, case in ticks], fontsize=7)
     axes.set_ylim(position - 1, -1)
     handles = [axes.barh(0, 0, color=color) for _, color in zip(names, COLORS, strict=False)]
     axes.legend(handles, names, fontsize=8)
-    axes.set_title(heading, fontsize=10)
+    axes.set_title(f"{heading}\n{title(document['environment'])}", fontsize=10)
     return axes
 
 
-def _log(axes):
+def _log(axes: Axes, label: str) -> Axes:
+    """Makes the axis of a ratio logarithmic."""
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="minor", labelsize=7)
-
-
-def _save(axes, path: Path) -> bool:
-    axes.figure.savefig(path, dpi=120)
-    return True
+    axes.set_xlabel(label)
+    return axes

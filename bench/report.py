@@ -1,15 +1,20 @@
-"""A result file as a Markdown table, and as two plots. Only what was measured appears."""
+"""A result file as a page in Markdown, and as pictures. Only what was measured appears."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench.document import facts, speedups, table_row, title
+from bench.document import Json, facts, limits_fact, speedups, table_head, table_row, title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEADER = (
     "case",
-    "provider",
+    "peer",
     "p50 ms",
     "p20 to p80",
     "GB/s",
@@ -20,122 +25,152 @@ HEADER = (
 )
 # Of requests: the whole codec, or a step of a stream.
 REQUEST_HEADER = (
-    "input", "provider", "precision", "p50 ms", "p99 ms", "× real time", "peak GB", "start s", "of roof", "check",
+    "input",
+    "peer",
+    "precision",
+    "p50 ms",
+    "p99 ms",
+    "× real time",
+    "peak GB",
+    "start s",
+    "of roof",
+    "check",
     "times baseline",
-)  # fmt: skip
+)
 # Fewer calls have no 99th percentile.
 MANY = 100
 
+TIMES = (
+    "Times are of one call, percentiles over all iterations; backward is the backward pass alone, "
+    "its graph kept. Ratios are medians over interleaved rounds, against the case's first timed "
+    "peer. GB/s count the bytes that the op cannot do without. 'Of roof' is the floor set by the "
+    "measured limits over the time."
+)
+REQUEST_TIMES = (
+    "Codec and stream: times are what a caller waits, wall clock; the roof is that of the "
+    "convolutions at the matrix product rate of the peer's precision. Start: from weights in "
+    "memory to the first result, with compilation, choice of kernels and capture. Peak: GPU memory "
+    "over start and first call. Check: audio against float64, and codes equal to float64's. "
+    "Precision tf32: convolutions only, PyTorch's default."
+)
+
 
 def write_report(path: Path) -> list[Path]:
-    """Write the .md, and the plots where matplotlib is installed, beside a result file; returns what was written."""
+    """Writes the page, and the pictures where matplotlib is installed, beside any result file.
+
+    Returns:
+        the paths of what was written.
+    """
     document = json.loads(path.read_text())
+    page, pictures = kind(document)
     written = [path.with_suffix(".md")]
-    written[0].write_text(markdown(document))
-    timed = [row for row in document["rows"] if row["status"] == "timed"]
+    written[0].write_text(page(document))
     try:
-        from bench import plots
+        figures = pictures(document)
     except ImportError:
-        print("no plots: matplotlib is not installed")
+        print("no pictures: matplotlib is not installed")
         return written
-    requests = [row for row in timed if "real_time" in row]
-    ops = [row for row in timed if "real_time" not in row]
-    for suffix, plot, rows in (
-        (".requests.png", plots.requests, requests),
-        (".providers.png", plots.providers, ops),
-        (".roofline.png", plots.roofline, ops),
-    ):
-        target = path.with_suffix(suffix)
-        if plot(rows, document, target):
-            written.append(target)
+    for suffix, figure in figures.items():
+        written.append(path.with_suffix(suffix))
+        figure.savefig(written[-1], dpi=120)
     return written
 
 
-def markdown(document: dict) -> str:
-    """The whole report."""
-    environment, limits = document["environment"], document["limits"]
-    matmul = ", ".join(
-        f"{value:.3g} TFLOP/s {dtype}" for dtype, value in limits["matmul_tflop_s"].items()
-    )
-    lines = [f"# {title(environment)}", "", *facts(environment)]
-    lines += [
-        f"- measured limits: copy {limits['copy_gb_s']:.4g} GB/s (read plus written); matrix product {matmul}",
-        "",
-        "Times are of one call, percentiles over all iterations; backward is the backward pass alone, its graph kept. "
-        "Ratios are medians over interleaved rounds, against the case's first timed provider. "
-        "GB/s count the bytes that the op cannot do without. 'Of roof' is the floor set by the measured limits over "
-        "the time.",
-    ]
+def kind(
+    document: Json,
+) -> tuple[Callable[[Json], str], Callable[[Json], "dict[str, Figure]"]]:
+    """The functions that make the page and, by suffix, the pictures of such a document.
+
+    Each kind is imported when it is met: training needs packages that a bare GPU machine may lack.
+    """
+    if "runs" in document:
+        from bench.training import compare
+
+        return compare.markdown, compare.figures
+    if "recipe" in document:
+        from bench.training import report
+
+        return report.markdown, report.figures
+    if "recording" in document:
+        from bench import precisions
+
+        return precisions.markdown, lambda _: {}
+    if "corpus" in document:
+        from bench import corpus
+
+        return corpus.markdown, lambda _: {}
+    return markdown, figures
+
+
+def figures(document: Json) -> "dict[str, Figure]":
+    """The pictures of cases, by suffix."""
+    from bench import plots
+
+    return plots.figures(document)
+
+
+def markdown(document: Json) -> str:
+    """The page of cases: the machine, a table per op and direction, then what is missing."""
+    environment = document["environment"]
     timed = [row for row in document["rows"] if row["status"] == "timed"]
+    lines = [f"# {title(environment)}", "", *facts(environment), limits_fact(document["limits"])]
+    lines += ["", TIMES]
     if any("real_time" in row for row in timed):
-        lines += [
-            "",
-            "Codec and stream: times are what a caller waits, wall clock; the roof is that of the convolutions at the "
-            "matrix product rate of the provider's precision. Start: from weights in memory to the first result, with "
-            "compilation, choice of kernels and capture. Peak: GPU memory over start and first call. Check: audio "
-            "against float64, and codes equal to float64's. Precision tf32: convolutions only, PyTorch's default.",
-        ]
+        lines += ["", REQUEST_TIMES]
     for step in document.get("steps", []):
         lines += ["", f"## {step['name']}", "", f"{step['result']} ({step['seconds']:.0f} s)"]
-    for (op, direction), group in groupby(sorted(timed, key=_group), key=_group):
-        group = list(group)
-        header, cells = (
-            (REQUEST_HEADER, _request_cells) if "real_time" in group[0] else (HEADER, _cells)
-        )
-        lines += [
-            "",
-            f"## {op}, {direction}",
-            "",
-            table_row(header),
-            table_row(["---"] * len(header)),
-        ]
-        for _, rows in groupby(group, key=lambda row: row["case"]):
-            rows = list(rows)
-            ratios = speedups(rows)
-            lines += [table_row(cells(row, ratios[row["provider"]])) for row in rows]
+
+    def group(row: Json) -> tuple[str, str]:
+        return row["op"], row["direction"]
+
+    for (op, direction), of_op in groupby(sorted(timed, key=group), key=group):
+        lines += ["", f"## {op}, {direction}", "", *table(list(of_op))]
     for status, heading in (("failed", "Failed"), ("skipped", "Skipped")):
         rows = [row for row in document["rows"] if row["status"] == status]
         if rows:
             lines += ["", f"## {heading}", ""]
             lines += [f"- {row['case']}, {row['provider']}: {row['reason']}" for row in rows]
     if document.get("not_run"):
-        lines += [
-            "",
-            "## Not run (out of time)",
-            "",
-            *(f"- {name}" for name in document["not_run"]),
-        ]
+        lines += ["", "## Not run (out of time)", ""]
+        lines += [f"- {name}" for name in document["not_run"]]
     return "\n".join(lines) + "\n"
 
 
-def _group(row: dict) -> tuple[str, str]:
-    return row["op"], row["direction"]
+def table(rows: list[Json]) -> list[str]:
+    """A table of timed rows of one op and direction."""
+    requests = "real_time" in rows[0]
+    lines = table_head(REQUEST_HEADER if requests else HEADER)
+    cells = request_cells if requests else op_cells
+    for _, of_case in groupby(rows, key=lambda row: row["case"]):
+        group = list(of_case)
+        ratios = speedups(group)
+        lines += [table_row(cells(row, ratios[row["provider"]])) for row in group]
+    return lines
 
 
-def _cell(row: dict, key: str, form: str) -> str:
-    return format(row[key], form) if key in row else ""
-
-
-def _request_cells(row: dict, ratio: float) -> list[str]:
-    check = [_cell(row, "snr_db", ".0f") + " dB"] if "snr_db" in row else []
-    check += [_cell(row, "agreement", ".1%")] if "agreement" in row else []
+def request_cells(row: Json, ratio: float) -> list[str]:
+    """The cells of `REQUEST_HEADER`."""
+    cell = partial(value, row)
+    check = [cell("snr_db", ".0f") + " dB"] if "snr_db" in row else []
+    check += [cell("agreement", ".1%")] if "agreement" in row else []
     return [
         row["shape"],
         row["provider"],
         row["precision"],
-        _cell(row, "p50_ms", ".4g"),
-        _cell(row, "p99_ms", ".4g") if row["iterations"] >= MANY else "",
-        _cell(row, "real_time", ".4g"),
+        cell("p50_ms", ".4g"),
+        cell("p99_ms", ".4g") if row["iterations"] >= MANY else "",
+        cell("real_time", ".4g"),
         f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "",
-        _cell(row, "start_s", ".2f"),
-        _cell(row, "share_of_roof", ".0%"),
+        cell("start_s", ".2f"),
+        cell("share_of_roof", ".0%"),
         ", ".join(check),
         f"{ratio:.2f}",
     ]
 
 
-def _cells(row: dict, ratio: float) -> list[str]:
-    cell = partial(_cell, row)
+def op_cells(row: Json, ratio: float) -> list[str]:
+    """The cells of `HEADER`."""
+    cell = partial(value, row)
     return [
         f"{row['shape']} {row['dtype']}",
         row["provider"],
@@ -147,3 +182,8 @@ def _cells(row: dict, ratio: float) -> list[str]:
         cell("share_of_roof", ".0%"),
         f"{ratio:.2f}",
     ]
+
+
+def value(row: Json, key: str, form: str) -> str:
+    """A number of a row in a format; nothing where the row has none."""
+    return format(row[key], form) if key in row else ""

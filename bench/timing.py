@@ -1,32 +1,37 @@
-"""Timing of one iteration, in milliseconds, and of what the device can do at best.
+"""The time of one call, in milliseconds, and what the device can do at best.
 
-All providers of a case are timed in interleaved rounds of one run, so that the ratio of two of them is taken between
-neighbours in time: a machine that slows down slows both.
+All peers of a case are timed in interleaved rounds of one run, so that the ratio of two of them is
+taken between neighbours in time: a machine that slows down slows both.
 """
 
 import time
 from collections.abc import Callable
+from types import TracebackType
 
 import numpy as np
 import torch
 
+from bench.document import Json
 from dac_fast.ops.precision import float32_products
 
-# Larger than any GPU's L2 cache (60 MB on an H200): writing it evicts the inputs that the last iteration left there.
+# Times that many calls and returns the milliseconds of each.
+Sampler = Callable[[int], list[float]]
+
+# More than any GPU's L2 cache holds (60 MB on an H200): writing them evicts the last call's inputs.
 FLUSH_BYTES = 256 * 2**20
 
 
-def sampler(run: Callable, device: str) -> Callable[[int], list[float]]:
-    """A function of n that runs `run` n times and returns each one's milliseconds.
+def sampler(run: Callable[[], object], device: str) -> Sampler:
+    """Times calls of `run` by the device's clock.
 
-    CUDA: events around each call, the L2 cache flushed before it; the flush also keeps the GPU busy while the CPU
-    launches, so the time is the GPU's. CPU: wall clock, nothing flushed.
+    CUDA: events around each call. The L2 cache is flushed before it, which also keeps the GPU busy
+    while the CPU launches, so that launches do not count. CPU: wall clock, nothing is flushed.
     """
     if device == "cpu":
         return lambda n: [_wall_clock(run) for _ in range(n)]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def sample(n):
+    def sample(n: int) -> list[float]:
         events = []
         for _ in range(n):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -41,12 +46,12 @@ def sampler(run: Callable, device: str) -> Callable[[int], list[float]]:
     return sample
 
 
-def request_sampler(run: Callable, device: str) -> Callable[[int], list[float]]:
-    """As `sampler`, but each one's milliseconds are those that a caller waits for its result, wall clock."""
+def request_sampler(run: Callable[[], object], device: str) -> Sampler:
+    """Times calls of `run` as a caller waits for each result, by the wall clock."""
     return lambda n: [_wall_clock(run, device) for _ in range(n)]
 
 
-def _wall_clock(run: Callable, device: str = "cpu") -> float:
+def _wall_clock(run: Callable[[], object], device: str = "cpu") -> float:
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -54,24 +59,25 @@ def _wall_clock(run: Callable, device: str = "cpu") -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def synchronize(device: str):
-    """Wait for the device."""
+def synchronize(device: str) -> None:
+    """Waits until the device has done its work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 class Start:
-    """Measures, as a context manager, a provider's start and first call.
+    """Measures a peer's start and first call, as a context manager.
 
     Attributes:
-        facts: `start_s`, seconds; on CUDA also `peak_bytes`, beyond what was held before: the most that tensors held,
-            or what is held at the end, the memory of CUDA graphs included, where that is more.
+        facts: `start_s`, seconds. On CUDA also `peak_bytes`, beyond what was held before: the most
+            that tensors held, or the memory held at the end, CUDA graphs included, if that is more.
     """
 
     def __init__(self, device: str):
-        self._device, self.facts = device, {}
+        self.facts: Json = {}
+        self._device = device
 
-    def __enter__(self):
+    def __enter__(self) -> "Start":
         synchronize(self._device)
         if self._device != "cpu":
             torch.cuda.empty_cache()
@@ -80,44 +86,48 @@ class Start:
         self._start = time.perf_counter()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         synchronize(self._device)
         self.facts["start_s"] = time.perf_counter() - self._start
         if self._device != "cpu":
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()
             allocated, reserved = self._before
-            self.facts["peak_bytes"] = max(
-                peak - allocated, torch.cuda.memory_reserved() - reserved
-            )
+            held = torch.cuda.memory_reserved() - reserved
+            self.facts["peak_bytes"] = max(peak - allocated, held)
 
 
 def measure(
-    samplers: dict[str, Callable], seconds: float, rounds: int
+    samplers: dict[str, Sampler], seconds: float, rounds: int
 ) -> dict[str, list[list[float]]]:
-    """Milliseconds of every iteration, per provider and round.
+    """Milliseconds of every call, per peer and round.
 
     Args:
-        samplers: per provider, what `sampler` returns; already warm.
-        seconds: to spend on each provider, about; at least one iteration a round is made.
-        rounds: how often the providers take turns.
+        samplers: per peer; the peers are warm already.
+        seconds: to spend on each peer, about; every round has at least one call.
+        rounds: in which the peers take turns.
     """
     counts = {}
     for name, sample in samplers.items():
-        # Two at least: what compiles on the first calls (TorchScript: the second) is slow on those only.
+        # A peer that compiles in its second call, as TorchScript does, is slow in two calls only.
         once = min(sample(2))
         if once < 100:
             once = min(sample(5))
         counts[name] = int(min(max(seconds * 1e3 / rounds / max(once, 1e-6), 1), 200))
-    samples = {name: [] for name in samplers}
+    samples: dict[str, list[list[float]]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, sample in samplers.items():
             samples[name].append(sample(counts[name]))
     return samples
 
 
-def summary(rounds: list[list[float]]) -> dict:
-    """Percentiles over all iterations (20, 50, 80, 99), and the median of each round, in milliseconds."""
+def summary(rounds: list[list[float]]) -> Json:
+    """Percentiles over all calls, and the median of each round, in milliseconds."""
     p20, p50, p80, p99 = np.percentile(np.concatenate(rounds), (20, 50, 80, 99))
     return {
         "p20_ms": float(p20),
@@ -129,23 +139,24 @@ def summary(rounds: list[list[float]]) -> dict:
     }
 
 
-def limits(device: str, quick: bool = False) -> dict:
-    """What the device does at best here and now: a large copy, and a large matrix product per dtype.
+def limits(device: str, quick: bool = False) -> Json:
+    """What the device does at best here and now: a large copy, a large matrix product per dtype.
 
     Returns:
-        copy_gb_s: bytes read plus bytes written, per second. matmul_tflop_s: per dtype, and on CUDA of "tf32".
+        copy_gb_s: bytes read plus bytes written, per second.
+        matmul_tflop_s: per dtype, on CUDA with "tf32" as one of them.
     """
     on_gpu = device != "cpu"
     copied = 2**22 if quick else 2**30 if on_gpu else 2**28
-    n = 256 if quick else 8192 if on_gpu else 2048
+    size = 256 if quick else 8192 if on_gpu else 2048
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
     with float32_products(tf32=False):
         products = {
-            str(dtype).removeprefix("torch."): _matmul(n, dtype, device) for dtype in dtypes
+            str(dtype).removeprefix("torch."): _matmul(size, dtype, device) for dtype in dtypes
         }
     if on_gpu:
         with float32_products(tf32=True):
-            products["tf32"] = _matmul(n, torch.float32, device)
+            products["tf32"] = _matmul(size, torch.float32, device)
     return {"copy_gb_s": _copy(copied, device), "matmul_tflop_s": products}
 
 
@@ -155,12 +166,12 @@ def _copy(size: int, device: str) -> float:
     return 2 * size / _best(lambda: target.copy_(source), device) / 1e6
 
 
-def _matmul(n: int, dtype: torch.dtype, device: str) -> float:
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _best(lambda: a @ b, device) / 1e9
+def _matmul(size: int, dtype: torch.dtype, device: str) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device) / 1e9
 
 
-def _best(run: Callable, device: str) -> float:
+def _best(run: Callable[[], object], device: str) -> float:
     sample = sampler(run, device)
     sample(2)
     return float(np.median(sample(10)))

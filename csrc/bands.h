@@ -9,6 +9,8 @@
 namespace dac {
 
 constexpr int kMaxWindows = 8, kMaxBands = 8;
+// Of one signal. Beyond, the reflection at its end, 2 (samples - 1), is no int.
+constexpr int kMaxSamples = 1 << 30;
 
 // Bins [low, high) of a spectrum and their tensor [B, 2, frames, high - low]; no tensor where no band wants them.
 struct Segment {

@@ -1,5 +1,5 @@
 // dac_kernels._C. Tensors come as addresses and strides: no torch headers, so one build serves every torch.
-// dac_kernels/native.py checks the arguments; nothing here does.
+// dac_kernels/native/ checks the arguments; nothing here does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan").def(py::init(&plan_of));
   m.attr("max_windows") = kMaxWindows;
   m.attr("max_bands") = kMaxBands;
+  m.attr("max_samples") = kMaxSamples;
   bind<float>(m, "float32");
   bind<double>(m, "float64");
   bind_bands<float, float>(m, "float32_float32");

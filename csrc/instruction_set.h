@@ -43,10 +43,8 @@ void run(InstructionSet, Body&& body) {
 #endif
 
 inline InstructionSet best_instruction_set() {
-  static const InstructionSet best = supported(InstructionSet::avx512) ? InstructionSet::avx512
-                                     : supported(InstructionSet::avx2) ? InstructionSet::avx2
-                                                                       : InstructionSet::portable;
-  return best;
+  if (supported(InstructionSet::avx512)) return InstructionSet::avx512;
+  return supported(InstructionSet::avx2) ? InstructionSet::avx2 : InstructionSet::portable;
 }
 
 }  // namespace dac

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,6 +18,8 @@ namespace {
 
 class Pool {
  public:
+  const pid_t process = getpid();
+
   // False, with nothing done, when another caller has the pool.
   bool run(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
@@ -76,18 +79,17 @@ class Pool {
   int workers_ = 0, wanted_ = 0, running_ = 0;
 };
 
-// Never destroyed: its threads may outlive every static. A forked child has none of its parent's threads, so it gets
-// a pool of its own.
+// The pool is never destroyed, because its threads may outlive every static. A forked child has none of its parent's
+// threads, so it makes a pool of its own; and it may have been forked while another thread was in here, so nothing here
+// locks.
 Pool& pool() {
-  static std::mutex mutex;
-  static Pool* current = nullptr;
-  static pid_t process = 0;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (process != getpid()) {
-    process = getpid();
-    current = new Pool;
+  static std::atomic<Pool*> current{nullptr};
+  Pool* known = current.load();
+  while (!known || known->process != getpid()) {
+    auto made = std::make_unique<Pool>();
+    if (current.compare_exchange_strong(known, made.get())) return *made.release();
   }
-  return *current;
+  return *known;
 }
 
 }  // namespace

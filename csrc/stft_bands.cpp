@@ -1,6 +1,7 @@
 #include "stft_bands.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -58,10 +59,14 @@ struct Vector {
   typedef S type __attribute__((vector_size(kLanes * sizeof(S))));
 };
 
+// Made on first use, without a lock, for a process may be forked while another thread is in here.
 template <class S>
 const Tables<S>& tables() {
-  static const std::unique_ptr<Tables<S>> made = make_tables<S>();
-  return *made;
+  static std::atomic<const Tables<S>*> current{nullptr};
+  const Tables<S>* known = current.load();
+  if (known) return *known;
+  std::unique_ptr<const Tables<S>> made = make_tables<S>();
+  return current.compare_exchange_strong(known, made.get()) ? *made.release() : *known;
 }
 
 // Room for kLanes frames' transforms.

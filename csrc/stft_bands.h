@@ -1,4 +1,5 @@
-// Complex spectrograms of several windows, cut into frequency bands: see dac_kernels/native.py for the definition.
+// Complex spectrograms of several windows, cut into frequency bands: see dac_kernels/native/stft_bands.py for the
+// definition.
 #pragma once
 
 #include <memory>
@@ -7,8 +8,8 @@
 
 namespace dac {
 
-// Layout of every window's spectrogram. windows: powers of two from 32 to 4096; edges: per window, per band, first and
-// one-past-last bin, disjoint and in order; tensors: as many addresses.
+// Layout of every window's spectrogram. samples: at most kMaxSamples; sizes: of the windows, powers of two from 32 to
+// 4096; edges: per window, per band, first and one-past-last bin, disjoint and in order; tensors: as many addresses.
 Plan make_plan(int64_t batch, int samples, bool channels_last, int windows, const int* sizes, int bands,
                const int* edges, void* const* tensors);
 

@@ -1,7 +1,9 @@
-"""What defines a codec: its configuration, and the published presets."""
+"""The configuration of a codec, and the published presets."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 ACTIVATIONS = ("snake", "leaky_relu")
 QUANTIZERS = ("factorized", "unnormalized", "unprojected", "ema")
@@ -23,9 +25,10 @@ class Config:
         quantizer_dropout: share of a training batch that keeps a random number of codebooks only.
         sample_rate: in Hz.
         activation: "snake", or "leaky_relu" (the paper's ablation).
-        quantizer: "factorized", or one of the forms that it is compared with (paper, section 4.4): "unnormalized"
-            searches by plain distance; "unprojected" and "ema" have codebooks of latent_dim dimensions, whatever
-            codebook_dim says, and those of "ema" are moving averages of what was assigned to them.
+        quantizer: "factorized", or one of the forms that the paper compares it with (section 4.4):
+            "unnormalized" searches by plain distance; "unprojected" and "ema" have codebooks of
+            latent_dim dimensions, whatever codebook_dim says; entries of "ema" are moving averages
+            of the latents assigned to them.
     """
 
     encoder_dim: int = 64
@@ -41,8 +44,8 @@ class Config:
     activation: str = "snake"
     quantizer: str = "factorized"
 
-    def __post_init__(self):
-        def fill(name, value):
+    def __post_init__(self) -> None:
+        def fill(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         fill("encoder_rates", tuple(self.encoder_rates))
@@ -52,49 +55,31 @@ class Config:
             fill("latent_dim", self.encoder_dim * 2 ** len(self.encoder_rates))
         if not isinstance(self.codebook_dim, int):
             fill("codebook_dim", tuple(self.codebook_dim))
+        self._check()
 
-        for name in (
-            "encoder_dim",
-            "latent_dim",
-            "decoder_dim",
-            "n_codebooks",
-            "codebook_size",
-            "sample_rate",
-        ):
-            _require(
-                isinstance(getattr(self, name), int) and getattr(self, name) > 0,
-                name,
-                self,
-                "a positive integer",
-            )
+    def _check(self) -> None:
+        """Raises ValueError where a value is out of range."""
+
+        def require(name: str, holds: bool, accepted: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
+
+        sizes = ("encoder_dim", "latent_dim", "decoder_dim", "n_codebooks", "codebook_size")
+        for name in (*sizes, "sample_rate"):
+            require(name, _positive(getattr(self, name)), "a positive integer")
         for name in ("encoder_rates", "decoder_rates", "codebook_dims"):
             values = getattr(self, name)
-            _require(
-                values and all(isinstance(v, int) and v > 0 for v in values),
-                name,
-                self,
-                "positive integers",
-            )
-        _require(self.codebook_size <= 65536, "codebook_size", self, "at most 65536")
-        _require(
-            self.decoder_dim % 2 ** len(self.decoder_rates) == 0,
-            "decoder_dim",
-            self,
-            "halved once per rate",
-        )
-        _require(
-            math.prod(self.encoder_rates) == math.prod(self.decoder_rates),
-            "decoder_rates", self, f"the same product as encoder_rates {self.encoder_rates}",
-        )  # fmt: skip
-        _require(
-            len(self.codebook_dims) == self.n_codebooks,
-            "codebook_dim",
-            self,
-            "one number, or one per codebook",
-        )
-        _require(0 <= self.quantizer_dropout <= 1, "quantizer_dropout", self, "between 0 and 1")
-        _require(self.activation in ACTIVATIONS, "activation", self, " or ".join(ACTIVATIONS))
-        _require(self.quantizer in QUANTIZERS, "quantizer", self, ", ".join(QUANTIZERS))
+            require(name, bool(values) and all(map(_positive, values)), "positive integers")
+        require("codebook_size", self.codebook_size <= 65536, "at most 65536")
+        halvings = 2 ** len(self.decoder_rates)
+        require("decoder_dim", self.decoder_dim % halvings == 0, "halved once per rate")
+        same_product = f"the same product as encoder_rates {self.encoder_rates}"
+        require("decoder_rates", self.hop_length == math.prod(self.decoder_rates), same_product)
+        per_codebook = len(self.codebook_dims) == self.n_codebooks
+        require("codebook_dim", per_codebook, "one number, or one per codebook")
+        require("quantizer_dropout", 0 <= self.quantizer_dropout <= 1, "between 0 and 1")
+        require("activation", self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
+        require("quantizer", self.quantizer in QUANTIZERS, ", ".join(QUANTIZERS))
 
     @property
     def hop_length(self) -> int:
@@ -104,37 +89,33 @@ class Config:
     @property
     def codebook_dims(self) -> tuple[int, ...]:
         """Dimensions of each codebook's entries."""
-        dim = (
-            self.codebook_dim
-            if self.quantizer in ("factorized", "unnormalized")
-            else self.latent_dim
-        )
-        return (dim,) * self.n_codebooks if isinstance(dim, int) else dim
+        projected = self.quantizer in ("factorized", "unnormalized")
+        dim = self.codebook_dim if projected else self.latent_dim
+        assert dim is not None
+        return dim if isinstance(dim, tuple) else (dim,) * self.n_codebooks
 
     @property
     def bitrate(self) -> float:
         """Bits per second and channel with all codebooks, at whole bits per code."""
-        return (
-            self.sample_rate
-            / self.hop_length
-            * self.n_codebooks
-            * math.ceil(math.log2(self.codebook_size))
-        )
+        bits_per_frame = self.n_codebooks * math.ceil(math.log2(self.codebook_size))
+        return self.sample_rate / self.hop_length * bits_per_frame
 
-    def to_dict(self) -> dict:
-        """Plain values, as JSON has them; without the quantizer's form where that is the published one."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them; the quantizer's form is left out where it is published.
+
+        The published package, and files from before this field, do not know it.
+        """
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        # The published package, and files from before this field, do not know it.
         if self.quantizer == "factorized":
             del values["quantizer"]
         return values
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Config":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a key or value that is none of a configuration's.
+            ValueError: a key or value is not one of a configuration's.
         """
         known = [f.name for f in fields(cls)]
         for key in values:
@@ -146,9 +127,8 @@ class Config:
             raise ValueError(f"not a codec configuration: {error}") from error
 
 
-def _require(holds: bool, name: str, config: Config, accepted: str):
-    if not holds:
-        raise ValueError(f"{name} is {getattr(config, name)!r}; accepted: {accepted}")
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 PRESETS = {
@@ -170,3 +150,16 @@ PRESETS = {
     ),
     "tiny": Config(encoder_dim=16, decoder_dim=192, quantizer_dropout=0.5),
 }
+
+
+def codebook_count(wanted: int | None, available: int) -> int:
+    """How many codebooks to use: the first that many of those that are available; None: all.
+
+    Raises:
+        ValueError: there are not so many, or fewer than one are wanted.
+    """
+    if wanted is None:
+        return available
+    if not 1 <= wanted <= available:
+        raise ValueError(f"{wanted} codebooks; accepted: 1 to {available}")
+    return wanted

@@ -1,12 +1,13 @@
-"""Discriminators of the codec's training (paper, section 3.4): on waveforms, on periods, on complex spectrograms.
+"""Discriminators of the codec's training, on waveforms, periods and complex spectrograms.
 
-Audio is [B, 1, T]. A discriminator returns its feature maps, the score map last; module names and state-dict keys
-are the published ones.
+Audio is [B, 1, T]. A discriminator returns its feature maps, the score map last. Module names and
+state-dict keys are the published ones. Source: paper, section 3.4.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,37 +22,56 @@ from dac_fast.spectral import full_precision
 
 BANDS = ops.BANDS
 
+# A number of samples or bins, for each axis or for all.
+Size: TypeAlias = int | tuple[int, ...]
+# (low, high) fractions of the spectrum.
+Bands: TypeAlias = Sequence[tuple[float, float]]
+
 
 class Conv(WeightNorm):
-    """Weight-normed convolution over as many axes as `kernel_size` names, initialised as PyTorch does."""
+    """Weight-normed convolution over one or two axes, initialised as PyTorch does.
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups=1):
+    Args:
+        in_channels, out_channels, stride, padding, groups: as of `torch.nn.Conv1d` and `Conv2d`.
+        kernel_size: along each axis.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, ...],
+        stride: Size,
+        padding: Size,
+        groups: int = 1,
+    ) -> None:
         fan_in = in_channels // groups * math.prod(kernel_size)
-        weight = default_init(
-            torch.empty(out_channels, in_channels // groups, *kernel_size), fan_in
-        )
-        super().__init__(weight, default_init(torch.empty(out_channels), fan_in))
-        self.convolve = F.conv1d if len(kernel_size) == 1 else F.conv2d
-        self.stride, self.padding, self.groups = stride, padding, groups
+        weight = torch.empty(out_channels, in_channels // groups, *kernel_size)
+        bias = torch.empty(out_channels)
+        super().__init__(default_init(weight, fan_in), default_init(bias, fan_in))
+        self.axes = len(kernel_size)
+        self.stride = stride
+        self.padding = padding
+        self.groups = groups
 
-    def forward(self, x):  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         weight = self.normed_weight()
-        if not self.channels_last or self.convolve is F.conv1d:
-            return self.convolve(
-                x, weight, self.bias, self.stride, self.padding, groups=self.groups
-            )
-        return innermost(
-            F.conv2d(innermost(x), innermost(weight), self.bias, self.stride, self.padding)
-        )
+        convolve = F.conv1d if self.axes == 1 else F.conv2d
+        channels_last = self.channels_last and self.axes == 2
+        if channels_last:
+            x, weight = innermost(x), innermost(weight)
+        y = convolve(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return innermost(y) if channels_last else y
 
 
-def activated(*args, **kwargs) -> nn.Sequential:
-    """`Conv` and its leaky ReLU."""
-    # In place: neither gradient needs the convolution's own output, and these maps are most of a step's memory.
-    return nn.Sequential(Conv(*args, **kwargs), nn.LeakyReLU(0.1, inplace=True))
+def activated(conv: Conv) -> nn.Sequential:
+    """A convolution and its leaky ReLU."""
+    # In place: no gradient needs the convolution's own output, and such maps are most of a step's
+    # memory.
+    return nn.Sequential(conv, nn.LeakyReLU(0.1, inplace=True))
 
 
-def apply_stack(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
+def apply_stack(layers: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
     """The output of every layer, each applied to the one before."""
     maps = []
     for layer in layers:
@@ -60,27 +80,29 @@ def apply_stack(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
     return maps
 
 
-def check_audio(x: Tensor):
+def check_audio(x: Tensor) -> None:
     """Raises ValueError unless x is audio [B, 1, T]."""
     if x.dim() != 3 or x.shape[1] != 1:
         raise ValueError(f"audio has shape {list(x.shape)}; accepted: [B, 1, T]")
 
 
 class MPD(nn.Module):
-    """Multi-period discriminator (arXiv 2010.05646): sees the waveform folded into rows of `period` samples.
+    """Multi-period discriminator (arXiv 2010.05646), on the waveform in rows of `period` samples.
 
     Args:
         period: in samples.
     """
 
-    def __init__(self, period: int):
+    __call__: Callable[..., list[Tensor]]
+
+    def __init__(self, period: int) -> None:
         super().__init__()
         self.period = period
-        channels = (1, 32, 128, 512, 1024, 1024)
-        strides = (3, 3, 3, 3, 1)
+        # (input channels, output channels, stride) of each convolution.
+        shapes = ((1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1))
         self.convs = nn.ModuleList(
-            activated(channels[i], channels[i + 1], (5, 1), (stride, 1), (2, 0))
-            for i, stride in enumerate(strides)
+            activated(Conv(inputs, outputs, (5, 1), (stride, 1), (2, 0)))
+            for inputs, outputs, stride in shapes
         )
         self.conv_post = Conv(1024, 1, (3, 1), 1, (1, 0))
 
@@ -94,27 +116,32 @@ class MPD(nn.Module):
         samples = x.shape[-1]
         if samples <= self.period:
             raise ValueError(
-                f"{samples} samples are too few for a period of {self.period}: at least {self.period + 1}"
+                f"{samples} samples are too few for a period of {self.period}: "
+                f"at least {self.period + 1}"
             )
-        # A whole number of periods already gets one more, as published.
+        # As published, a whole number of periods gets another one.
         x = F.pad(x, (0, self.period - samples % self.period), mode="reflect")
         maps = apply_stack(self.convs, x.unflatten(2, (-1, self.period)))
         return [*maps, self.conv_post(maps[-1])]
 
 
 class SincResample(nn.Module):
-    """Differentiable resampling with the filters of `dac_fast.resample`; rates in Hz."""
+    """Differentiable resampling with the filters of `dac_fast.audio.resample`; rates in Hz."""
 
-    def __init__(self, old_rate: int, new_rate: int):
+    __call__: Callable[..., Tensor]
+    kernel: Tensor
+
+    def __init__(self, old_rate: int, new_rate: int) -> None:
         super().__init__()
         divisor = math.gcd(old_rate, new_rate)
-        self.old, self.new = old_rate // divisor, new_rate // divisor
+        self.old = old_rate // divisor
+        self.new = new_rate // divisor
         if self.old == self.new:
             return
         filters = torch.from_numpy(filter_bank(self.old, self.new))
         taps = filters.shape[1]
         self.before = taps // 2 - 1
-        # One output channel per phase: its filter, at the place of its first sample within a stride of `old`.
+        # One output channel per phase: its filter, at its first sample within a stride of `old`.
         kernel = torch.zeros(self.new, 1, taps + self.old - 1)
         for phase in range(self.new):
             start = phase * self.old // self.new
@@ -131,25 +158,28 @@ class SincResample(nn.Module):
 
 
 class MSD(nn.Module):
-    """Multi-scale discriminator (arXiv 1910.06711): sees the waveform at a fraction of its sample rate.
+    """Multi-scale discriminator (arXiv 1910.06711), on the waveform at a lower sample rate.
 
     Args:
         rate: factor by which the sample rate is divided.
         sample_rate: of the audio, in Hz.
     """
 
-    def __init__(self, rate: int = 1, sample_rate: int = 44100):
+    __call__: Callable[..., list[Tensor]]
+
+    def __init__(self, rate: int = 1, sample_rate: int = 44100) -> None:
         super().__init__()
-        self.rate, self.sample_rate = rate, sample_rate
+        self.rate = rate
+        self.sample_rate = sample_rate
         self.resample = SincResample(sample_rate, sample_rate // rate)
         self.convs = nn.ModuleList(
             [
-                activated(1, 16, (15,), 1, 7),
-                activated(16, 64, (41,), 4, 20, groups=4),
-                activated(64, 256, (41,), 4, 20, groups=16),
-                activated(256, 1024, (41,), 4, 20, groups=64),
-                activated(1024, 1024, (41,), 4, 20, groups=256),
-                activated(1024, 1024, (5,), 1, 2),
+                activated(Conv(1, 16, (15,), 1, 7)),
+                activated(Conv(16, 64, (41,), 4, 20, groups=4)),
+                activated(Conv(64, 256, (41,), 4, 20, groups=16)),
+                activated(Conv(256, 1024, (41,), 4, 20, groups=64)),
+                activated(Conv(1024, 1024, (41,), 4, 20, groups=256)),
+                activated(Conv(1024, 1024, (5,), 1, 2)),
             ]
         )
         self.conv_post = Conv(1024, 1, (3,), 1, 1)
@@ -168,42 +198,43 @@ class MSD(nn.Module):
 class MRD(nn.Module):
     """Complex multi-band discriminator of one STFT resolution (paper, section 3.4).
 
-    A stack of convolutions for each frequency band, and a score over all of them.
+    Each frequency band has a stack of convolutions; one score is over all bands.
 
     Args:
         window_length: of the STFT, in samples.
-        hop_factor: hop as a part of the window; a quarter is the one whose frames match strided convolutions.
+        hop_factor: hop as a share of the window. Frames match strided convolutions at 0.25 only.
         sample_rate: of the audio, in Hz; kept for information.
         bands: (low, high) fractions of the spectrum.
     Raises:
-        ValueError: another hop factor, a window that is not a multiple of 4, or a band without a single bin.
+        ValueError: the hop factor is not 0.25, the window no multiple of 4, or a band has no bin.
     """
+
+    __call__: Callable[..., list[Tensor]]
 
     def __init__(
         self,
         window_length: int,
         hop_factor: float = 0.25,
         sample_rate: int = 44100,
-        bands: Sequence[tuple[float, float]] = BANDS,
-    ):
+        bands: Bands = BANDS,
+    ) -> None:
         super().__init__()
         if hop_factor != 0.25:
             raise ValueError(f"hop_factor is {hop_factor}; accepted: 0.25")
         if window_length % 4:
             raise ValueError(f"window_length is {window_length}; accepted: multiples of 4 samples")
-        for band, (low, high) in zip(bands, band_edges(window_length, bands), strict=True):
-            if low >= high:
-                raise ValueError(
-                    f"band {tuple(band)} holds no bin of a window of {window_length} samples"
-                )
-        self.window_length, self.sample_rate = window_length, sample_rate
-        self.bands = [tuple(band) for band in bands]
+        self.window_length = window_length
+        self.sample_rate = sample_rate
+        self.bands = [(low, high) for low, high in bands]
+        for band, (first, end) in zip(self.bands, band_edges(window_length, bands), strict=True):
+            if first >= end:
+                raise ValueError(f"band {band} holds no bin of a window of {window_length} samples")
         self.band_convs = nn.ModuleList(
             nn.ModuleList(
                 [
-                    activated(2, 32, (3, 9), 1, (1, 4)),
-                    *(activated(32, 32, (3, 9), (1, 2), (1, 4)) for _ in range(3)),
-                    activated(32, 32, (3, 3), 1, 1),
+                    activated(Conv(2, 32, (3, 9), 1, (1, 4))),
+                    *(activated(Conv(32, 32, (3, 9), (1, 2), (1, 4))) for _ in range(3)),
+                    activated(Conv(32, 32, (3, 3), 1, 1)),
                 ]
             )
             for _ in self.bands
@@ -211,25 +242,32 @@ class MRD(nn.Module):
         self.conv_post = Conv(32, 1, (3, 3), 1, 1)
 
     def spectrogram(self, x: Tensor) -> list[Tensor]:
-        """Per band, the complex spectrogram [B, 2, frames, bins] of x [B, 1, T], see `ops.stft_bands`."""
+        """Per band, the complex spectrogram [B, 2, frames, bins] of x [B, 1, T].
+
+        See `ops.stft_bands`.
+        """
         check_audio(x)
         return band_spectrograms(x, [self.window_length], self.bands)[0]
 
     def forward(self, x: Tensor | list[Tensor]) -> list[Tensor]:
-        """Feature maps [B, channels, frames, width], band after band, of x [B, 1, T] or its `spectrogram`."""
+        """Feature maps [B, channels, frames, width], band after band.
+
+        x: [B, 1, T], or its `spectrogram`.
+        """
         spectrogram = x if isinstance(x, list) else self.spectrogram(x)
-        maps = [
-            apply_stack(stack, band)
-            for stack, band in zip(self.band_convs, spectrogram, strict=True)
-        ]
+        stacks = [layers for layers in self.band_convs if isinstance(layers, nn.ModuleList)]
+        maps = [apply_stack(*pair) for pair in zip(stacks, spectrogram, strict=True)]
         score = self.conv_post(torch.cat([band[-1] for band in maps], dim=-1))
         return [m for band in maps for m in band] + [score]
 
 
 def band_spectrograms(
-    x: Tensor, windows: list[int], bands: list[tuple[float, float]], channels_last: bool = False
+    x: Tensor, windows: list[int], bands: Bands, channels_last: bool = False
 ) -> list[list[Tensor]]:
-    """`ops.stft_bands` of x [B, 1, T] in float32, stored in the type that autocast would have convolutions read."""
+    """`ops.stft_bands` of x [B, 1, T], computed in float32.
+
+    Under autocast the result is in the half precision that convolutions will read.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     layout = "channels_last" if channels_last else "channels_first"
@@ -240,8 +278,9 @@ def band_spectrograms(
 class DiscriminatorInput:
     """A signal as the sub-discriminators see it.
 
-    `audio` [B, 1, T] has no mean and a peak of 0.8; `bands` are its spectrograms, per MRD and band, each
-    [B, 2, frames, bins].
+    Attributes:
+        audio: [B, 1, T], without mean, of peak 0.8.
+        bands: its spectrograms [B, 2, frames, bins], per MRD and band.
     """
 
     audio: Tensor
@@ -249,9 +288,8 @@ class DiscriminatorInput:
 
     def detach(self) -> "DiscriminatorInput":
         """The same values without their history."""
-        return DiscriminatorInput(
-            self.audio.detach(), [[band.detach() for band in w] for w in self.bands]
-        )
+        bands = [[band.detach() for band in window] for window in self.bands]
+        return DiscriminatorInput(self.audio.detach(), bands)
 
     def joined(self, other: "DiscriminatorInput") -> "DiscriminatorInput":
         """One batch of these items and then the other's."""
@@ -261,18 +299,21 @@ class DiscriminatorInput:
 
 
 class Discriminator(nn.Module):
-    """All of them: an MPD per period, an MSD per rate, an MRD per FFT size, in this order.
+    """All discriminators: an MPD per period, an MSD per rate, an MRD per FFT size, in this order.
 
     Args:
         rates: factors by which the MSDs divide the sample rate; empty: no MSD.
         periods: of the MPDs, in samples; empty: no MPD.
         fft_sizes: windows of the MRDs, in samples; empty: no MRD.
         sample_rate: of the audio, in Hz.
-        bands: of every MRD, as (low, high) fractions of the spectrum; `((0.0, 1.0),)` is a single band.
+        bands: of every MRD, as (low, high) fractions of the spectrum.
 
     Attributes:
-        channels_last: whether spectrograms are to have their channels innermost in memory, see `set_channels_last`.
+        channels_last: whether spectrograms have channels innermost in memory, see
+            `set_channels_last`.
     """
+
+    __call__: Callable[..., list[list[Tensor]]]
 
     def __init__(
         self,
@@ -280,12 +321,12 @@ class Discriminator(nn.Module):
         periods: Sequence[int] = (2, 3, 5, 7, 11),
         fft_sizes: Sequence[int] = (2048, 1024, 512),
         sample_rate: int = 44100,
-        bands: Sequence[tuple[float, float]] = BANDS,
-    ):
+        bands: Bands = BANDS,
+    ) -> None:
         super().__init__()
         self.channels_last = False
         self.fft_sizes = list(fft_sizes)
-        self.bands = [tuple(band) for band in bands]
+        self.bands = [(low, high) for low, high in bands]
         self.discriminators = nn.ModuleList(
             [
                 *(MPD(period) for period in periods),
@@ -295,18 +336,18 @@ class Discriminator(nn.Module):
         )
 
     def spectra(self, x: Tensor) -> DiscriminatorInput:
-        """Preprocess x [B, 1, T] and compute every MRD's spectrogram in one go. Accepted in place of x by `forward`.
+        """The input of every sub-discriminator, for x [B, 1, T]; `forward` accepts it.
+
+        All spectrograms are computed in one go.
 
         Raises:
             ValueError: x is not [B, 1, T], or too short for a window.
         """
         check_audio(x)
         audio = ops.disc_preprocess(full_precision(x))
-        bands = (
-            band_spectrograms(audio, self.fft_sizes, self.bands, self.channels_last)
-            if self.fft_sizes
-            else []
-        )
+        if not self.fft_sizes:
+            return DiscriminatorInput(audio, [])
+        bands = band_spectrograms(audio, self.fft_sizes, self.bands, self.channels_last)
         return DiscriminatorInput(audio, bands)
 
     def forward(self, x: Tensor | DiscriminatorInput) -> list[list[Tensor]]:

@@ -1,16 +1,27 @@
-"""Training losses (paper, section 3.5): audio as tensors [B, 1, T] in, scalars out.
+"""Training losses (paper, section 3.5): of audio [B, 1, T], and of a discriminator's feature maps.
 
-Every loss is multiplied by its `weight`, 1 unless given. The spectral losses and `GANLoss` accept, in place of a
-signal, what `spectra(signal)` returned for it, so that a training step analyses the real signal only once.
+The losses of audio are modules, multiplied by their `weight`, 1 unless given. Adversarial losses
+are functions of feature maps; `GANLoss` calls them with those of a discriminator. Spectral losses
+and `GANLoss` accept `spectra(signal)` in place of a signal, so that it is computed only once.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dac_fast.spectral import analysis_window, magnitude_spectrogram, mel_filters
+from dac_fast.spectral import analysis_window, full_precision, magnitude_spectrogram, mel_filters
+
+# Per sub-discriminator its feature maps, of which the last is the score.
+FeatureMaps: TypeAlias = list[list[Tensor]]
+# What a spectral loss compares: audio [B, C, T], or its spectra.
+Signal: TypeAlias = Tensor | list[Tensor]
+# What a discriminator sees.
+AnySignal = TypeVar("AnySignal", Tensor, "Spectra")
 
 
 class L1Loss(nn.L1Loss):
@@ -21,7 +32,9 @@ class L1Loss(nn.L1Loss):
         reduction: "mean", "sum" or "none".
     """
 
-    def __init__(self, weight: float = 1.0, reduction: str = "mean"):
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, weight: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(reduction=reduction)
         self.weight = weight
 
@@ -33,12 +46,16 @@ class SISDRLoss(nn.Module):
     """Negative scale-invariant signal-to-distortion ratio, in dB (arXiv 1811.02508).
 
     Args:
-        scaling: scale the reference to fit the estimate; False gives the plain signal-to-noise ratio.
+        scaling: scale the reference to fit the estimate; False: the plain signal-to-noise ratio.
         reduction: "mean", "sum" or "none" over the batch.
         zero_mean: remove the mean of both signals first.
         clip_min: lowest value of an item's loss, so that good items stop counting; None: none.
         weight: factor of the loss.
+    Raises:
+        ValueError: there is no such reduction.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -47,18 +64,15 @@ class SISDRLoss(nn.Module):
         zero_mean: bool = True,
         clip_min: float | None = None,
         weight: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
-        reductions = {"mean": torch.mean, "sum": torch.sum, "none": lambda loss: loss}
-        if reduction not in reductions:
-            raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(reductions)}")
-        self.scaling, self.zero_mean, self.clip_min, self.weight = (
-            scaling,
-            zero_mean,
-            clip_min,
-            weight,
-        )
-        self.reduce = reductions[reduction]
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {reduction!r}; accepted: mean, sum, none")
+        self.scaling = scaling
+        self.reduction = reduction
+        self.zero_mean = zero_mean
+        self.clip_min = clip_min
+        self.weight = weight
 
     def forward(self, references: Tensor, estimates: Tensor) -> Tensor:
         """The loss of estimates [B, ...] against references of the same shape; "none" gives [B]."""
@@ -75,14 +89,16 @@ class SISDRLoss(nn.Module):
         loss = -10 * torch.log10(ratio + epsilon)
         if self.clip_min is not None:
             loss = loss.clamp(min=self.clip_min)
-        return self.weight * self.reduce(loss)
+        if self.reduction == "none":
+            return self.weight * loss
+        return self.weight * (loss.mean() if self.reduction == "mean" else loss.sum())
 
 
 class MultiScaleSTFTLoss(nn.Module):
-    """Distance of magnitude spectrograms and of their logarithms, summed over scales (DDSP, arXiv 2001.04643).
+    """Distance of magnitude spectrograms and of their logarithms, summed over scales.
 
-    Per scale: `log_weight loss_fn(log10 X^pow, log10 Y^pow) + mag_weight loss_fn(X, Y)`, magnitudes clamped to
-    `clamp_eps` before the logarithm.
+    Per scale: `log_weight loss_fn(log10 X^pow, log10 Y^pow) + mag_weight loss_fn(X, Y)`, with
+    magnitudes clamped to `clamp_eps` before the logarithm. Source: DDSP, arXiv 2001.04643.
 
     Args:
         window_lengths: of each scale, in samples; the hop is a quarter of it.
@@ -92,6 +108,8 @@ class MultiScaleSTFTLoss(nn.Module):
         match_stride: align frames as a strided convolution does, see `magnitude_spectrogram`.
         window_type: one of `dac_fast.spectral.WINDOWS`; None: hann.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -104,50 +122,51 @@ class MultiScaleSTFTLoss(nn.Module):
         weight: float = 1.0,
         match_stride: bool = False,
         window_type: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
-        self.window_lengths, self.loss_fn = list(window_lengths), loss_fn or F.l1_loss
-        self.clamp_eps, self.mag_weight, self.log_weight, self.pow = (
-            clamp_eps,
-            mag_weight,
-            log_weight,
-            pow,
-        )
-        self.weight, self.match_stride = weight, match_stride
+        self.window_lengths = list(window_lengths)
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = loss_fn or F.l1_loss
+        self.clamp_eps = clamp_eps
+        self.mag_weight = mag_weight
+        self.log_weight = log_weight
+        self.pow = pow
+        self.weight = weight
+        self.match_stride = match_stride
         for scale, length in enumerate(self.window_lengths):
             window = analysis_window(length, window_type or "hann")
             self.register_buffer(f"window_{scale}", window, persistent=False)
 
     def spectra(self, x: Tensor) -> list[Tensor]:
-        """Per scale, the spectrogram [B, C, bins, frames] of x [B, C, T]. Accepted in place of x by `forward`."""
+        """Per scale, the spectrogram [B, C, bins, frames] of x [B, C, T]; `forward` accepts it."""
         windows = [self.get_buffer(f"window_{scale}") for scale in range(len(self.window_lengths))]
         return [magnitude_spectrogram(x, window, self.match_stride) for window in windows]
 
-    def forward(self, x: Tensor | list[Tensor], y: Tensor | list[Tensor]) -> Tensor:
-        """The loss between x and y, each [B, C, T] audio or its `spectra`."""
-        pairs = [signal if isinstance(signal, list) else self.spectra(signal) for signal in (x, y)]
-        total = 0.0
-        for a, b in zip(*pairs, strict=True):
+    def forward(self, x: Signal, y: Signal) -> Tensor:
+        """The loss between x and y, each audio [B, C, T] or its `spectra`."""
+        of_x, of_y = (s if isinstance(s, list) else self.spectra(s) for s in (x, y))
+        losses = []
+        for a, b in zip(of_x, of_y, strict=True):
             if self.log_weight:
-                total = total + self.log_weight * self.loss_fn(self._log(a), self._log(b))
+                losses.append(self.log_weight * self.loss_fn(self._log(a), self._log(b)))
             if self.mag_weight:
-                total = total + self.mag_weight * self.loss_fn(a, b)
-        return self.weight * total
+                losses.append(self.mag_weight * self.loss_fn(a, b))
+        return self.weight * total(losses)
 
     def _log(self, spectrogram: Tensor) -> Tensor:
-        # log10(m^pow) = pow log10(m), which cannot underflow.
+        # log10(m^pow) as pow log10(m), which cannot underflow.
         return self.pow * spectrogram.clamp(self.clamp_eps).log10()
 
 
 class MelSpectrogramLoss(MultiScaleSTFTLoss):
-    """`MultiScaleSTFTLoss` of mel spectrograms; the codec's training uses seven scales (paper, section 3.5).
+    """`MultiScaleSTFTLoss` of mel spectrograms; training uses seven scales (paper, section 3.5).
 
     Args:
         n_mels: mel filters of each scale.
-        mel_fmin, mel_fmax: per scale, edges of the filterbank in Hz; None: 0 and half the sample rate throughout.
+        mel_fmin, mel_fmax: per scale, edges of the filterbank in Hz; None: 0 and half the sample
+            rate throughout.
         sample_rate: of the audio, in Hz.
-        window_lengths, loss_fn, clamp_eps, mag_weight, log_weight, pow, weight, match_stride, window_type: as of
-            `MultiScaleSTFTLoss`.
+        window_lengths, loss_fn, clamp_eps, mag_weight, log_weight, pow, weight, match_stride,
+            window_type: see `MultiScaleSTFTLoss`.
     Raises:
         ValueError: the lists have different lengths.
     """
@@ -168,7 +187,7 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
         window_type: str | None = None,
         *,
         sample_rate: int = 44100,
-    ):
+    ) -> None:
         super().__init__(
             window_lengths,
             loss_fn,
@@ -181,70 +200,115 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
             window_type,
         )
         scales = len(self.window_lengths)
-        mel_fmin = [0.0] * scales if mel_fmin is None else mel_fmin
-        mel_fmax = [None] * scales if mel_fmax is None else mel_fmax
-        for name, values in {"n_mels": n_mels, "mel_fmin": mel_fmin, "mel_fmax": mel_fmax}.items():
+        fmins = [0.0] * scales if mel_fmin is None else mel_fmin
+        fmaxs = [None] * scales if mel_fmax is None else mel_fmax
+        for name, values in {"n_mels": n_mels, "mel_fmin": fmins, "mel_fmax": fmaxs}.items():
             if len(values) != scales:
                 raise ValueError(
-                    f"{name} has {len(values)} values; accepted: one per window length, that is {scales}"
+                    f"{name} has {len(values)} values; accepted: one per window length, "
+                    f"that is {scales}"
                 )
-        for scale, length in enumerate(self.window_lengths):
-            filters = mel_filters(
-                sample_rate, length, n_mels[scale], mel_fmin[scale], mel_fmax[scale]
-            )
-            self.register_buffer(f"filters_{scale}", filters, persistent=False)
+        for i, length in enumerate(self.window_lengths):
+            filters = mel_filters(sample_rate, length, n_mels[i], fmins[i], fmaxs[i])
+            self.register_buffer(f"filters_{i}", filters, persistent=False)
 
     def spectra(self, x: Tensor) -> list[Tensor]:
-        """Per scale, the mel spectrogram [B, C, mels, frames] of x [B, C, T]. Accepted in place of x by `forward`."""
-        # Autocast would turn the product into half precision, whose logarithm is too coarse near silence.
+        """Per scale, the mel spectrogram [B, C, mels, frames] of x; `forward` accepts it."""
+        # Half precision, which autocast would choose, is too coarse for the logarithm near silence.
         with torch.autocast(x.device.type, enabled=False):
-            spectrograms = super().spectra(x)
             return [
-                self.get_buffer(f"filters_{scale}").to(s) @ s
-                for scale, s in enumerate(spectrograms)
+                self.get_buffer(f"filters_{scale}").to(spectrogram) @ spectrogram
+                for scale, spectrogram in enumerate(super().spectra(x))
             ]
 
 
-class GANLoss(nn.Module):
-    """Least-squares adversarial loss and feature matching (arXiv 1611.04076, 1910.06711; paper, section 3.5).
+def total(losses: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more losses, in their order."""
+    return reduce(operator.add, losses)
 
-    Args:
-        discriminator: maps audio to a list, one per sub-discriminator, of lists of feature maps whose last is its
-            score, as `dac_fast.discriminators.Discriminator` does. What that one's `spectra` returns is accepted
-            as `fake` and `real` too; both of one shape.
+
+def halves(maps: FeatureMaps) -> tuple[FeatureMaps, FeatureMaps]:
+    """The feature maps of the two halves of a batch."""
+    chunks = [[m.chunk(2) for m in of_one] for of_one in maps]
+    first, second = ([[pair[i] for pair in of_one] for of_one in chunks] for i in (0, 1))
+    return first, second
+
+
+def discriminator_loss(fake: FeatureMaps, real: FeatureMaps) -> Tensor:
+    """The discriminator's least-squares loss: pushes scores of `fake` to 0 and of `real` to 1.
+
+    Source: LSGAN, arXiv 1611.04076.
     """
+    pairs = zip(_scores(fake), _scores(real), strict=True)
+    return total(f.square().mean() + (1 - r).square().mean() for f, r in pairs)
 
-    def __init__(self, discriminator: Callable):
-        super().__init__()
-        self.discriminator = discriminator
 
-    def discriminator_loss(self, fake, real) -> Tensor:
-        """Pushes scores of `fake` to 0 and of `real` to 1, both seen in one pass. No gradient reaches `fake`."""
-        fake = fake.detach()
-        both = torch.cat([fake, real]) if isinstance(fake, Tensor) else fake.joined(real)
-        scores = [maps[-1].chunk(2) for maps in self.discriminator(both)]
-        return sum(f.square().mean() + (1 - r).square().mean() for f, r in scores)
+def generator_loss(fake: FeatureMaps) -> Tensor:
+    """The generator's least-squares loss: pushes scores of `fake` to 1."""
+    return total((1 - score).square().mean() for score in _scores(fake))
 
-    def generator_loss(self, fake, real) -> tuple[Tensor, Tensor]:
-        """Adversarial loss, which pushes scores of `fake` to 1, and feature loss. No gradient passes through `real`.
 
-        The feature loss is the sum over all maps but the scores of their mean absolute difference.
-        """
-        fakes = self.discriminator(fake)
-        with torch.no_grad():
-            reals = self.discriminator(real)
-        adversarial = sum((1 - maps[-1]).square().mean() for maps in fakes)
-        feature = sum(
-            mean_absolute_difference(f, r)
-            for fake_maps, real_maps in zip(fakes, reals, strict=True)
-            for f, r in zip(fake_maps[:-1], real_maps[:-1], strict=True)
-        )
-        return adversarial, feature
+def feature_matching(fake: FeatureMaps, real: FeatureMaps) -> Tensor:
+    """Mean absolute difference of feature maps, summed over all maps but the scores.
+
+    Source: MelGAN, arXiv 1910.06711.
+    """
+    return total(
+        mean_absolute_difference(f, r)
+        for fake_maps, real_maps in zip(fake, real, strict=True)
+        for f, r in zip(fake_maps[:-1], real_maps[:-1], strict=True)
+    )
+
+
+def _scores(maps: FeatureMaps) -> list[Tensor]:
+    """The scores in float32 at least: their squares are summed to a loss."""
+    return [full_precision(of_one[-1]) for of_one in maps]
 
 
 def mean_absolute_difference(x: Tensor, y: Tensor) -> Tensor:
-    """`F.l1_loss` in float32 at least, which keeps only the difference for the backward pass, in the inputs' dtype."""
-    # Rounding a difference keeps its sign, which is all that the gradient depends on.
+    """`F.l1_loss`, summed in float32 at least.
+
+    Only the difference, in its own dtype, is kept for the backward pass.
+    """
+    # Rounding a difference keeps its sign, and the gradient depends on nothing else.
     difference = x - y
     dtype = torch.promote_types(difference.dtype, torch.float32)
-    return torch.linalg.vector_norm(difference, 1, dtype=dtype) / difference.numel()
+    distance: Tensor = torch.linalg.vector_norm(difference, 1, dtype=dtype)
+    return distance / difference.numel()
+
+
+@runtime_checkable
+class Spectra(Protocol):
+    """The spectra of a signal, which a discriminator accepts in its place."""
+
+    def detach(self) -> Any:
+        """The same values without their history."""
+
+    def joined(self, other: Any) -> Any:
+        """One batch of these items and then the other's."""
+
+
+class GANLoss(nn.Module):
+    """The adversarial losses of audio, by a discriminator.
+
+    Args:
+        discriminator: maps audio to `FeatureMaps`, as `dac_fast.discriminators.Discriminator` does.
+            Losses then take its `spectra` in place of audio, too; `fake` and `real` of one shape.
+    """
+
+    def __init__(self, discriminator: Callable[..., FeatureMaps]) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def discriminator_loss(self, fake: AnySignal, real: AnySignal) -> Tensor:
+        """See the function of this name; no gradient reaches `fake`."""
+        fake = fake.detach()
+        both = fake.joined(real) if isinstance(fake, Spectra) else torch.cat([fake, real])
+        return discriminator_loss(*halves(self.discriminator(both)))
+
+    def generator_loss(self, fake: AnySignal, real: AnySignal) -> tuple[Tensor, Tensor]:
+        """See `generator_loss` and `feature_matching`; no gradient passes through `real`."""
+        fakes = self.discriminator(fake)
+        with torch.no_grad():
+            reals = self.discriminator(real)
+        return generator_loss(fakes), feature_matching(fakes, reals)

@@ -1,6 +1,6 @@
-"""Signal metrics and codebook statistics. Audio is [B, C, T]; distances are averaged over the batch.
+"""Signal metrics and codebook statistics. Audio is [B, C, T]; means are over the batch.
 
-ViSQOL, which needs a package of its own, is called by `dac-fast evaluate`.
+ViSQOL is not here: it needs a package of its own, which `dac-fast evaluate` calls.
 """
 
 import math
@@ -18,7 +18,7 @@ def _mel_loss(sample_rate: int) -> MelSpectrogramLoss:
 
 
 def mel_distance(x: Tensor, y: Tensor, sample_rate: int = 44100) -> Tensor:
-    """Distance of mel spectrograms, without unit, lower is better: `MelSpectrogramLoss` as the paper evaluates.
+    """Distance of mel spectrograms, as the paper evaluates it; no unit, lower is better.
 
     Args:
         x, y: [B, C, T], more than 1024 samples.
@@ -28,7 +28,7 @@ def mel_distance(x: Tensor, y: Tensor, sample_rate: int = 44100) -> Tensor:
 
 
 def stft_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Distance of spectrograms with windows of 2048 and 512 samples, without unit, lower is better.
+    """Distance of spectrograms with windows of 2048 and 512 samples; no unit, lower is better.
 
     Args:
         x, y: [B, C, T], more than 1024 samples.
@@ -37,7 +37,7 @@ def stft_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB, higher is better; not a number where both are silent.
+    """Scale-invariant signal-to-distortion ratio in dB, higher is better; NaN if both are silent.
 
     Args:
         reference, estimate: [B, C, T].
@@ -46,7 +46,9 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
 
 
 def codebook_counts(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each codebook used each of its entries: int64 [N, codebook_size]. Counts of batches add up.
+    """How often each codebook used each of its entries: int64 [N, codebook_size].
+
+    The counts of several batches may be added up.
 
     Args:
         codes: integers [B, N, F].
@@ -70,15 +72,27 @@ def codebook_entropy(counts: Tensor) -> Tensor:
         counts: [N, codebook_size], as of `codebook_counts`.
     """
     share = counts.double() / counts.sum(1, keepdim=True)
-    return -torch.special.xlogy(share, share).sum(1) / math.log(2)
+    nats: Tensor = -torch.special.xlogy(share, share).sum(1)
+    return nats / math.log(2)
+
+
+def efficiency(counts: Tensor) -> float:
+    """Sum of the codebooks' entropies over the bits spent on them (paper, section 4.3).
+
+    1 if every entry is used alike; 0 for codebooks of one entry, which carry nothing.
+
+    Args:
+        counts: [N, codebook_size], as of `codebook_counts`.
+    """
+    bits = math.log2(counts.shape[1])
+    return codebook_entropy(counts).mean().item() / bits if bits else 0.0
 
 
 def bitrate_efficiency(codes: Tensor, codebook_size: int) -> float:
-    """Sum of the codebooks' entropies over the bits spent on them: 1 if every entry is used alike (paper, section 4.3).
+    """The `efficiency` of codes.
 
     Args:
         codes: integers [B, N, F].
         codebook_size: entries of every codebook.
     """
-    entropy = codebook_entropy(codebook_counts(codes, codebook_size))
-    return (entropy.mean() / math.log2(codebook_size)).item()
+    return efficiency(codebook_counts(codes, codebook_size))

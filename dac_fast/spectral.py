@@ -1,6 +1,6 @@
 """Spectrograms and mel filterbanks for losses and metrics, in plain differentiable PyTorch.
 
-B items, C channels, T samples. Everything is computed in float32, or in float64 where the audio is float64.
+B items, C channels, T samples. Computed in float32, or in float64 where the audio is float64.
 """
 
 import math
@@ -18,14 +18,15 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def analysis_window(length: int, window_type: str = "hann") -> Tensor:
-    """A periodic window of that many samples, float32 [length].
+    """A periodic window, float32 [length].
 
     Raises:
         ValueError: the length is not a positive multiple of 4, or the type is not one of `WINDOWS`.
     """
     if length < 4 or length % 4:
         raise ValueError(
-            f"window length is {length}; accepted: positive multiples of 4 samples (the hop is a quarter)"
+            f"window length is {length}; accepted: positive multiples of 4 samples "
+            "(the hop is a quarter)"
         )
     if window_type not in WINDOWS:
         raise ValueError(f"window_type is {window_type!r}; accepted: {', '.join(WINDOWS)}")
@@ -39,14 +40,14 @@ def analysis_window(length: int, window_type: str = "hann") -> Tensor:
 
 
 def magnitude_spectrogram(x: Tensor, window: Tensor, match_stride: bool = False) -> Tensor:
-    """Magnitude of the short-time Fourier transform, with a hop of a quarter window and reflected edges.
+    """Magnitude of the short-time Fourier transform, its hop a quarter window, its edges reflected.
 
     Args:
         x: [..., T] audio.
         window: [W], as of `analysis_window`.
-        match_stride: frames are aligned as the outputs of a convolution with that stride: ceil(T / hop) of them,
-            frame t covering samples `t hop - 3 hop / 2` on. Otherwise frame t is centred on sample `t hop`, and
-            there are floor(T / hop) + 1.
+        match_stride: align frames as the outputs of a convolution with that stride: there are
+            ceil(T / hop), and frame t starts at sample `t hop - 3 hop / 2`. Otherwise there are
+            floor(T / hop) + 1, and frame t is centred on sample `t hop`.
     Returns:
         [..., W / 2 + 1, frames].
     Raises:
@@ -71,21 +72,24 @@ def magnitude_spectrogram(x: Tensor, window: Tensor, match_stride: bool = False)
 
 
 def hz_to_mel(hz: Tensor) -> Tensor:
-    """Slaney's mel scale (Auditory Toolbox, 1998): linear with 3 mels per 200 Hz up to 1 kHz, logarithmic above."""
-    return torch.where(
-        hz < 1000, 3 * hz / 200, 15 + 27 * torch.log(hz.clamp(min=1000) / 1000) / math.log(6.4)
-    )
+    """Slaney's mel scale: linear up to 1 kHz with 3 mels per 200 Hz, logarithmic above.
+
+    Source: Auditory Toolbox, 1998.
+    """
+    above = 15 + 27 * torch.log(hz.clamp(min=1000) / 1000) / math.log(6.4)
+    return torch.where(hz < 1000, 3 * hz / 200, above)
 
 
 def mel_to_hz(mel: Tensor) -> Tensor:
     """Inverse of `hz_to_mel`."""
-    return torch.where(mel < 15, 200 * mel / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    above = 1000 * torch.exp((mel - 15) * math.log(6.4) / 27)
+    return torch.where(mel < 15, 200 * mel / 3, above)
 
 
 def mel_filters(
     sample_rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None
 ) -> Tensor:
-    """Triangular filters, equally spaced on Slaney's mel scale, each of unit area over frequency (Slaney's norm).
+    """Triangular filters, equally spaced on Slaney's mel scale, each of unit area over frequency.
 
     Args:
         sample_rate: in Hz.

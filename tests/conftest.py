@@ -1,6 +1,7 @@
 """Shared fixtures. The Triton interpreter must be chosen before Triton is imported, hence here."""
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ if not GPU:
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; where there is one, Triton's tests need it."""
     for item in items:
+        if item.get_closest_marker("triton") and GPU:
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -24,6 +27,27 @@ def pytest_collection_modifyitems(items):
 def golden():
     """The folder of golden vectors (see its README)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def no_backend_set(monkeypatch):
+    """Nothing has called `use_backend` before the test, and what the test calls ends with it."""
+    from dac_fast import ops
+
+    monkeypatch.setattr(ops, "_process", None)
+    monkeypatch.setattr(ops, "_here", ContextVar("of the test", default=None))
+
+
+@pytest.fixture
+def pretend_graphs(monkeypatch):
+    """CUDA graphs are captured and replayed on the CPU; has the number of `replays`."""
+    from pretend_graphs import PretendCapturer
+
+    from dac_fast.ops import cuda_graph
+
+    monkeypatch.setattr(PretendCapturer, "replays", 0)
+    monkeypatch.setattr(cuda_graph, "Capturer", PretendCapturer)
+    return PretendCapturer
 
 
 @pytest.fixture

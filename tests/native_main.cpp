@@ -1,10 +1,24 @@
-// The CPU half of csrc without Python, for sanitizers: every op, forward and backward, on awkward sizes and values.
-// Exits with 1 and a line on standard error where a result is wrong.
+// The CPU half of csrc without Python, for sanitizers: every op, forward and backward, on awkward sizes and values;
+// TRIALS times on random ones, by CALLERS threads at once; and in FORKS forked children, while all but one of the callers
+// go on calling an op.
+//
+//     native_main TRIALS CALLERS FORKS
+//
+// Prints what was tried. Exits with 1 and a line on standard error where a result is wrong or a child never returns.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../csrc/disc_preprocess.h"
@@ -13,7 +27,14 @@
 
 namespace {
 
-std::mt19937 generator(0);
+thread_local std::mt19937 generator(0);
+
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+// As many small sizes as large ones.
+int64_t size_up_to(int64_t largest) { return between(0, largest >> between(0, 10)); }
+
+int some_threads() { return static_cast<int>(between(1, 4)); }
 
 template <class S>
 std::vector<S> noise(int64_t size, double scale = 1) {
@@ -27,6 +48,10 @@ void expect_near(double actual, double expected, double tolerance, const char* w
   if (std::fabs(actual - expected) <= tolerance || (std::isnan(actual) && std::isnan(expected))) return;
   std::fprintf(stderr, "%s: %.9g, expected %.9g\n", what, actual, expected);
   std::exit(1);
+}
+
+void expect_equal(int64_t actual, int64_t expected, const char* what) {
+  expect_near(static_cast<double>(actual), static_cast<double>(expected), 0, what);
 }
 
 template <class S>
@@ -44,15 +69,15 @@ void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double
   std::vector<S> x = noise<S>(batch * rows * stride, 30), alpha = noise<S>(shape.channels());
   const S odd[] = {std::numeric_limits<S>::quiet_NaN(), std::numeric_limits<S>::infinity(), static_cast<S>(1e30),
                    static_cast<S>(-3e5), static_cast<S>(0)};
-  for (size_t i = 0; i < 5 && static_cast<int64_t>(i) < size; ++i) x[i] = odd[i];
+  for (size_t i = 0; i < 5 && i < x.size(); ++i) x[i] = odd[i];
   const std::vector<S> grad = noise<S>(count);
   for (const auto set : {dac::InstructionSet::portable, dac::InstructionSet::avx2, dac::InstructionSet::avx512}) {
     if (!dac::supported(set)) continue;
     std::vector<S> y(count), grad_x(count), grad_alpha(shape.channels()), again(shape.channels());
     const dac::Rows<const S> in = {x.data(), rows * stride, stride}, upstream = {grad.data(), rows * size, size};
-    dac::snake_forward<S>(shape, in, alpha.data(), {y.data(), rows * size, size}, 2, set);
-    dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, grad_alpha.data(), 2,
-                           set);
+    dac::snake_forward<S>(shape, in, alpha.data(), {y.data(), rows * size, size}, some_threads(), set);
+    dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, grad_alpha.data(),
+                           some_threads(), set);
     dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, again.data(), 1, set);
     for (size_t c = 0; c < again.size(); ++c) expect_near(again[c], grad_alpha[c], 0, "gradient of alpha, threads");
     for (int64_t i = 0; i < count; ++i) {
@@ -67,6 +92,21 @@ void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double
   }
 }
 
+void snake(double tolerance_float, double tolerance_double) {
+  const bool channels_last = between(0, 1), single = between(0, 1);
+  const int64_t batch = between(0, 3), rows = size_up_to(100), size = size_up_to(2000);
+  if (single) return snake<float>(batch, rows, size, channels_last, tolerance_float);
+  snake<double>(batch, rows, size, channels_last, tolerance_double);
+}
+
+int frames_of(int samples, int window) { return (samples + window / 4 - 1) / (window / 4); }
+
+// Samples that reach far enough for the window's reflections.
+bool long_enough(int64_t samples, int window) {
+  const int64_t hop = window / 4;
+  return samples > 3 * hop / 2 + (hop - samples % hop) % hop;
+}
+
 template <class S>
 void stft_bands(int64_t batch, int samples, const std::vector<int>& windows, bool channels_last, double tolerance) {
   std::vector<int> edges;
@@ -75,12 +115,11 @@ void stft_bands(int64_t batch, int samples, const std::vector<int>& windows, boo
     const int bins = window / 2 + 1, low = bins / 7, middle = bins / 3;  // A gap at either end, and an empty band.
     for (int edge : {low, middle, middle, middle, middle, bins - 2}) edges.push_back(edge);
     for (int width : {middle - low, 0, bins - 2 - middle}) {
-      const int64_t frames = (samples + window / 4 - 1) / (window / 4);
-      outputs.emplace_back(batch * 2 * frames * width);
+      outputs.emplace_back(batch * 2 * frames_of(samples, window) * width);
       grads.push_back(noise<S>(outputs.back().size()));
     }
   }
-  const auto plan = [&](std::vector<std::vector<S>>& tensors) {
+  const auto plan = [&](auto& tensors) {
     std::vector<void*> addresses;
     for (auto& tensor : tensors) addresses.push_back(tensor.data());
     return dac::make_plan(batch, samples, channels_last, static_cast<int>(windows.size()), windows.data(), 3,
@@ -90,8 +129,8 @@ void stft_bands(int64_t batch, int samples, const std::vector<int>& windows, boo
   const std::vector<S> x = noise<S>(batch * stride);
   std::vector<S> grad_x(batch * samples), packed;
   for (int64_t b = 0; b < batch; ++b) packed.insert(packed.end(), &x[b * stride], &x[b * stride] + samples);
-  dac::stft_bands_forward<S, S>(plan(outputs), x.data(), stride, 2);
-  dac::stft_bands_backward<S, S>(plan(grads), grad_x.data(), 2);
+  dac::stft_bands_forward<S, S>(plan(outputs), x.data(), stride, some_threads());
+  dac::stft_bands_backward<S, S>(plan(grads), grad_x.data(), some_threads());
   // The op is linear, and backward its transpose: <A x, g> = <x, A' g>.
   double forward = 0, scale = 0;
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -99,6 +138,53 @@ void stft_bands(int64_t batch, int samples, const std::vector<int>& windows, boo
     scale += std::sqrt(dot(outputs[i], outputs[i]) * dot(grads[i], grads[i]));
   }
   expect_near(dot(packed, grad_x), forward, tolerance * scale, "stft_bands");
+  if constexpr (sizeof(S) == sizeof(float)) {
+    std::vector<std::vector<dac::BFloat16>> rounded;
+    for (const auto& output : outputs) rounded.emplace_back(output.size());
+    dac::stft_bands_forward<S, dac::BFloat16>(plan(rounded), x.data(), stride, some_threads());
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      for (size_t j = 0; j < outputs[i].size(); ++j) {
+        dac::BFloat16 expected;
+        dac::convert(outputs[i][j], expected);
+        expect_equal(rounded[i][j].bits, expected.bits, "stft_bands in bfloat16");
+      }
+    }
+  }
+}
+
+void stft_bands() {
+  const bool channels_last = between(0, 1), single = between(0, 1);
+  std::vector<int> windows(between(1, 3));
+  for (int& window : windows) window = 32 << between(0, 7);
+  const int64_t batch = between(0, 3);
+  int samples = 0;
+  for (size_t i = 0; i < windows.size();) {
+    i = long_enough(samples, windows[i]) ? i + 1 : (samples += static_cast<int>(between(1, 400)), 0);
+  }
+  if (single) return stft_bands<float>(batch, samples, windows, channels_last, 1e-5);
+  stft_bands<double>(batch, samples, windows, channels_last, 1e-13);
+}
+
+// The longest signal, of which no memory is needed to see where its frames and reflections are.
+void longest_signal() {
+  const int64_t samples = dac::kMaxSamples;
+  for (int size = dac::kSmallestWindow; size <= dac::kLargestWindow; size *= 2) {
+    const int edges[] = {0, 1};
+    void* tensor = nullptr;
+    const dac::Plan plan = dac::make_plan(1, static_cast<int>(samples), false, 1, &size, 1, edges, &tensor);
+    const dac::Spectrogram& s = plan.window[0];
+    expect_equal(s.frames, (samples + s.hop - 1) / s.hop, "frames of the longest signal");
+    expect_equal(s.start(s.frames - 1), (int64_t{s.frames} - 1) * s.hop - s.pad, "start of the last frame");
+    const int end = s.start(s.frames - 1) + s.size;
+    expect_equal(dac::reflect(end - 1, s.samples), 2 * (samples - 1) - (int64_t{end} - 1), "sample of the last position");
+    const dac::Range whole = {0, s.samples}, last = {s.samples - 1, s.samples};
+    expect_equal(dac::frames_over(s, whole).end, s.frames, "frames over the longest signal");
+    expect_equal(dac::frames_over(s, last).end, s.frames, "frames over its last sample");
+    for (int which = 0; which < dac::kImages; ++which) {
+      const dac::Range under = dac::samples_under(s, dac::image(s, which), {0, s.frames}, whole);
+      if (under.begin < 0 || under.end > samples) expect_equal(under.end, samples, "samples under its frames");
+    }
+  }
 }
 
 template <class S>
@@ -109,26 +195,37 @@ void disc_preprocess(int64_t count, int64_t samples, double tolerance) {
   std::vector<dac::Level<S>> levels(count);
   std::vector<dac::Extent<S>> extents(count * signals.chunks());
   std::vector<dac::Slope> slopes(count * signals.chunks());
-  dac::disc_preprocess_forward<S>(signals, x.data(), y.data(), levels.data(), extents.data(), 2);
-  dac::disc_preprocess_backward<S>(signals, grad.data(), x.data(), levels.data(), grad_x.data(), slopes.data(), 2);
+  dac::disc_preprocess_forward<S>(signals, x.data(), y.data(), levels.data(), extents.data(), some_threads());
+  dac::disc_preprocess_backward<S>(signals, grad.data(), x.data(), levels.data(), grad_x.data(), slopes.data(),
+                                   some_threads());
   for (int64_t i = 0; i < count; ++i) {
+    const S *signal = &x[i * (samples + 1)], *result = &y[i * samples], *gradient = &grad_x[i * samples];
+    const double mean = std::accumulate(signal, signal + samples, 0.0) / static_cast<double>(samples);
     // Neither a constant nor (but for the 1e-9 added to the peak) a scale reaches the output, so the gradient is
     // orthogonal to both.
-    double peak = 0, sum = 0, along = 0;
+    double before = 0, peak = 0, sum = 0, along = 0;
     for (int64_t n = 0; n < samples; ++n) {
-      peak = std::fmax(peak, std::fabs(y[i * samples + n]));
-      sum += grad_x[i * samples + n];
-      along += static_cast<double>(grad_x[i * samples + n]) * x[i * (samples + 1) + n];
+      before = std::fmax(before, std::fabs(signal[n] - mean));
+      peak = std::fmax(peak, std::fabs(result[n]));
+      sum += gradient[n];
+      along += static_cast<double>(gradient[n]) * signal[n];
     }
-    expect_near(peak, samples > 1 ? 0.8 : 0, tolerance + 1e-6, "peak");
-    expect_near(sum, 0, tolerance * static_cast<double>(samples) * 10, "sum of gradients");
-    if (samples > 1) expect_near(along, 0, (tolerance + 1e-6) * static_cast<double>(samples), "gradient along the signal");
+    // A single sample is its mean.
+    if (samples > 1) expect_near(peak, 0.8 * before / (before + 1e-9), tolerance * (1 + 1 / before), "peak");
+    // Of the gradients, as large as they can be for such a signal.
+    const double scale = static_cast<double>(samples) * std::fmax(1, levels[i].factor());
+    expect_near(sum, 0, tolerance * scale * 10, "sum of gradients");
+    if (samples > 1) expect_near(along, 0, (tolerance + 1e-6) * scale, "gradient along the signal");
   }
 }
 
-}  // namespace
+void disc_preprocess() {
+  const int64_t count = between(0, 4), samples = 1 + size_up_to(3000);
+  if (between(0, 1)) return disc_preprocess<float>(count, samples, 2e-6);
+  disc_preprocess<double>(count, samples, 1e-13);
+}
 
-int main() {
+void awkward_sizes() {
   for (const bool channels_last : {false, true}) {
     for (const int64_t size : {1, 15, 63, 513, 1000}) {
       snake<float>(2, 3, size, channels_last, 4e-7);
@@ -144,5 +241,83 @@ int main() {
     disc_preprocess<float>(3, samples, 2e-6);
     disc_preprocess<double>(3, samples, 1e-13);
   }
+}
+
+void random_op() {
+  const int64_t op = between(0, 2);
+  if (op == 0) snake(4e-7, 1e-14);
+  if (op == 1) stft_bands();
+  if (op == 2) disc_preprocess();
+}
+
+// Calls body(number) on threads of their own, with random numbers of their own.
+template <class Body>
+std::vector<std::thread> callers(int count, const Body& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) {
+    threads.emplace_back([i, body] {
+      generator.seed(i + 1);
+      body(i);
+    });
+  }
+  return threads;
+}
+
+void join(std::vector<std::thread>& threads) {
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Whether a child exits with 0 within half a minute.
+bool returns(pid_t child) {
+  using clock = std::chrono::steady_clock;
+  int status = 0;
+  for (const auto end = clock::now() + std::chrono::seconds(30); clock::now() < end;) {
+    if (waitpid(child, &status, WNOHANG) == child) return status == 0;
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+  kill(child, SIGKILL);
+  return false;
+}
+
+// A child must be able to call the ops, even if other threads of its parent were inside them.
+void forks(int count, int others) {
+  std::atomic<bool> done{false};
+  auto threads = callers(others, [&done](int) {
+    // Just enough work for two threads.
+    const std::vector<float> x(16400), alpha(2, 1);
+    std::vector<float> y(16400);
+    const dac::Rows<const float> from = {x.data(), 16400, 8200};
+    while (!done) dac::snake_forward<float>({1, 2, 8200, false}, from, alpha.data(), {y.data(), 16400, 8200}, 2);
+  });
+  for (int i = 0; i < count; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      generator.seed(i);
+      snake<float>(1, 40, 1000, false, 4e-7);
+      stft_bands<float>(1, 1024, {2048}, false, 1e-5);
+      _exit(0);
+    }
+    if (!returns(child)) {
+      std::fprintf(stderr, "fork %d: the child's own calls never returned, or were wrong\n", i);
+      std::_Exit(1);
+    }
+  }
+  done = true;
+  join(threads);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto number = [&](int i) { return i < argc ? std::atoi(argv[i]) : 0; };
+  const int trials = number(1), count = std::max(1, number(2)), children = number(3);
+  longest_signal();
+  awkward_sizes();
+  auto threads = callers(count, [trials, count](int i) {
+    for (int trial = i; trial < trials; trial += count) random_op();
+  });
+  join(threads);
+  forks(children, count - 1);
+  std::printf("%d random calls by %d callers, %d forked children: all right\n", trials, count, children);
   return 0;
 }

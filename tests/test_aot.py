@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation of every Triton configuration to sm_90: registers, spills and stack, without a GPU.
+"""Every Triton configuration compiled to sm_90 without a GPU: registers, spills and stack.
 
-The launches are recorded from the public functions themselves, in a process of its own: kernels that the interpreter
-runs cannot be compiled. `python tests/test_aot.py` prints the table, and with `every` also what repeats much of it:
-every kind of layer in every dtype.
+The launches are recorded from the public functions themselves, in a process of its own, because
+kernels that the interpreter runs cannot be compiled. `python tests/test_aot.py` prints the table;
+with `every` it has every kind of layer in every dtype, many of which compile to much the same.
 """
 
 import json
@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 def record_launches(every):
     """(kernel, arguments, options) of every configuration that the cases below can take."""
-    from dac_kernels import conv1d, residual_unit, rvq, rvq_kernels, snake
+    from dac_kernels import conv1d, residual_unit, rvq, rvq_kernels, snake, tiles
 
     launches = []
-    for module in (snake, rvq, rvq_kernels, conv1d, residual_unit):
+    for module in (snake, rvq, rvq_kernels, conv1d, residual_unit, tiles):
         module.device_unsupported = lambda x: None
         module.launch = lambda kernel, programs, *args, **options: launches.append(
             (kernel, args, options)
@@ -45,7 +45,8 @@ def record_launches(every):
     return launches
 
 
-# Layers of the presets, by what they ask of the compiler: channels in and out, kernel, stride, padding, dilation.
+# Layers of the presets, by what they ask of the compiler: channels in and out, kernel, stride,
+# padding, dilation.
 LAYERS = {
     "wide": (768, 768, 7, 1, 9, 3),
     "narrow": (96, 96, 7, 1, 3, 1),
@@ -57,7 +58,7 @@ LAYERS = {
 
 
 def convolutions(conv1d, residual_unit, every):
-    """Call both modules as the engine does: alpha and bias in float32, in ragged batches, both outputs."""
+    """Call both modules as the engine does: alpha and bias in float32, ragged, both outputs."""
     lengths = torch.zeros(2, dtype=torch.int64)
 
     def layer(name, dtype, tf32):
@@ -116,7 +117,7 @@ def convolutions(conv1d, residual_unit, every):
 
 
 def compile_launch(kernel, args, options):
-    """The kernel compiled as Triton's launcher would for these arguments: integers that are 1 or divide by 16 count."""
+    """The kernel compiled as for these arguments, of which integers count if 1 or 16 n."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -207,9 +208,8 @@ def test_nothing_spills_and_nothing_has_a_stack(table, capsys):
                 for row in table
                 if (row["kernel"], row["dtype"]) == (kernel, dtype)
             ]
-            print(
-                f"  {kernel.strip('_').removesuffix('_kernel'):13} {dtype:8} {min(counts):3} to {max(counts):3}"
-            )
+            name = kernel.strip("_").removesuffix("_kernel")
+            print(f"  {name:13} {dtype:8} {min(counts):3} to {max(counts):3}")
     spilling = [row for row in table if row["stack"] or row["local"]]
     assert not spilling, spilling
 

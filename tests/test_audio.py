@@ -1,4 +1,4 @@
-"""Reading, resampling, loudness and writing; the published package's numbers are those in tests/golden."""
+"""Reading, resampling, loudness, writing; the published package's numbers are in tests/golden."""
 
 import json
 import os
@@ -239,8 +239,9 @@ def test_a_kill_in_the_middle_leaves_no_file(tmp_path):
         import os, signal, sys
         import numpy as np
         from dac_fast.audio.writing import AudioWriter
-        with AudioWriter(sys.argv[1], 44100, 1) as new, AudioWriter(sys.argv[2], 44100, 1) as replaced:
-            for writer in (new, replaced):
+        first, second = (AudioWriter(path, 44100, 1) for path in sys.argv[1:])
+        with first, second:
+            for writer in (first, second):
                 writer.write(np.zeros((1, 10**6)))
             os.kill(os.getpid(), signal.SIGKILL)
     """

@@ -1,4 +1,4 @@
-"""Many recordings at once: chunks of all of them in common batches, read ahead by threads, with the results of each."""
+"""Many recordings at once: windows of all in common batches, read ahead by threads."""
 
 import dataclasses
 import threading
@@ -11,7 +11,7 @@ import dac_fast
 from dac_fast.audio.reading import AudioError
 from dac_fast.recordings import windows
 from dac_fast.recordings.compress import compress_all, decompress_all
-from dac_fast.recordings.pipeline import in_batches, read_ahead
+from dac_fast.recordings.pipeline import in_batches, read_ahead, results
 
 
 @pytest.fixture(scope="module", params=["even", "odd"])
@@ -83,28 +83,46 @@ def test_what_is_not_taken_is_passed_over(codec):
         np.testing.assert_allclose(restored, codec.decompress(file)[0], rtol=0, atol=1e-3)
 
 
-def test_threads_keep_the_order_and_end():
-    sources = [lambda n=n: iter(range(n)) for n in (5, 0, 40, 3)]
-    expected = [(k, i) for k, n in enumerate((5, 0, 40, 3)) for i in range(n)]
+@dataclasses.dataclass(eq=False)
+class Counting:
+    """A job of some windows, then perhaps an error."""
+
+    codec: dac_fast.DAC
+    sizes: tuple[int, ...]
+    error: Exception | None = None
+
+    def windows(self):
+        for size in self.sizes:
+            yield windows.Window(self.codec, torch.zeros(1, size))
+        if self.error:
+            raise self.error
+
+    def result(self, outputs):
+        return [output.shape[-1] for output in outputs]
+
+
+def taken(jobs, threads):
+    """The number of the job, and the size of the window or the error, of everything read."""
+    return [
+        (jobs.index(job), got if isinstance(got, Exception) else got.signal.shape[-1])
+        for job, got in read_ahead(jobs, threads)
+    ]
+
+
+def test_threads_keep_the_order_and_end(codec):
+    jobs = [Counting(codec, tuple(range(1, n + 1))) for n in (5, 0, 40, 3)]
+    expected = [(k, i) for k, n in enumerate((5, 0, 40, 3)) for i in range(1, n + 1)]
     before = threading.active_count()
     for threads in (0, 1, 2, 9):
-        assert list(read_ahead(sources, threads)) == expected
-    left = read_ahead([lambda: iter(range(1000))] * 2, 2)
+        assert taken(jobs, threads) == expected
+    left = read_ahead([Counting(codec, (1,) * 1000) for _ in range(2)], 2)
     next(left)
     left.close()
 
-    def faulty(error):
-        yield 1
-        raise error
-
     bad = OSError("gone")
-    assert list(read_ahead([lambda: faulty(bad), *sources[:1]], 2))[:3] == [
-        (0, 1),
-        (0, bad),
-        (1, 0),
-    ]
+    assert taken([Counting(codec, (1,), bad), jobs[0]], 2)[:3] == [(0, 1), (0, bad), (1, 1)]
     with pytest.raises(ZeroDivisionError):
-        list(read_ahead([lambda: faulty(ZeroDivisionError())], 1))
+        taken([Counting(codec, (1,), ZeroDivisionError())], 1)
     for thread in threading.enumerate():
         if thread.daemon:
             thread.join(timeout=2)
@@ -112,19 +130,29 @@ def test_threads_keep_the_order_and_end():
 
 
 def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):
-    cut = [windows.Window(codec, torch.zeros(1, size)) for size in (10, 10, 3000)]
-    stream = [(0, "head"), *enumerate(cut), (2, "tail")]
+    """And a result that cannot be made is the fault of its job."""
+    gone = OSError("gone")
+    jobs = [
+        Counting(codec, (10,), gone), Counting(codec, (11,)), Counting(codec, (3000, 3001)),
+        Counting(codec, (), gone), Counting(codec, (3002,)),
+    ]  # fmt: skip
 
     def run(batch):
         if len(batch) == 2:
             raise ValueError("no")
         return lambda: [window.signal for window in batch]
 
-    results = list(in_batches(stream, run, 100 / codec.sample_rate))
-    assert results[0] == (0, "head")
-    assert [str(result) for _, result in results[1:3]] == ["no", "no"]
-    assert results[3][1] is cut[2].signal
-    assert results[4] == (2, "tail")
+    computed = list(in_batches(read_ahead(jobs, 0), run, 100 / codec.sample_rate))
+    assert [jobs.index(job) for job, _ in computed] == [0, 0, 1, 2, 2, 3, 4]
+    first, passed, second, *rest = (content for _, content in computed)
+    assert (str(first), passed, str(second)) == ("no", gone, "no")
+    assert [getattr(content, "shape", content) for content in rest] == [
+        (1, 3000), (1, 3001), gone, (1, 3002),
+    ]  # fmt: skip
+    jobs[4].result = lambda outputs: codec.decode_codes(torch.zeros(0))
+    *ends, last = results(jobs, run, 100 / codec.sample_rate, threads=2)
+    assert [str(end) for end in ends] == ["no", "no", "[3000, 3001]", "gone"]
+    assert "accepted: [B, N, T]" in str(last)
 
 
 @pytest.mark.gpu

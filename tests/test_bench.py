@@ -1,4 +1,4 @@
-"""The benchmark harness: its command line end to end at tiny sizes, and that it refuses to time what is wrong."""
+"""The benchmark: its command line end to end at tiny sizes, and that it times nothing wrong."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, precisions, run, timing
-from bench.case import Case, Prepared, Settings, Unavailable
+from bench.case import Case, Prepared, Run, Settings, Unavailable
 from bench.cases import end_to_end
 from bench.checks import ops as checks
 from bench.checks.codec import PIECE, Truth
@@ -29,16 +29,20 @@ def bench(*arguments):
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(
         [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def case_of(op="snake", **providers):
+def case_of(op="snake", **peers):
     x = torch.linspace(-1, 1, 50)
     check = checks.as_good_as([x.sin()], [x.double().sin()])
     starts = {
-        name: f if isinstance(f, str) else lambda f=f: lambda: [f(x)]
-        for name, f in providers.items()
+        name: f if isinstance(f, str) else lambda f=f: Run(lambda: [f(x)])
+        for name, f in peers.items()
     }
     return Case(
         op, "forward", "cpu", "float32", "50", lambda _: Prepared(starts, check, bytes_moved=400)
@@ -55,7 +59,7 @@ def test_command_line_from_list_to_report(tmp_path):
 
     out = tmp_path / "cpu.json"
     names = ("eager", "reference-folded", "engine", "modules")
-    chosen = [word for name in names for word in ("--provider", name)]
+    chosen = [word for name in names for word in ("--peer", name)]
     done = bench("run", "--device", "cpu", "--quick", "--threads", 1, *chosen, "--out", out)
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
@@ -86,7 +90,7 @@ def test_command_line_from_list_to_report(tmp_path):
     assert text.count("\n| 2x2000 float32 | eager |") == 2
 
 
-def test_a_wrong_provider_is_reported_and_not_timed():
+def test_a_wrong_peer_is_reported_and_not_timed():
     rows = run_rows(
         case_of(
             eager=torch.sin, close=lambda x: x.sin() + 1e-4, nan=lambda x: x.sin() * float("nan")
@@ -99,7 +103,7 @@ def test_a_wrong_provider_is_reported_and_not_timed():
         assert "p50_ms" not in rows[name]
 
 
-def test_one_provider_takes_down_no_other():
+def test_one_peer_takes_down_no_other():
     def broken(x):
         raise RuntimeError("no such kernel")
 
@@ -118,10 +122,10 @@ def test_one_provider_takes_down_no_other():
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "ValueError: bad shape")]
 
 
-def test_a_case_that_takes_too_long_starts_no_more_providers():
+def test_a_case_that_takes_too_long_starts_no_more_peers():
     rows = run.run_case(
         case_of(eager=torch.sin, absent="not built", late=torch.sin),
-        replace(SETTINGS, provider_seconds=-1.0),
+        replace(SETTINGS, peer_seconds=-1.0),
         LIMITS,
     )
     assert [row["status"] for row in rows] == ["skipped"] * 3
@@ -185,8 +189,8 @@ def test_options_that_match_nothing_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_every_way_to_run_the_codec_is_right(monkeypatch):
-    """Those for CUDA too, as far as they run on a CPU: without graphs, and uncompiled, since that takes a minute."""
-    monkeypatch.setattr(end_to_end, "_cpu_providers", end_to_end._cuda_providers)
+    """Those for CUDA too, as far as they run on a CPU: without graphs, and uncompiled for time."""
+    monkeypatch.setattr(end_to_end, "cpu_peers", end_to_end.cuda_peers)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     prepared = end_to_end.prepare("tiny", 2, 0.2, "both", SETTINGS)
     found = {}
@@ -197,7 +201,7 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         "transformers",
         "engine-fp32",
     ):
-        run = prepared.providers[name]()
+        run = prepared.peers[name]()
         found[name] = prepared.check(run(), run.precision)
     assert found["engine-fp32"]["snr_db"] > 90 > found["recipe"]["snr_db"] > 40
     codes, audio = run()
@@ -205,6 +209,36 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes, 0.99 * audio), "float32")
     with pytest.raises(AssertionError, match="of the codes are float64's"):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
+
+
+def test_the_published_package_runs_in_a_python_of_its_own(tmp_path):
+    """Ours stands in for it, behind its names."""
+    (tmp_path / "dac.py").write_text(
+        "import dac_fast\n\n\n"
+        "class DAC(dac_fast.DAC):\n"
+        "    def preprocess(self, audio, rate):\n"
+        "        print('this goes to the log')\n"
+        "        return audio\n\n"
+        "    def encode(self, audio):\n"
+        "        return None, super().encode(audio).codes\n"
+    )
+    python = tmp_path / "python"
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={paths} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    case = next(case for case in end_to_end.cases("cpu", quick=True) if case.direction == "both")
+
+    def published(python):
+        settings = replace(SETTINGS, peers=["published"], published_python=str(python))
+        (row,) = run.run_case(case, settings, LIMITS)
+        return row
+
+    row = published(python)
+    assert row["status"] == "timed", row
+    assert row["snr_db"] > 90
+    assert row["agreement"] > 0.99
+    (tmp_path / "dac.py").write_text("raise ImportError('no torch here')")
+    assert published(python)["reason"].endswith("process ended: ImportError: no torch here")
 
 
 def test_the_ends_of_a_long_input_are_checked():

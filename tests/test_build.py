@@ -1,15 +1,18 @@
-"""The compiled module as it is shipped: its use of a GPU, sanitizers over its CPU half, wheels and their options."""
+"""The compiled module: what is built for which GPUs, what is shipped, and csrc under sanitizers."""
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
-from dac_kernels import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,58 +21,129 @@ def run(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-@pytest.mark.skipif(
-    not (native._C and native._C.cuda_architectures), reason="the CUDA half is not built"
-)
-def test_kernels_need_no_local_memory():
+@pytest.fixture(scope="module")
+def cuda_package(tmp_path_factory):
+    """A folder with dac_kernels, both halves compiled for the GPUs that wheels are compiled for."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None or shutil.which("g++") is None:
+        pytest.skip("no nvcc or no g++ on PATH")
+    folder = tmp_path_factory.mktemp("cuda")
+    shutil.copytree(
+        ROOT / "kernels/dac_kernels", folder / "dac_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    # Objects stay in build/, so that the next run of the tests compiles what changed.
+    environment = {**os.environ, "DAC_KERNELS_BUILD": "cuda"}
+    environment.pop("DAC_KERNELS_CUDA_ARCH", None)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder]
+    built = run(*command, cwd=ROOT, env=environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_kernels_need_no_local_memory(cuda_package):
     """No kernel, for any architecture, has a stack frame or spills registers."""
     triton = importlib.util.find_spec("triton")
     folders = [
         Path(folder, "backends/nvidia/bin")
         for folder in (triton.submodule_search_locations if triton else [])
     ]
-    cuobjdump = shutil.which(
-        "cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]])
-    )
+    search = os.pathsep.join([*map(str, folders), "/usr/local/cuda/bin", os.environ["PATH"]])
+    cuobjdump = shutil.which("cuobjdump", path=search)
     if cuobjdump is None:
         pytest.skip("no cuobjdump on PATH or in Triton")
-    usage = run(cuobjdump, "--dump-resource-usage", native._C.__file__, check=True).stdout
+    (module,) = (cuda_package / "dac_kernels").glob("_C*.so")
+    usage = run(cuobjdump, "--dump-resource-usage", module, check=True).stdout
     kernels = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    architectures = native._C.cuda_architectures.split(";")
-    # Of stft_bands forward and backward for two dtypes, of disc_preprocess two passes forward and two backward.
-    assert len(kernels) == 8 * len(architectures)
+    # For each of four architectures: of stft_bands forward and backward for two dtypes, of
+    # disc_preprocess two passes forward and two backward.
+    assert len(kernels) == 4 * 8
     assert [kernel for kernel in kernels if kernel[2] != "0" or kernel[4] != "0"] == []
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
-def test_cpu_half_under_sanitizers(tmp_path):
-    flags = [
-        "-std=c++17",
-        "-O0",
-        "-g1",
-        "-pthread",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    (tmp_path / "empty.cpp").write_text("int main() {}")
-    if run("g++", *flags, tmp_path / "empty.cpp", "-o", tmp_path / "empty").returncode:
-        pytest.skip("g++ has no address sanitizer")
-    sources = [
-        ROOT / "csrc" / f"{name}.cpp"
-        for name in ("snake", "stft_bands", "disc_preprocess", "parallel")
-    ]
-    built = run(
-        "g++",
-        *flags,
-        "-Wno-psabi",
-        ROOT / "tests" / "native_main.cpp",
-        *sources,
-        "-o",
-        tmp_path / "main",
-    )
-    assert built.returncode == 0, built.stderr
-    ran = run(tmp_path / "main")
+def test_cuda_half_without_a_gpu(cuda_package, tmp_path):
+    """The CUDA half imports, and says in one line why it cannot run."""
+    code = """
+from dac_kernels import native
+print(native.status())
+native.extension.disc_preprocess_forward_cuda_float32(
+    native.extension.Signals(1, 8, 8, 8), 0, 0, 0, 0, 0, 0
+)
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = run_installed(cuda_package, code, tmp_path, **environment)
+    assert "CUDA ops for sm_80, sm_86, sm_89, sm_90, which cannot run here" in ran.stdout
+    assert re.match(r"RuntimeError: disc_preprocess: .*(driver|device)", ran.stderr.split("\n")[-2])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A function: the objects of csrc and native_main.cpp by name, with sanitizers of g++ or none.
+
+    It skips the test where g++ has no such sanitizer.
+    """
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+
+    @functools.cache
+    def objects(sanitizers):
+        folder = tmp_path_factory.mktemp("objects")
+        flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+        (folder / "empty.cpp").write_text("int main() {}")
+        if run("g++", *flags, folder / "empty.cpp", "-o", folder / "empty").returncode:
+            pytest.skip(f"g++ has no {sanitizers} sanitizer")
+        flags += ["-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-Wno-psabi"]
+        flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+        def compile_source(source):
+            made = folder / f"{source.stem}.o"
+            built = run("g++", *flags, "-c", source, "-o", made)
+            assert built.returncode == 0, built.stderr
+            return source.stem, made
+
+        sources = [ROOT / "tests/native_main.cpp", *(ROOT / "csrc").glob("*.cpp")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return flags, dict(pool.map(compile_source, sources))
+
+    return objects
+
+
+# Random calls, by so many callers at once, and forked children while all but one of these are
+# inside an op. (AddressSanitizer's memory is not safe to fork while others use it, and with
+# ThreadSanitizer no child may start threads.)
+SANITIZERS = {"address,undefined": (2000, 1, 50), "thread": (800, 8, 0), "": (400, 3, 200)}
+
+
+@pytest.mark.parametrize("sanitizers", SANITIZERS)
+def test_cpu_half_under_sanitizers(sanitizers, compiled, tmp_path, capsys):
+    flags, objects = compiled(sanitizers)
+    parts = [made for name, made in objects.items() if name != "bindings"]
+    assert run("g++", *flags, *parts, "-o", tmp_path / "main").returncode == 0
+    ran = run(tmp_path / "main", *map(str, SANITIZERS[sanitizers]), timeout=300)
     assert ran.returncode == 0, ran.stderr
+    with capsys.disabled():
+        print(f"\ncsrc, sanitizer {sanitizers or 'none'}: {ran.stdout.strip()}")
+
+
+def test_registered_ops_under_sanitizers(compiled, tmp_path, capsys):
+    """Whatever the arguments: a whole result or a refusal, and no access outside the tensors."""
+    flags, objects = compiled("address,undefined")
+    package = tmp_path / "dac_kernels"
+    shutil.copytree(ROOT / "kernels/dac_kernels", package, ignore=shutil.ignore_patterns("*.so"))
+    parts = [made for name, made in objects.items() if name != "native_main"]
+    assert run("g++", *flags, "-shared", *parts, "-o", package / "_C.so").returncode == 0
+    runtimes = [
+        run("g++", f"-print-file-name=lib{name}.so").stdout.strip() for name in ("asan", "ubsan")
+    ]
+    environment = {
+        "LD_PRELOAD": " ".join(runtimes),
+        # Python's own memory lives to the end, and an allocation may fail.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }
+    code = (ROOT / "tests/native_fuzz.py").read_text()
+    ran = run_installed(tmp_path, code, tmp_path, **environment)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    with capsys.disabled():
+        print(f"\nregistered ops, sanitizers address,undefined: {ran.stdout.strip()}")
 
 
 @pytest.fixture
@@ -94,11 +168,14 @@ def build(sources, tmp_path, kind, **environment):
     )
 
 
-def run_installed(tmp_path, code):
-    """Run code with the package of tmp_path / "installed"; an editable install must not lend its compiled module."""
-    alone = 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in f.__module__]\n'
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    return run(sys.executable, "-c", alone + code, cwd=tmp_path, env=environment)
+def run_installed(folder, code, elsewhere, **environment):
+    """Run code with the packages of a folder; an editable install must not lend its module."""
+    alone = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in f.__module__]
+"""
+    environment = {**os.environ, **environment, "PYTHONPATH": str(folder)}
+    return run(sys.executable, "-c", alone + code, cwd=elsewhere, env=environment, timeout=300)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
@@ -115,13 +192,15 @@ def test_wheel_from_source_archive(sources, tmp_path):
 import torch
 from dac_kernels import native
 assert torch.equal(native.snake(torch.zeros(1, 2, 3), torch.ones(1, 2, 1)), torch.zeros(1, 2, 3))
-print(native._C.__file__, native.status(), sep="\\n")
+print(native.extension.__file__, native.status(), sep="\\n")
 """
-    ran = run_installed(tmp_path, code)
+    ran = run_installed(tmp_path / "installed", code, tmp_path)
     assert ran.returncode == 0, ran.stderr
     file, status = ran.stdout.splitlines()
     assert Path(file).is_relative_to(tmp_path / "installed")
-    assert status == "CPU ops; no CUDA ops: install again with nvcc on PATH"
+    assert (
+        status == "CPU ops; no CUDA ops: install again with nvcc on PATH and DAC_KERNELS_BUILD=cuda"
+    )
 
 
 def test_wheel_without_a_compiler(sources, tmp_path):
@@ -133,9 +212,10 @@ def test_wheel_without_a_compiler(sources, tmp_path):
     code = """
 import torch
 from dac_kernels import native
-print(native.status(), native.snake_unsupported(torch.zeros(1, 2, 3), torch.ones(1, 2, 1)), sep="\\n")
+print(native.status())
+print(native.snake_unsupported(torch.zeros(1, 2, 3), torch.ones(1, 2, 1)))
 """
-    ran = run_installed(tmp_path, code)
+    ran = run_installed(tmp_path / "installed", code, tmp_path)
     status, reason = ran.stdout.splitlines()
     assert status.startswith("absent (")
     assert "install again with a C++ compiler" in status
@@ -160,7 +240,7 @@ print(native.status(), native.snake_unsupported(torch.zeros(1, 2, 3), torch.ones
     ],
 )
 def test_build_options_are_checked(environment, message):
-    if "DAC_KERNELS_CUDA_ARCH" in environment and not (native._C and native._C.cuda_architectures):
+    if "DAC_KERNELS_CUDA_ARCH" in environment and shutil.which("nvcc") is None:
         pytest.skip("architectures are read where there is nvcc")
     ran = run(
         sys.executable,
@@ -172,3 +252,31 @@ def test_build_options_are_checked(environment, message):
     )
     assert ran.returncode != 0
     assert message in ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({}, "NVIDIA-SMI has failed 12.0", []),
+        ({}, "9.0\n8.6\n9.0\n5.2", ["86", "90"]),
+        ({"DAC_KERNELS_CUDA_ARCH": "90a"}, "8.6", ["90a"]),
+        ({"DAC_KERNELS_BUILD": "cuda"}, "8.6", ["80", "86", "89", "90"]),
+        ({"DAC_KERNELS_BUILD": "cpu"}, "8.6", []),
+    ],
+)
+def test_the_gpus_that_are_here_decide(environment, gpus, expected, tmp_path):
+    """Without being asked, nothing is compiled for GPUs of other machines, or unknown to nvcc."""
+    (tmp_path / "bin").mkdir()
+    for tool, says in (("nvidia-smi", gpus), ("nvcc", "sm_80\nsm_86\nsm_90")):
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    code = """
+import runpy, sys
+sys.argv = ["setup.py", "--quiet", "--version"]
+print(runpy.run_path("setup.py")["architectures"]())
+"""
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DAC_KERNELS")}
+    environment = {**inherited, "PATH": path, "CUDA_HOME": str(tmp_path), **environment}
+    ran = run(sys.executable, "-c", code, cwd=ROOT, env=environment)
+    assert ran.stdout.splitlines()[-1] == str(expected), ran.stderr

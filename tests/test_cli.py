@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dac_fast import DACFile, ops
+from dac_fast import DACFile
 from dac_fast.audio.reading import read
 from dac_fast.audio.writing import write
 from dac_fast.cli import commands
@@ -30,7 +30,7 @@ def dac_fast_cli(capsys, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Recordings in a tree: two good ones, one that is not audio, one empty, one that is no recording."""
+    """Two recordings in a tree, with files that are not audio, empty, and no recording at all."""
     rng = np.random.default_rng(0)
     root = tmp_path / "in"
     (root / "deep").mkdir(parents=True)
@@ -129,13 +129,16 @@ def test_reconstruct_reports_and_converted_models_work(dac_fast_cli, folder, tmp
     assert read(tmp_path / "r" / "a.wav")[0].shape == (1, 20000)
 
 
-def test_faults_of_single_files_do_not_stop_the_others(dac_fast_cli, folder, tmp_path, monkeypatch):
+def test_faults_of_single_files_do_not_stop_the_others(
+    dac_fast_cli, folder, tmp_path, monkeypatch, no_backend_set
+):
     monkeypatch.chdir(tmp_path)
     write(folder / "a.flac", np.zeros((1, 100), np.float32), 44100)
     code, out, err = dac_fast_cli("encode", folder, "-o", "codes [b]")
     assert (code, "encoded 1 of 5, 4 failed" in out) == (1, True)
     assert err.count("2 inputs would become codes [b]/a.dac; convert them apart") == 2
-    # a file of the published package's chunk mode with a chunk too short to decode; one that names a path as its model
+    # A file of the published package's chunk mode with a chunk too short to decode, and one that
+    # names a path as its model.
     good = DACFile.load("codes [b]/deep/b.dac")
     unpadded = dataclasses.replace(good, padding=False, chunk_length=4, gains=None)
     unpadded.save(tmp_path / "codes [b]" / "short.dac", format="dac1")
@@ -154,7 +157,6 @@ def test_faults_of_single_files_do_not_stop_the_others(dac_fast_cli, folder, tmp
     assert dac_fast_cli("reconstruct", folder / "a.flac", "-o", "out3.wav", "--plot")[0] == 1
     assert (tmp_path / "out3.png").read_text() == "keep"
     monkeypatch.setenv("DAC_FAST_BACKEND", "native")
-    monkeypatch.setattr(ops, "_backend", None)
     code, _, err = dac_fast_cli("decode", "codes [b]/deep/b.dac", "-o", "out4")
     assert (code, "'native' cannot run rvq_decode" in err) == (1, True)
 
@@ -256,7 +258,7 @@ def test_bad_input_is_one_line_and_exit_code_1(
 
 
 def test_entry_point_and_doctor(tmp_path):
-    """In a process of its own, as installed; and the backend can be asked for by the environment."""
+    """In a process of its own, as installed."""
     command = [sys.executable, "-c", "from dac_fast.cli import main; main()"]
     done = subprocess.run(
         [*command, "doctor"], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -26,7 +26,7 @@ def innermost(tensor, axis=1):
 
 
 def make(*shapes, dtype=torch.float32, seed=0):
-    """A normal tensor of each shape, scaled for sums over all axes but the first two to stay near 1."""
+    """A normal tensor of each shape."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
@@ -96,20 +96,11 @@ def test_every_kind_of_layer(name, dtype):
     time = module.output_length(size, kernel, stride, padding, dilation, False)
     (residual,) = make((2, out, time), dtype=dtype, seed=1)
     lengths = torch.tensor([(time + 2) // 3, time], device=DEVICE)
-    y, snaked = compare(
-        "conv1d",
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        alpha=alpha,
-        residual=innermost(residual),
-        lengths=lengths,
-    )
-    y, snaked = compare("conv1d", x, weight, bias.float(), stride, padding, dilation, alpha=alpha.float(),
-                        lengths=lengths, tanh=True)  # fmt: skip
+    geometry = stride, padding, dilation
+    options = {"alpha": alpha, "residual": innermost(residual), "lengths": lengths}
+    compare("conv1d", x, weight, bias, *geometry, **options)
+    options = {"alpha": alpha.float(), "lengths": lengths, "tanh": True}
+    y, snaked = compare("conv1d", x, weight, bias.float(), *geometry, **options)
     past = slice((time + 2) // 3, None)
     assert not y[0, :, past].any()
     assert not snaked[0, :, past].any()
@@ -317,10 +308,9 @@ def test_real_sizes(shape, dtype):
     x, weight, bias, alpha = layer(channels, out, kernel, size, dtype=dtype)
     time = module.output_length(size, kernel, stride, padding, dilation, False)
     lengths = torch.tensor([time // 3, time], device=DEVICE)
-    compare(
-        "conv1d", x, weight, bias, stride, padding, dilation, alpha=alpha, lengths=lengths, tf32=tf32,
-        dtype=torch.float16 if tf32 else None,
-    )  # fmt: skip
+    options = {"alpha": alpha, "lengths": lengths, "tf32": tf32}
+    bound = torch.float16 if tf32 else None
+    compare("conv1d", x, weight, bias, stride, padding, dilation, dtype=bound, **options)
 
 
 @pytest.mark.gpu

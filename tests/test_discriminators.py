@@ -1,4 +1,6 @@
-"""Discriminators against the published package's maps, and against plain compositions of torch functions."""
+"""Discriminators against the published package's maps, and against plain compositions of torch
+functions.
+"""
 
 import json
 import zlib
@@ -87,7 +89,8 @@ def test_golden_inputs(golden):
 def test_published_keys_and_defaults():
     with torch.device("meta"):
         keys = Discriminator().state_dict()
-    # Five MPDs of 6 convolutions, then three MRDs of 5 bands of 5 convolutions and a last one; 3 tensors each.
+    # Five MPDs of 6 convolutions, then three MRDs of 5 bands of 5 convolutions and a last one; 3
+    # tensors each.
     assert len(keys) == 3 * (5 * 6 + 3 * (5 * 5 + 1))
     assert keys["discriminators.4.convs.3.0.weight_v"].shape == (1024, 512, 5, 1)
     assert keys["discriminators.5.band_convs.4.0.0.weight_v"].shape == (32, 2, 3, 9)
@@ -170,7 +173,9 @@ def gradients(loss, tensors):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["audio", "spectra"])
 def test_step_gradients_equal_a_plain_composition(shared):
-    """One discriminator and one generator step in float64; also with the spectra of both signals computed once."""
+    """One discriminator and one generator step in float64; also with the spectra of both signals
+    computed once.
+    """
     discriminator = Discriminator(**SMALL).double()
     parameters = list(discriminator.parameters())
     real = torch.randn(2, 1, 131, dtype=torch.float64)
@@ -225,7 +230,9 @@ def test_ablations(options):
 
 
 def test_bfloat16_audio_under_autocast():
-    """A generator under autocast hands over bfloat16; spectra are computed in float32 all the same."""
+    """A generator under autocast hands over bfloat16; spectra are computed in float32 all the
+    same.
+    """
     discriminator = Discriminator(**SMALL)
     x = torch.randn(1, 1, 500).bfloat16()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

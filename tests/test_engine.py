@@ -1,4 +1,4 @@
-"""The engine: the same codec, fused, in every precision; and its CUDA graphs, with a stand-in for CUDA on the CPU."""
+"""The engine: the same codec, fused, in every precision; and its CUDA graphs, on the CPU too."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from dac_fast.model.layers import zero_past
 
 
 def small(**changes) -> DAC:
-    """A random codec with few channels, away from the initial alphas and biases, under which some errors vanish."""
+    """A random codec with few channels; some errors vanish under the initial alphas and biases."""
     torch.manual_seed(0)
     codec = DAC(
         **{"encoder_dim": 4, "decoder_dim": 32, "n_codebooks": 3, "codebook_size": 32, **changes}
@@ -69,11 +69,25 @@ def test_a_plan_is_the_module(preset):
     for lengths in (None, frames):
         audio = noise(3, 1, 5 * hop).double()
         samples = None if lengths is None else lengths * hop
-        audio = audio if lengths is None else zero_past(audio, samples)
-        z = codec.encoder(audio, samples)
+        masked = audio if lengths is None else zero_past(audio, samples)
+        z = codec.encoder(masked, samples)
         assert_same(encoder(audio, samples), z, 1e-10)
-        assert_same(decoder(z, lengths), codec.decoder(z, lengths), 1e-10)
+        restored = decoder(z, lengths)
+        published = codec.decoder(z, lengths)
+        assert restored.shape == (3, 1, 5 * hop)
+        assert_same(restored[..., : published.shape[2]], published, 1e-10)
+        assert not restored[..., published.shape[2] :].any()
         assert encoder(audio, samples).stride(1) == 1
+        # What lies past the lengths, and samples that fill no frame, change nothing.
+        shorter = None if lengths is None else samples - hop + 1
+        cut = audio[..., : 4 * hop + 1]
+        filled = torch.nn.functional.pad(cut, (0, hop - 1))
+        if lengths is not None:
+            filled = zero_past(filled, shorter)
+            cut = torch.where(filled[..., : cut.shape[2]] == 0, torch.nan, cut)
+        assert_same(encoder(cut, shorter), codec.encoder(filled, samples), 1e-10)
+        unmasked = z if lengths is None else z + torch.where(zero_past(z + 1, lengths) == 0, 9, 0)
+        assert_same(decoder(unmasked, lengths), restored, 1e-10)
     audio = noise(1, 1, 60 * hop).double()
     z = codec.encoder(audio, padded=False)
     assert_same(encoder(audio, padded=False), z, 1e-10)
@@ -102,7 +116,7 @@ def test_fp32_gives_the_published_codes(golden, name):
 @pytest.mark.parametrize("name", ["even", "odd", "tiny"])
 @torch.no_grad()
 def test_signal_to_noise_ratio(golden, name, precision, least):
-    """Audio of the same codes, against float64. On a GPU where there is one: TF32 exists only there."""
+    """Audio of the same codes, against float64. On a GPU if there is one, for TF32."""
     codec = dac_fast.load(name if name == "tiny" else golden / f"weights_{name}.pth")
     exact = copy.deepcopy(codec).double()
     codes = exact.encode(noise(2, 1, codec.hop_length * 20).double()).codes
@@ -117,7 +131,7 @@ def test_signal_to_noise_ratio(golden, name, precision, least):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @torch.no_grad()
 def test_the_fused_kernels_are_the_same_codec(precision):
-    """A small codec whole, with ragged items and odd strides, by Triton (on the CPU: in its interpreter)."""
+    """A small codec with ragged items and odd strides, by Triton (on the CPU: interpreted)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = small(
         encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16
@@ -130,7 +144,7 @@ def test_the_fused_kernels_are_the_same_codec(precision):
     with use_backend("triton"):
         found = codec.encode(audio.to(device), lengths)
         again = codec.decode_codes(expected.codes.to(device), expected.lengths)
-        assert codec.run_encoder(noise(1, 1, 300).to(device), padded=False).shape == unpadded.shape
+        assert codec.encode(noise(1, 1, 300).to(device), padded=False).z.shape == unpadded.shape
     if precision == "fp32":
         assert torch.equal(found.codes.cpu(), expected.codes)
     assert decibels(again, restored) > {"fp32": 90, "fp16": 40}[precision]
@@ -170,36 +184,16 @@ def test_torchs_switches_are_set_and_put_back(monkeypatch):
     assert [switch.fp32_precision for switch in switches] == before
 
 
-class PretendGraphs(Graphs):
-    """Without CUDA: a replay runs the captured function again and writes to the same outputs."""
-
-    def _needed(self, run, inputs):
-        return sum(t.numel() for t in inputs)
-
-    def _capture(self, run, inputs):
-        outputs = run(*inputs)
-        self.used += self._needed(run, inputs)
-
-        def replay():
-            for output, value in zip(outputs, run(*inputs), strict=True):
-                output.copy_(value)
-
-        return replay, outputs
-
-    def _event(self):
-        return None
-
-
 def with_graphs(codec: DAC, shapes, memory=1 << 30, precision=None) -> DAC:
     engine = codec.optimize(precision).engine
-    engine.graphs = PretendGraphs(engine.device, memory)
+    engine.graphs = Graphs(engine.device, memory)
     engine._warm_up({"encode": shapes, "decode": shapes})
     return codec
 
 
 @pytest.mark.parametrize("name", ["even", "odd"])
 @torch.no_grad()
-def test_requests_of_any_size_are_exact_in_a_bucket(golden, name):
+def test_requests_of_any_size_are_exact_in_a_bucket(golden, name, pretend_graphs):
     eager = dac_fast.load(golden / f"weights_{name}.pth").fold_weight_norm()
     codec = with_graphs(dac_fast.load(golden / f"weights_{name}.pth"), [(4, 12), (2, 6), (1, 6)])
     hop, engine = codec.hop_length, codec.engine
@@ -227,7 +221,7 @@ def test_requests_of_any_size_are_exact_in_a_bucket(golden, name):
 
 
 @torch.no_grad()
-def test_which_requests_no_bucket_serves():
+def test_which_requests_no_bucket_serves(pretend_graphs):
     codec = with_graphs(small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8)])
     engine, codes = codec.engine, torch.zeros(2, 3, 8, dtype=torch.int64)
     # too long, too many, fewer codebooks, mostly padding
@@ -246,7 +240,7 @@ def test_which_requests_no_bucket_serves():
         codec.decode_codes(codes + 32)
 
 
-def test_graphs_beyond_the_memory_are_left_out_and_said():
+def test_graphs_beyond_the_memory_are_left_out_and_said(pretend_graphs):
     codec = with_graphs(
         small(encoder_rates=[2, 2], decoder_rates=[2, 2]), [(2, 8), (4, 1000)], memory=1000
     )
@@ -319,7 +313,7 @@ def test_what_optimize_refuses():
 
 
 @torch.no_grad()
-def test_a_precision_without_the_range_is_found_at_the_first_call():
+def test_a_precision_without_the_range_is_found_at_the_first_call(pretend_graphs):
     codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
     codec.decoder.model[1].block[1].bias[0] = 1e5
     codes = torch.zeros(1, 3, 4, dtype=torch.int64)
@@ -331,6 +325,12 @@ def test_a_precision_without_the_range_is_found_at_the_first_call():
         match=f"decode in fp16: {layer} gives infinity or NaN; try precision bf16 or",
     ):
         codec.decode_codes(codes)
+    # what lies past the lengths is none of the input
+    codec.optimize({"encode": "fp16"})
+    audio = noise(1, 1, 16)
+    audio[..., 8:] = torch.nan
+    codec.encode(audio, torch.tensor([8]))
+    assert codec.engine._proven == {"encode"}
     # an input that is not finite is no fault of the precision
     codec.optimize({"encode": "fp16"}).encode(torch.full((1, 1, 16), torch.nan))
     assert codec.encode(noise(1, 1, 16)).z.isfinite().all()
@@ -345,8 +345,11 @@ def test_replays_are_what_eager_gives():
     eager = dac_fast.load("tiny", device="cuda", engine=True)
     hop = codec.hop_length
     requests = [
-        (1, frames * hop, None), (4, frames * hop, None), (3, 19 * hop, [19 * hop, 7, hop]), (1, 15 * hop - 3, None),
-    ]  # fmt: skip
+        (1, frames * hop, None),
+        (4, frames * hop, None),
+        (3, 19 * hop, [19 * hop, 7, hop]),
+        (1, 15 * hop - 3, None),
+    ]
     for _ in range(2):
         for batch, samples, lengths in requests:
             audio = noise(batch, 1, samples)

@@ -35,7 +35,7 @@ def codec(golden):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Two domains and a file outside both; stereo, another rate; two files that cannot be measured."""
+    """Two domains, a file outside both, stereo, another rate, two that cannot be measured."""
     folder = tmp_path_factory.mktemp("recordings")
     for path, audio, rate in (
         ("music/low.wav", tone(220), RATE),
@@ -83,8 +83,8 @@ def test_rows_are_the_metrics_of_each_file(evaluation, codec, recordings):
 
 def test_summary(evaluation, codec, recordings):
     assert [(row["domain"], row["codebooks"], row["files"]) for row in evaluation.summary] == [
-        ("music", 1, 2), ("music", 5, 2), (recordings.name, 1, 1), (recordings.name, 5, 1), ("speech", 1, 1),
-        ("speech", 5, 1),
+        ("music", 1, 2), ("music", 5, 2), (recordings.name, 1, 1), (recordings.name, 5, 1),
+        ("speech", 1, 1), ("speech", 5, 1),
         ("overall", 1, 4), ("overall", 5, 4),
     ]  # fmt: skip
     overall = evaluation.summary[-2]

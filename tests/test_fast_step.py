@@ -1,4 +1,6 @@
-"""The fast training step against the published one, in float64: the same numbers, by whatever way they are computed."""
+"""The fast training step against the published one, in float64: the same numbers, by whatever way
+they are computed.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from small_codec import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.__main__ import main as bench
+from bench.__main__ import app
 from bench.peers.published_step import PublishedStep
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, WeightNorm, weights_kept
@@ -205,15 +207,19 @@ def test_four_processes_equal_one_with_the_same_batch(tmp_path):
     for name, weights in alone.state_dict()["networks"].items():
         for key, weight in weights.items():
             assert all(torch.equal(rank[name][key], ranks[0][name][key]) for rank in ranks)
-            # Sums over the batch are rounded in another order; a step changes a weight by up to 1e-4.
+            # Sums over the batch are rounded in another order; a step changes a weight by up to
+            # 1e-4.
             assert (ranks[0][name][key] - weight).abs().max() <= 1e-5, key
+
+
+def bench(*arguments):
+    app([*map(str, arguments)], standalone_mode=False)
 
 
 def test_bench_counts_and_times_a_step(tmp_path):
     path = tmp_path / "train.json"
-    bench(
-        ["train", "--device", "cpu", "--quick", "--count-only", "--batch", "2", "--out", str(path)]
-    )
+    train = ("train", "--device", "cpu", "--quick", "--out", path)
+    bench(*train, "--count-only", "--batch", 2)
     theirs, ours = json.loads(path.read_text())["rows"]
     # The reference's Snake keeps more than those of the other backends.
     assert ours["saved_peak_bytes"] < 0.75 * theirs["saved_peak_bytes"]
@@ -222,20 +228,7 @@ def test_bench_counts_and_times_a_step(tmp_path):
         ours["work"]["generator backward"]["flops"] < theirs["work"]["generator backward"]["flops"]
     )
 
-    bench(
-        [
-            "train",
-            "--device",
-            "cpu",
-            "--quick",
-            "--implementation",
-            "ours",
-            "--precision",
-            "fp32",
-            "--out",
-            str(path),
-        ]
-    )
+    bench(*train, "--peer", "ours", "--precision", "fp32")
     (row,) = json.loads(path.read_text())["rows"]
     assert row["status"] == "timed"
     assert row["parts"].keys() == row["work"].keys()
@@ -245,7 +238,7 @@ def test_bench_counts_and_times_a_step(tmp_path):
 
 def test_bench_compares_runs(tmp_path):
     path = tmp_path / "compare.json"
-    bench(["train", "--device", "cpu", "--quick", "--compare", "1", "--out", str(path)])
+    bench("train", "--device", "cpu", "--quick", "--compare", 1, "--out", path)
     verdict = json.loads(path.read_text())["verdict"]
     assert max(verdict["early"].values()) < 1e-4
     for seed in range(3):

@@ -1,4 +1,6 @@
-"""Losses and filterbanks against the published package's values, gradients against plain float64 compositions."""
+"""Losses and filterbanks against the published package's values, gradients against plain float64
+compositions.
+"""
 
 import json
 

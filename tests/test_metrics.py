@@ -30,6 +30,8 @@ def test_bitrate_efficiency():
         metrics.codebook_entropy(counts), torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64)
     )
     assert metrics.bitrate_efficiency(codes, 16) == pytest.approx(5 / 12)
+    # A codebook of one entry carries nothing.
+    assert metrics.bitrate_efficiency(torch.zeros(2, 3, 48, dtype=torch.int64), 1) == 0
 
 
 def test_codes_outside_the_codebook():

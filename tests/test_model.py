@@ -13,7 +13,10 @@ from dac_fast.recordings import windows
 
 @pytest.fixture(params=["even", "odd"])
 def case(request, golden):
-    """(codec, golden outputs, golden gradients, configuration): even strides; odd strides and mixed codebook dims."""
+    """(codec, golden outputs, golden gradients, configuration).
+
+    "even" has even strides, "odd" odd ones and mixed codebook dims.
+    """
     name = request.param
     tensors = [
         {k: torch.from_numpy(v) for k, v in np.load(golden / f"{kind}_{name}.npz").items()}

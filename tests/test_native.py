@@ -1,4 +1,4 @@
-"""The ops of dac_kernels.native against the specification, in float64 and as PyTorch computes it in the same dtype."""
+"""The ops of dac_kernels.native against the specification, in float64 and in the same dtype."""
 
 import threading
 from contextlib import contextmanager
@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from dac_kernels import native
+from dac_kernels.native.stft_bands import _edges
 from tolerances import assert_as_good_as
 
 from dac_fast.ops import reference
 
-pytestmark = pytest.mark.skipif(native._C is None, reason=f"dac_kernels._C: {native.status()}")
+pytestmark = pytest.mark.skipif(
+    native.extension is None, reason=f"dac_kernels._C: {native.status()}"
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TRAINING = {"windows": [2048, 1024, 512]}
@@ -42,7 +45,7 @@ def flat(nested):
 
 
 def compare(op, spec, leaves):
-    """Outputs and gradients of `op` are as close to float64's as those of `spec` in the leaves' own dtype."""
+    """Outputs and gradients of `op` are as close to float64's as those of `spec`, in one dtype."""
 
     def results(function, dtype):
         inputs = [leaf.to(dtype).requires_grad_() for leaf in leaves]
@@ -62,7 +65,7 @@ def compare(op, spec, leaves):
         assert a.shape == same.shape
 
 
-# [B, C, T] as a view of a leaf: contiguous, channels last, every other step, a window of a longer signal.
+# [B, C, T] as a view of a leaf: contiguous, channels last, every other step, part of a longer one.
 LAYOUTS = {
     "contiguous": (lambda b, c, t: (b, c, t), lambda x: x),
     "channels_last": (lambda b, c, t: (b, t, c), lambda x: x.transpose(1, 2)),
@@ -90,7 +93,7 @@ def test_snake(layout, shape, dtype):
 
 
 def test_snake_of_extreme_values():
-    """Arguments past the polynomial's range, infinities, NaN and alphas around zero give what PyTorch gives."""
+    """Past the polynomial's range, for infinities, NaN and alphas near zero: as PyTorch."""
     x = torch.tensor(
         [
             0.0,
@@ -174,7 +177,7 @@ def test_disc_preprocess(shape, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_disc_preprocess_of_ties_silence_and_nan(device):
-    """Samples that share the peak share its gradient; silence stays silent; a NaN reaches its own signal only."""
+    """Samples that share the peak share its gradient; a NaN reaches its own signal only."""
     ties = torch.tensor([[3.0, -3.0, 3.0, 0.0, -3.0]], device=device)
     compare(lambda x: [native.disc_preprocess(x)], lambda x: [reference.disc_preprocess(x)], [ties])
     x = torch.tensor([[0.25, 0.25], [torch.nan, 1.0], [torch.inf, 1.0], [2.0, 1.0]], device=device)
@@ -199,7 +202,8 @@ def test_stft_bands_golden(golden, device):
             )
 
 
-# Odd T, T no multiple of a hop, T below one window, the shortest T that reflects, many items, one item.
+# Odd T, T no multiple of a hop, T below one window, the shortest T that reflects, many items, one,
+# none.
 STFT_CASES = [
     (2, 16758, TRAINING),
     (3, 5001, {"windows": [32, 64, 128, 256, 512, 1024, 2048, 4096]}),
@@ -207,6 +211,7 @@ STFT_CASES = [
     (2, 449, {"windows": [1024]}),
     (200, 321, {"windows": [64, 32]}),
     (1, 33333, {"windows": [512], "bands": [(0.1, 0.3), (0.3, 0.3), (0.5, 0.9)]}),
+    (0, 5001, TRAINING),
 ]
 
 
@@ -270,6 +275,64 @@ def test_stft_bands_refuses():
         )
 
 
+@pytest.mark.parametrize("ops", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("band", [0.5, (0.5,), (0.1, 0.2, 0.3), ("0", "1"), (None, 1), (0, np.nan)])
+def test_a_band_is_two_numbers(ops, band):
+    with pytest.raises(ValueError, match="a band is .*; accepted: two fractions of the spectrum"):
+        ops.stft_bands(torch.zeros(1, 5000), [512], [band])
+
+
+def test_the_longest_signal():
+    """Beyond 2^30 samples positions would not be ints; csrc's own test is in native_main.cpp."""
+    one = torch.zeros(1)
+    assert native.stft_bands_unsupported(one.expand(1, 2**30), [512]) is None
+    for items, samples in ((1, 2**30 + 1), (1, 2**31 - 2), (0, 2**31 - 2), (4, 2**30)):
+        reason = native.stft_bands_unsupported(one.expand(items, samples), [512])
+        assert f"there are {items} x {samples} samples; accepted: up to 1073741824 each" in reason
+        with pytest.raises(RuntimeError, match="native stft_bands cannot run"):
+            native.stft_bands(one.expand(items, samples), [512])
+
+
+X, ALPHA, EDGES = torch.zeros(2, 3, 50), torch.ones(1, 3, 1), _edges([32], native.BANDS)
+BAND_GRADS = [torch.zeros(2, 2, 7, high - low) for low, high in zip(EDGES[::2], EDGES[1::2])]
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        ("snake", [X, ALPHA[:, :2]], "shapes"),
+        ("snake", [X, ALPHA.double()], "alpha is torch.float64 on cpu, not torch.float32 on cpu"),
+        ("snake", [X, ALPHA.to("meta")], "alpha is torch.float32 on meta"),
+        ("snake", [X.half(), ALPHA.half()], "the dtype is torch.float16"),
+        ("snake", [X.to("meta"), ALPHA.to("meta")], "the tensor is on meta"),
+        ("snake_backward", [X[..., :1], X, ALPHA], "gradient has shape"),
+        ("disc_preprocess", [torch.zeros(2, 0)], "no samples"),
+        ("disc_preprocess_backward", [X[:1], X, torch.zeros(2, 3, 2)], "gradient has shape"),
+        ("disc_preprocess_backward", [X, X, torch.zeros(2, 3)], "levels has shape"),
+        ("stft_bands", [X[0], [32], EDGES[:-1], False, torch.float32], "there are 4 bands"),
+        ("stft_bands", [X[0], [32], [*EDGES[:-1], 18], False, torch.float32], "leave the spectrum"),
+        ("stft_bands", [X[0], [], [], False, torch.float32], "the windows are"),
+        ("stft_bands", [X[0], [64], EDGES, False, torch.float16], "outputs of torch.float16"),
+        ("stft_bands", [X[0, :, :13], [64], EDGES, False, torch.float32], "too few for a window"),
+        ("stft_bands_backward", [[], 50, [32], EDGES, False, torch.float32], "gradients are"),
+        (
+            "stft_bands_backward",
+            [BAND_GRADS[:4], 50, [32], EDGES, False, torch.float32],
+            "there are 4 gradients for 5 bands",
+        ),
+        (
+            "stft_bands_backward",
+            [BAND_GRADS, 60, [32], EDGES, False, torch.float32],
+            "a gradient has shape",
+        ),
+    ],
+)
+def test_registered_ops_check_their_arguments(op, arguments, reason):
+    """Whoever calls them: these crashed the interpreter, or gave memory that nobody had written."""
+    with pytest.raises((RuntimeError, ValueError), match=reason):
+        getattr(torch.ops.dac_native, op)(*arguments)
+
+
 def test_gradients_numerically():
     torch.manual_seed(0)
     x = torch.randn(2, 75, dtype=torch.float64, requires_grad=True)
@@ -284,7 +347,7 @@ def test_registration(device):
     ops, x = torch.ops.dac_native, torch.randn(2, 300, device=device, requires_grad=True)
     torch.library.opcheck(ops.disc_preprocess.default, (x,))
     for channels_last in (False, True):
-        edges = native._edges([32, 64], native.BANDS)
+        edges = _edges([32, 64], native.BANDS)
         torch.library.opcheck(
             ops.stft_bands.default, (x, [32, 64], edges, channels_last, torch.float32)
         )
@@ -318,19 +381,19 @@ def test_compile(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device")
 def test_without_a_gpu():
     """The CUDA half imports, and says in one line why it cannot run."""
-    if not native._C.cuda_architectures:
+    if not native.extension.cuda_architectures:
         assert "no CUDA ops: install again with nvcc on PATH" in native.status()
         return
     assert "cannot run here" in native.status()
     with pytest.raises(RuntimeError, match=r"^disc_preprocess: .*(driver|device)"):
-        native._C.disc_preprocess_forward_cuda_float32(
-            native._C.Signals(1, 8, 8, 8), 0, 0, 0, 0, 0, 0
+        native.extension.disc_preprocess_forward_cuda_float32(
+            native.extension.Signals(1, 8, 8, 8), 0, 0, 0, 0, 0, 0
         )
 
 
 @pytest.mark.gpu
 def test_training_size_on_the_gpu():
-    """72 real and 72 generated signals of 0.38 s; equal bits every time, on any stream, and from a CUDA graph."""
+    """144 signals of 0.38 s: equal bits every time, on any stream, and from a CUDA graph."""
     x = torch.randn(144, 16758, device="cuda", requires_grad=True)
     outputs = flat(native.stft_bands(native.disc_preprocess(x), **TRAINING))
     (grad,) = torch.autograd.grad(outputs, x, [torch.ones_like(o) for o in outputs])

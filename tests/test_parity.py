@@ -1,4 +1,6 @@
-"""The same weights in `transformers.DacModel`: the same codes and audio, both ways through its checkpoints."""
+"""The same weights in `transformers.DacModel`: the same codes and audio, both ways through its
+checkpoints.
+"""
 
 import pytest
 import torch
@@ -50,7 +52,9 @@ def test_our_checkpoint_is_read_by_them(golden, tmp_path):
 
 
 def test_weight_norm_of_theirs_is_read(theirs, tmp_path):
-    """A checkpoint saved in training, with weight norm applied, has other keys and means the same."""
+    """A checkpoint saved in training, with weight norm applied, has other keys and means the
+    same.
+    """
     theirs.apply_weight_norm()
     theirs.save_pretrained(tmp_path)
     assert_same(theirs, DAC.load(tmp_path))

@@ -1,12 +1,16 @@
-"""compress and decompress: golden files of the published package, and chunks that change nothing."""
+"""compress and decompress: golden files of the published package; chunks that change nothing."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import dac_fast
+from dac_fast.audio.writing import write
 from dac_fast.recordings import compress, windows
 
 FILES = [f"{model}_{kind}" for model in ("even", "odd") for kind in ("short", "chunked", "stereo")]
@@ -58,7 +62,7 @@ def test_length_rate_and_channels_come_back(codec, rate, channels):
 
 
 def test_silence_and_levels_come_back(codec):
-    """The gains are taken back: a recording at a hundredth of the level gives the same, at a hundredth."""
+    """The gains are taken back: a hundredth of the level gives a hundredth of the same."""
     silent, _ = codec.decompress(
         codec.compress((np.zeros((1, 5000), np.float32), codec.sample_rate))
     )
@@ -74,10 +78,16 @@ def test_silence_and_levels_come_back(codec):
     np.testing.assert_allclose(second, 0.01 * first, rtol=0, atol=1e-6)
 
 
+def computed(cut, run, channels):
+    """What comes of windows, together: [C, ...]."""
+    outputs = [run([window])()[0] for window in cut]
+    return torch.cat([torch.cat(outputs[c::channels], dim=-1) for c in range(channels)])
+
+
 @pytest.mark.parametrize("frames", [1, 3, 17, 50, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunks_change_nothing(codec, frames, dtype):
-    """Codes of any chunk size are those of the whole signal, and so is the audio; exactly so where nothing rounds."""
+    """Codes and audio of any chunk size are those of the whole signal, up to rounding."""
     codec, hop = copy.deepcopy(codec).to(dtype), codec.hop_length
     audio = 0.3 * torch.randn(2, 150 * hop + 5, generator=torch.Generator().manual_seed(1)).to(
         dtype
@@ -85,19 +95,34 @@ def test_chunks_change_nothing(codec, frames, dtype):
     whole = codec.encode(audio[:, None])
     # pieces that have nothing to do with the chunks
     pieces = audio.split(37 * hop + 11, dim=1)
-    codes = torch.cat(list(windows.encode(codec, pieces, frames)), dim=-1)
+    cut = windows.sample_windows(codec, pieces, frames)
+    codes = computed(cut, windows.encode_batch, channels=2)
     assert codes.shape == whole.codes.shape
     # in float32, two entries may be equally near to within rounding
     assert (codes != whole.codes).float().mean() <= (1e-3 if dtype == torch.float32 else 0)
     expected = codec.decode_codes(whole.codes)[:, 0]
-    restored = torch.cat(list(windows.decode(codec, whole.codes, frames)), dim=1)
+    cut = windows.code_windows(codec, whole.codes, frames)
+    restored = computed(cut, windows.decode_batch, channels=2)
     torch.testing.assert_close(
         restored, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-10
     )
 
 
+@pytest.mark.parametrize("frames", [1, 7, 64])
+def test_long_chunks_without_padding_are_decoded_in_pieces(codec, frames):
+    """What a file calls a chunk does not decide how much is decoded at once."""
+    config, random = codec.config, torch.Generator().manual_seed(4)
+    codes = torch.randint(config.codebook_size, (1, config.n_codebooks, 300), generator=random)
+    (whole,) = windows.unpadded_code_windows(codec, codes, 300, 300)
+    expected = windows.decode_batch([whole])()[0]
+    cut = list(windows.unpadded_code_windows(codec, codes, 300, frames))
+    assert max(window.signal.shape[-1] for window in cut) < whole.signal.shape[-1]
+    restored = computed(cut, windows.decode_batch, channels=1)
+    torch.testing.assert_close(restored, expected, rtol=0, atol=1e-5)
+
+
 def test_long_recordings_pass_through_in_pieces(codec):
-    """Neither encoder nor decoder ever gets more than a chunk and its context, however long the recording is."""
+    """Neither encoder nor decoder ever gets more than a chunk and its context."""
     seen = {}
 
     def record(name):
@@ -118,6 +143,60 @@ def test_long_recordings_pass_through_in_pieces(codec):
     assert max(seen["decoder"]) <= frames + 2 * windows.reach(codec.decoder)
 
 
+MEMORY = """if True:
+    import resource, sys
+    import numpy as np
+    import dac_fast
+    from dac_fast import DACFile
+    from dac_fast.audio.reading import Recording
+
+    random = np.random.default_rng(0)
+    codec = dac_fast.load(sys.argv[1]).fold_weight_norm()
+
+    def noise(*shape):
+        return random.uniform(-0.5, 0.5, shape).astype(np.float32)
+
+    def codes(*shape):
+        return random.integers(0, 16, shape)
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    codec.decompress(codec.compress((noise(2, 16000), 48000)))
+    before = peak()
+    # Many channels, high rates, a chunk of 94 s, rates without a common factor.
+    codec.compress((noise(64, 200), 100))
+    print("channels", peak() - before)
+    codec.compress((noise(8, 2 * 192000), 192000))
+    print("rate", peak() - before)
+    codec.decompress(DACFile(codes(128, 1, 3000), 1, 24000, -20, 128, 16000))
+    print("channels of codes", peak() - before)
+    codec.decompress(DACFile(codes(1, 1, 150000), 150000, 1400000, -20, 1, 16000, False))
+    print("chunk", peak() - before)
+    try:
+        list(Recording((noise(1, 1000), 999983)).blocks(44100))
+    except ValueError as error:
+        assert "999983 Hz to 44100 Hz, as 999983 to 44100; accepted: up to" in str(error)
+        print("ratio", peak() - before)
+"""
+
+
+def test_memory_follows_the_chunk(golden):
+    """Few bytes take little memory, whatever they are of. In MiB; each took over 350 once."""
+    pytest.importorskip("resource")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, golden / "weights_odd.pth"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peaks = dict(line.rsplit(" ", 1) for line in run.stdout.splitlines())
+    assert len(peaks) == 5
+    assert max(map(int, peaks.values())) < 300, run.stdout
+
+
 def test_context_is_what_the_model_can_see(codec):
     """One frame less of context would change the result, so the exactness above is no accident."""
     f = 64
@@ -128,6 +207,29 @@ def test_context_is_what_the_model_can_see(codec):
     difference = (codec.decode(z) - codec.decode(changed))[0, 0].abs()
     seen = int(difference.nonzero().max()) // codec.hop_length
     assert seen <= reach <= seen + 2
+
+
+def test_a_recording_that_changes_between_its_two_readings(codec, tmp_path, monkeypatch):
+    """Only the loudness of what was there would be known."""
+    pytest.importorskip("soundfile")
+    names = ["a.wav", "changes.wav", "b.wav"]
+    for name in names:
+        write(tmp_path / name, np.full((2, 9000), 0.1, np.float32), 16000)
+    integrated = compress.LoudnessMeter.integrated
+    met = []
+
+    def change(meter):
+        met.append(meter)
+        if len(met) == 2:
+            write(tmp_path / "changes.wav", np.zeros((1, 7000), np.float32), 16000)
+        return integrated(meter)
+
+    monkeypatch.setattr(compress.LoudnessMeter, "integrated", change)
+    results = [
+        result for _, result in compress.compress_all(codec, [tmp_path / name for name in names])
+    ]
+    assert str(results[1]) == f"{tmp_path / 'changes.wav'}: it was changed while it was read"
+    assert torch.equal(results[0].codes, results[2].codes)
 
 
 def test_compress_says_what_it_cannot_do(codec):

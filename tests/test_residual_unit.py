@@ -147,8 +147,9 @@ def test_refusals_name_the_value():
     assert "padding 8" in residual_unit_unsupported(*arguments, 3, 8)
     assert "no output" in residual_unit_unsupported(*arguments, 3, 9, keep=False)
     assert "2 x -34 output" in residual_unit_unsupported(*arguments, 9, 0)
-    assert "snaked has shape (2, 16, 10)" in residual_unit_unsupported(arguments[0], arguments[1][..., :10],
-                                                                      *arguments[2:], 3, 9)  # fmt: skip
+    x, snaked, *weights = arguments
+    reason = residual_unit_unsupported(x, snaked[..., :10], *weights, 3, 9)
+    assert "snaked has shape (2, 16, 10)" in reason
     wide = torch.zeros(1, 256, 8, device=DEVICE)
     assert "256 channels; accepted: up to 192" in residual_unit_unsupported(
         wide, wide, *arguments[2:], 3, 9
@@ -165,10 +166,9 @@ def test_real_sizes(channels, dtype):
     arguments, alpha = unit(channels, 20_001, dtype)
     for dilation in (1, 9):
         lengths = torch.tensor([333, 20_001], device=DEVICE)
-        compare(
-            arguments, dilation, 3 * dilation, dtype=torch.float16 if tf32 else None, alpha=alpha, lengths=lengths,
-            tf32=tf32,
-        )  # fmt: skip
+        options = {"alpha": alpha, "lengths": lengths, "tf32": tf32}
+        bound = torch.float16 if tf32 else None
+        compare(arguments, dilation, 3 * dilation, dtype=bound, **options)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,7 @@
-"""dac_kernels.rvq against the reference, float64 and the published codec, on a GPU or in Triton's interpreter."""
+"""dac_kernels.rvq against the reference, float64 and the published codec.
+
+On a GPU, or in Triton's interpreter.
+"""
 
 import gc
 import weakref
@@ -17,6 +20,15 @@ from dac_fast.ops import reference
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def strict_float32():
+    """The convolutions that results are compared with, by cuDNN, are not in TF32."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def random_weights(depth=24, stages=3, size=100, dim=5, dtype=torch.float32, seed=0):
@@ -54,7 +66,7 @@ def golden_weights(golden, name, stages):
 
 
 def regret(z, weights, codes):
-    """Per frame and stage, in float64: how much farther the chosen entry is than the nearest one."""
+    """Per frame and stage, in float64: how much farther the chosen entry is than the nearest."""
     in_weights, in_biases, codebooks, out_weights, out_biases = (
         [w.double() for w in group] for group in weights
     )
@@ -72,7 +84,7 @@ def regret(z, weights, codes):
 
 
 def with_gradients(module, z, weights, counts=None, lengths=None):
-    """Outputs of rvq_encode, and gradients of z and of every weight for fixed gradients of the outputs."""
+    """Outputs of rvq_encode, and gradients of z and of every weight, for fixed upstream ones."""
     z, weights = (
         z.clone().requires_grad_(),
         [[w.clone().requires_grad_() for w in group] for group in weights],
@@ -155,8 +167,8 @@ def test_losses_and_gradients(counts, lengths):
     z, weights = random_input(), random_weights()
     outputs, gradients = with_gradients(rvq, z, weights, counts, lengths)
     same, same_gradients = with_gradients(reference, z, weights, counts, lengths)
-    exact, exact_gradients = with_gradients(reference, z.double(), [[w.double() for w in g] for g in weights],
-                                            counts, lengths)  # fmt: skip
+    exact_weights = [[w.double() for w in group] for group in weights]
+    exact, exact_gradients = with_gradients(reference, z.double(), exact_weights, counts, lengths)
     assert torch.equal(outputs[1], exact[1])
     for i in (0, 2, 3, 4):
         assert_as_good_as(outputs[i], same[i], exact[i])

@@ -1,4 +1,7 @@
-"""Streams give what the whole signal gives: any pieces, any slots. Mostly in float64, where nothing is a near tie."""
+"""Streams give what the whole signal gives: any pieces, any slots.
+
+Mostly in float64, where nothing is a near tie.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,6 @@ from tolerances import assert_as_good_as
 
 import dac_fast
 from dac_fast import DAC, PRESETS
-from dac_fast.ops import cuda_graph
 from dac_fast.streaming import DecoderStreams, EncoderStreams, StreamingDecoder, StreamingEncoder
 from dac_fast.streaming.layers import Span
 
@@ -79,7 +81,7 @@ def test_single_frames_give_the_whole(golden, name, fold, device):
 
 
 def test_other_forms_of_the_codec():
-    """A stride of 1, whose encoder gives a frame more; LeakyReLU; a quantizer without projections."""
+    """A stride of 1, whose encoder gives a frame more; LeakyReLU; codebooks without projections."""
     torch.manual_seed(0)
     rates = {"encoder_rates": [1, 3], "decoder_rates": [3, 1]}
     options = {
@@ -146,13 +148,15 @@ def test_look_ahead_of_the_presets():
 
 
 def run_slots(streams, signals, unit, lag, seed):
-    """Signals through slots that they join, pause in and leave at random. Per signal, all that came out for it.
+    """Signals through slots that they join, pause in and leave at random.
 
-    `unit`: positions of a signal per frame; `lag`: frames until the rest of an ended signal is out.
+    Returns all outputs of each signal. `unit`: positions of a signal per frame; `lag`: frames until
+    the rest of an ended signal is out.
     """
     generator = torch.Generator().manual_seed(seed)
     waiting, outputs = list(range(len(signals))), [[] for _ in signals]
-    slots = {}  # by its number, each slot in use: the signal, and the frames left of it, down to -lag
+    # Each slot in use, by its number: the signal, and the frames left of it, down to -lag.
+    slots = {}
     while waiting or slots:
         for i in range(streams.batch):
             if i not in slots and waiting:
@@ -227,26 +231,9 @@ def test_steady_state_is_one_fixed_computation(codec, monkeypatch):
         assert [tail.data_ptr() for tail in streams._chain.tails] == states
 
 
-def recorded_on_the_cpu(step, device):
-    """In place of a CUDA graph: every replay writes to the same memory."""
-    output = step()
-
-    def replay():
-        recorded_on_the_cpu.replays += 1
-        return output.copy_(step())
-
-    return replay
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch):
-    recorded_on_the_cpu.replays = 0
-    monkeypatch.setattr(cuda_graph, "record", recorded_on_the_cpu)
-
-
 @torch.inference_mode()
-def test_captured_pushes_give_the_same(codec, fake_graphs):
-    """Slots at random, and single signals: whatever a graph cannot do runs without it, on the same states."""
+def test_captured_pushes_give_the_same(codec, pretend_graphs):
+    """Slots at random, and single signals; what a graph cannot do runs without it."""
     hop, lengths = codec.hop_length, (60, 1, 45)
     codes = [random_codes(codec, 1, frames, frames) for frames in lengths]
     audio = [random_audio(codec, 1, frames * hop, frames) for frames in lengths]
@@ -263,13 +250,13 @@ def test_captured_pushes_give_the_same(codec, fake_graphs):
         )
     for plain, captured in zip(*outputs):
         torch.testing.assert_close(captured, plain, rtol=0, atol=1e-12)
-    assert recorded_on_the_cpu.replays > 10
+    assert pretend_graphs.replays > 10
 
     decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
     decoder.capture(1, batch=2)
     encoder.capture(2, batch=2)
     for _ in range(2):
-        before = recorded_on_the_cpu.replays
+        before = pretend_graphs.replays
         codes, audio = random_codes(codec, 2, 60), random_audio(codec, 2, 60 * hop)
         restored = torch.cat([*map(decoder.push, codes.split(1, dim=2)), decoder.flush()], dim=2)
         torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
@@ -277,7 +264,7 @@ def test_captured_pushes_give_the_same(codec, fake_graphs):
             [*map(encoder.push, audio.split(2 * hop + 1, dim=2)), encoder.flush()], dim=2
         )
         assert torch.equal(encoded, codec.encode(audio).codes)
-        assert recorded_on_the_cpu.replays > before + 20
+        assert pretend_graphs.replays > before + 20
 
 
 def test_capture_says_where_it_can(codec):
@@ -293,7 +280,7 @@ def test_capture_says_where_it_can(codec):
 @torch.inference_mode()
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["even", "odd"])
-def test_streams_run_the_engines_layers(golden, fake_graphs, name, precision):
+def test_streams_run_the_engines_layers(golden, pretend_graphs, name, precision):
     """In its precision, with the quantizer in float32, captured where a graph can serve."""
     codec, exact = load(golden, name, dtype=torch.float32).optimize(precision), load(golden, name)
     codes, audio = random_codes(codec, 2, 60), random_audio(codec, 2, 2000)
@@ -310,7 +297,7 @@ def test_streams_run_the_engines_layers(golden, fake_graphs, name, precision):
     streamed = torch.cat([*map(encoder.push, audio.split(77, dim=2)), encoder.flush()], dim=2)
     whole, truth = codec.encode(audio).codes, exact.encode(audio.double()).codes
     assert (streamed == truth).double().mean() > (whole == truth).double().mean() - 0.05
-    assert recorded_on_the_cpu.replays > 10
+    assert pretend_graphs.replays > 10
 
 
 @pytest.mark.triton
@@ -384,6 +371,58 @@ def test_a_flush_ends_a_signal(codec):
             assert torch.equal(
                 torch.cat([encoder.push(audio), encoder.flush()], dim=2), codec.encode(audio).codes
             )
+
+
+def test_a_reset_begins_a_new_signal(codec):
+    """Whatever of the old one was pushed, and of another batch."""
+    decoder, encoder = StreamingDecoder(codec), StreamingEncoder(codec)
+    decoder.reset()
+    encoder.reset()
+    for batch in (2, 3, 2):
+        decoder.push(random_codes(codec, batch, 30, seed=1))
+        encoder.push(random_audio(codec, batch, 301, seed=1))
+        decoder.reset()
+        encoder.reset()
+        codes, audio = random_codes(codec, 2, 30), random_audio(codec, 2, 301)
+        with torch.inference_mode():
+            restored = torch.cat([decoder.push(codes), decoder.flush()], dim=2)
+            torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=1e-10)
+            encoded = torch.cat([encoder.push(audio), encoder.flush()], dim=2)
+            assert torch.equal(encoded, codec.encode(audio).codes)
+
+
+def state(streams):
+    """All that a push depends on."""
+    tensors = [*streams._chain.tails, getattr(streams, "_pending", torch.zeros(()))]
+    return [tensor.clone() for tensor in tensors], list(streams._frames), list(streams._ends)
+
+
+def test_what_is_refused_changes_no_stream(codec):
+    """A slot that is not there, and a code that is not in its codebook."""
+    codes, size = random_codes(codec, 3, 40), codec.config.codebook_size
+    decoders, encoders = DecoderStreams(codec, 3), EncoderStreams(codec, 3)
+    decoders.push(codes)
+    encoders.push(random_audio(codec, 3, 40 * codec.hop_length))
+    for streams in (decoders, encoders):
+        before = state(streams)
+        for *good, bad in ([0, 3], [1, -1], [2, 1.0], [True]):
+            for call in (streams.reset, streams.end):
+                with pytest.raises(ValueError, match=f"slot is {bad}; accepted: 0 to 2"):
+                    call(iter([*good, bad]))
+        torch.testing.assert_close(state(streams), before, rtol=0, atol=0)
+
+    before, wrong = state(decoders), codes.clone()
+    wrong[2, 1, 7] = size
+    with pytest.raises(ValueError, match=f"slot 2: code {size}; accepted: 0 to {size - 1}"):
+        decoders.push(wrong)
+    torch.testing.assert_close(state(decoders), before, rtol=0, atol=0)
+    # Nobody looks at the codes of a stream that is not active.
+    active = [True, True, False]
+    twin = DecoderStreams(codec, 3)
+    twin.push(codes)
+    torch.testing.assert_close(
+        decoders.push(wrong, active), twin.push(codes, active), rtol=0, atol=0
+    )
 
 
 def test_bad_arguments_say_what_is_accepted(codec):

@@ -73,6 +73,23 @@ def test_overrides_and_bases(tmp_path):
         ("model.n_codebooks=0", "model: n_codebooks is 0; accepted: a positive integer"),
         ("discriminator=none", "discriminator is 'none'; accepted: discriminator.<key>"),
         ("trainer.steps", "override 'trainer.steps'; accepted: key=value"),
+        ("trainer.steps=true", "trainer.steps is True; accepted: a whole number"),
+        ("trainer.precision=fp16", "trainer.precision is 'fp16'; accepted: 'bf16' or 'fp32'"),
+        ("losses.mel=-1", "losses.mel is -1; accepted: 0 or more"),
+        ("losses.mel_bins=[5]", "losses.mel_bins is [5]; accepted: one number per window"),
+        ("data.train=3", "data.train is 3; accepted: text or a list or keys and values"),
+        ("data.workers=-1", "data.workers is -1; accepted: 0 or more"),
+        ("data.validation=1.5", "data.validation is 1.5; accepted: less than 1"),
+        ("data.seconds=0.0001", "data.seconds is 0.0001; accepted: at least 1277 samples at 44100"),
+        (
+            "data.validation_seconds=0.01",
+            "data.validation_seconds is 0.01; accepted: at least 1025",
+        ),
+        ("discriminator.bands=[[0, 2]]", "discriminator.bands[0][1] is 2; accepted: 1 or less"),
+        (
+            "discriminator.fft_sizes=[30]",
+            "discriminator.fft_sizes[0] is 30; accepted: multiples of",
+        ),
     ],
 )
 def test_mistakes_are_one_line(override, message):

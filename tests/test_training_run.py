@@ -1,4 +1,6 @@
-"""Whole training runs: killed and resumed, in two processes, stopped, out of disk, and learning something."""
+"""Whole training runs: killed and resumed, in two processes, stopped, out of disk, and learning
+something.
+"""
 
 import io
 import json
@@ -49,7 +51,10 @@ SMALL = (
     "trainer.tensorboard=false",
     "trainer.device=cpu",
 )
-RUN = "import sys, torch; torch.set_num_threads(1); from dac_fast.training import train; train('tiny', sys.argv[1:])"
+RUN = (
+    "import sys, torch; torch.set_num_threads(1); "
+    "from dac_fast.training import train; train('tiny', sys.argv[1:])"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +168,9 @@ def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
     quiet_train(tones, tmp_path / "one", *overrides)
 
-    # Sums over the batch are rounded in another order: equal within 1e-4 for metrics; for weights, within a tenth
-    # of what one step changes (the learning rate, 1e-4); for the optimizers' moments, within 1e-4 of the largest.
+    # Sums over the batch are rounded in another order: equal within 1e-4 for metrics; for weights,
+    # within a tenth of what one step changes (the learning rate, 1e-4); for the optimizers'
+    # moments, within 1e-4 of the largest.
     for ours, theirs in zip(
         logged(tmp_path / "two", "validation"), logged(tmp_path / "one", "validation"), strict=True
     ):
@@ -240,7 +246,10 @@ def test_old_checkpoints_go_and_the_codec_can_be_loaded(tones, tmp_path):
 
 def test_another_architecture_is_refused(tones, tmp_path):
     quiet_train(tones, tmp_path, "trainer.steps=1")
-    message = r"step_00000001.pt has model.decoder_dim 16, the recipe 8; accepted: the same, or another trainer.folder"
+    message = (
+        r"step_00000001.pt has model.decoder_dim 16, the recipe 8; "
+        r"accepted: the same, or another trainer.folder"
+    )
     with pytest.raises(StateError, match=message):
         quiet_train(tones, tmp_path, "model.decoder_dim=8")
     with pytest.raises(ValueError, match=r"codec\.safetensors: .*expected"):
@@ -290,11 +299,20 @@ def test_tiny_overfits_a_real_recording(tmp_path):
     (tmp_path / "audio").mkdir()
     shutil.copy(clip, tmp_path / "audio")
     overrides = (
-        f"data.train={tmp_path / 'audio'}", "data.validation=null", "data.seconds=0.19", "data.workers=0",
-        "losses.adversarial=0", "losses.feature=0", "optimizer.learning_rate=1e-3",
-        f"trainer.folder={tmp_path / 'run'}", "trainer.steps=150", "trainer.batch_size=2", "trainer.log_every=1",
-        "trainer.tensorboard=false", "trainer.device=cpu",
-    )  # fmt: skip
+        f"data.train={tmp_path / 'audio'}",
+        "data.validation=null",
+        "data.seconds=0.19",
+        "data.workers=0",
+        "losses.adversarial=0",
+        "losses.feature=0",
+        "optimizer.learning_rate=1e-3",
+        f"trainer.folder={tmp_path / 'run'}",
+        "trainer.steps=150",
+        "trainer.batch_size=2",
+        "trainer.log_every=1",
+        "trainer.tensorboard=false",
+        "trainer.device=cpu",
+    )
     with dac_fast.use_backend("auto"):
         train("tiny", overrides, Console(file=io.StringIO()))
     mel = [entry["mel"] for entry in logged(tmp_path / "run")]

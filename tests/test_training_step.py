@@ -1,4 +1,6 @@
-"""The training step against a plain composition of the published one, its options, and the quantizer's other forms."""
+"""The training step against a plain composition of the published one, its options, and the
+quantizer's other forms.
+"""
 
 import copy
 
@@ -108,7 +110,8 @@ def test_losses_gradients_and_update_are_those_of_a_plain_composition():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-5), name
     assert_close([p.grad for p in step.discriminator.parameters()], gradients_d, 1e-5)
     assert_close([p.grad for p in step.codec.parameters()], gradients_g, 1e-4)
-    # Adam divides a gradient by its size: where that is rounding noise, so is the update, up to the learning rate.
+    # Adam divides a gradient by its size: where that is rounding noise, so is the update, up to the
+    # learning rate.
     for ours, theirs in ((step.codec, codec), (step.discriminator, discriminator)):
         pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
         differences = torch.cat([(a - b).abs().flatten() for a, b in pairs])
@@ -210,7 +213,8 @@ def test_every_form_of_the_quantizer_decodes_what_it_encodes_and_learns(form, tm
         z, latents, _ = codec.quantizer.from_codes(encoded.codes)
         assert torch.allclose(z, encoded.z, atol=1e-5)
         assert latents.shape == encoded.latents.shape
-        # The residuals were what it says: quantising the first stage's latents finds the first codes again.
+        # The residuals were what it says: quantising the first stage's latents finds the first
+        # codes again.
         d = codec.config.codebook_dims[0]
         again = codec.quantizer.from_latents(encoded.latents[:, :d])[2]
         assert torch.equal(again[:, 0], encoded.codes[:, 0])

@@ -1,7 +1,7 @@
 """The one table of numerical tolerances, and the rule that uses it (see CONTRIBUTING.md).
 
-A kernel's error against a float64 reference on the same rounded inputs may be at most twice that of PyTorch in the
-same dtype, plus a floor relative to the reference's largest value.
+A kernel's error against a float64 reference on the same rounded inputs may be at most twice that of
+PyTorch in the same dtype, plus a floor relative to the reference's largest value.
 """
 
 import torch
@@ -10,7 +10,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.b
 
 
 def assert_as_good_as(actual, same_dtype, exact, dtype=None):
-    """`actual` is at most twice as far from `exact` (float64) as `same_dtype` is, plus the dtype's floor."""
+    """`actual` is at most twice as far from `exact` as `same_dtype`, plus the dtype's floor."""
     dtype = dtype or actual.dtype
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     error = (actual.double() - exact).abs().max().item()

@@ -1,13 +1,16 @@
-"""Convolutions of the 44.1 kHz model with what surrounds them, layer by layer, for one second of audio, in float16.
+"""Convolutions of the 44.1 kHz model with what surrounds them, layer by layer, in float16.
 
-The residual units appear as one op up to the width that has one, beyond as their two convolutions, at dilation 9.
-Bytes: every input, weight and output once. Flops: the convolutions'. The baseline is PyTorch's best way to run the
-layer: folded weights, channels innermost, cuDNN or cuBLAS, one pass for Snake, one for the addition.
+The residual units appear as one op up to the width that has one, beyond as their two convolutions,
+at dilation 9. Bytes: every input, weight and output once. Flops: the convolutions'. The baseline is
+PyTorch's best way to run the layer: folded weights, channels innermost, cuDNN or cuBLAS, one pass
+for Snake, one for the addition.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +27,26 @@ DILATION = 9
 # The widest residual unit that is one op.
 FUSED = 192
 
+Snake = Callable[[Tensor, Tensor], Tensor]
+# The convolution's output and its Snake, either None where nobody needs it.
+Pair = tuple[Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution, or residual unit, of a model; `hop` samples of audio per position of its input."""
+    """A convolution or residual unit of a model.
+
+    Attributes:
+        kind: its place in the model.
+        hop: samples of audio per position of its input.
+        channels: of its input.
+        out: channels of its output.
+        kernel, stride, padding, dilation: of the convolution; of a residual unit's first.
+        op: name in `dac_fast.ops`.
+        snake, keep: whether Snake of the output, and the output itself, are needed.
+        residual: whether the input is added.
+        tanh: whether it ends in tanh.
+    """
 
     kind: str
     hop: int
@@ -42,50 +61,6 @@ class Layer:
     keep: bool = True
     residual: bool = False
     tanh: bool = False
-
-
-def units(place: str, hop: int, channels: int) -> list[Layer]:
-    """A residual unit of that width."""
-    seven = Layer(
-        f"{place}-conv7", hop, channels, channels, 7, 1, 3 * DILATION, DILATION, keep=False
-    )
-    if channels > FUSED:
-        return [seven, Layer(f"{place}-conv1", hop, channels, channels, 1, residual=True)]
-    return [
-        Layer(
-            f"{place}-unit",
-            hop,
-            channels,
-            channels,
-            7,
-            1,
-            3 * DILATION,
-            DILATION,
-            op="residual_unit",
-        )
-    ]
-
-
-def layers(config: Config) -> list[Layer]:
-    """Every distinct layer of a model."""
-    channels, hop = config.encoder_dim, 1
-    found = [Layer("encoder-first", 1, 1, channels, 7, padding=3)]
-    for rate in config.encoder_rates:
-        found += units("encoder", hop, channels)
-        found.append(
-            Layer("encoder-down", hop, channels, 2 * channels, 2 * rate, rate, -(-rate // 2))
-        )
-        channels, hop = 2 * channels, hop * rate
-    found.append(Layer("encoder-last", hop, channels, config.latent_dim, 3, padding=1, snake=False))
-    channels = config.decoder_dim
-    found.append(Layer("decoder-first", hop, config.latent_dim, channels, 7, padding=3, keep=False))
-    for rate in config.decoder_rates:
-        shape = (hop, channels, channels // 2, 2 * rate, rate, -(-rate // 2))
-        found.append(Layer("decoder-up", *shape, op="conv_transpose1d"))
-        channels, hop = channels // 2, hop // rate
-        found += units("decoder", hop, channels)
-    found.append(Layer("decoder-last", hop, channels, 1, 7, padding=3, snake=False, tanh=True))
-    return found
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -104,85 +79,136 @@ def cases(device: str, quick: bool) -> list[Case]:
     return found
 
 
+def layers(config: Config) -> list[Layer]:
+    """Every distinct layer of a model, from the audio to the latent and back."""
+    width, latent = config.encoder_dim, config.latent_dim
+    hop = 1
+    found = [Layer("encoder-first", hop, 1, width, 7, padding=3)]
+    for rate in config.encoder_rates:
+        found += units("encoder", hop, width)
+        half = -(-rate // 2)
+        found.append(Layer("encoder-down", hop, width, 2 * width, 2 * rate, rate, half))
+        width, hop = 2 * width, hop * rate
+    found.append(Layer("encoder-last", hop, width, latent, 3, padding=1, snake=False))
+
+    width = config.decoder_dim
+    found.append(Layer("decoder-first", hop, latent, width, 7, padding=3, keep=False))
+    for rate in config.decoder_rates:
+        shape = (hop, width, width // 2, 2 * rate, rate, -(-rate // 2))
+        found.append(Layer("decoder-up", *shape, op="conv_transpose1d"))
+        width, hop = width // 2, hop // rate
+        found += units("decoder", hop, width)
+    return [*found, Layer("decoder-last", hop, width, 1, 7, padding=3, snake=False, tanh=True)]
+
+
+def units(place: str, hop: int, width: int) -> list[Layer]:
+    """A residual unit as one layer, or as two where it is too wide."""
+    padding = 3 * DILATION
+    if width <= FUSED:
+        unit = Layer(f"{place}-unit", hop, width, width, 7, 1, padding, DILATION, "residual_unit")
+        return [unit]
+    return [
+        Layer(f"{place}-conv7", hop, width, width, 7, 1, padding, DILATION, keep=False),
+        Layer(f"{place}-conv1", hop, width, width, 1, residual=True),
+    ]
+
+
 def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared:
-    """Inputs, providers and check of one layer."""
+    """Inputs, peers and check of one layer."""
+    args, options = inputs(layer, batch, size, settings.device)
+    run = getattr(reference, layer.op)
+    same = wanted(run(*args, **options))
+    exact_args, exact_options = checks.doubles((args, options))
+    check = checks.as_good_as(same, wanted(run(*exact_args, **exact_options)))
+    tensors = [value for value in (*args, *options.values(), *same) if isinstance(value, Tensor)]
+    # By address, since a residual that is x itself is read only once.
+    memory = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    functions = ways(layer.op, args, options)
+    return Prepared(
+        peers.forward(functions), check, sum(memory.values()), flops(layer, batch, size)
+    )
+
+
+def inputs(layer: Layer, batch: int, size: int, device: str) -> tuple[list[Any], dict[str, Any]]:
+    """Random arguments and options of the layer's op, for x [batch, channels, size]."""
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator) * scale).to(settings.device, torch.float16)
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, torch.float16)
 
-    def innermost(items, channels, positions, scale=1.0):
+    def innermost(items: int, channels: int, positions: int, scale: float = 1.0) -> Tensor:
         return normal(items, positions, channels, scale=scale).transpose(1, 2)
 
     x = innermost(batch, layer.channels, size)
     bias, alpha = normal(layer.out), normal(1, layer.out, 1).abs() + 0.1
-    options = {"alpha": alpha if layer.snake else None, "keep": layer.keep}
-    scale = (layer.channels * (2 if layer.op == "conv_transpose1d" else layer.kernel)) ** -0.5
-    flops = 2 * batch * layer.channels * layer.out * layer.kernel
+    options: dict[str, Any] = {"alpha": alpha if layer.snake else None, "keep": layer.keep}
+    terms = layer.channels * (2 if layer.op == "conv_transpose1d" else layer.kernel)
+    scale = terms**-0.5
     if layer.op == "residual_unit":
         weight2 = innermost(layer.out, layer.channels, 1, layer.channels**-0.5)
-        weights = [innermost(layer.out, layer.channels, 7, scale), bias, alpha, weight2, bias]
-        args = [x, reference.snake(x, alpha), *weights, layer.dilation, layer.padding]
-        flops = flops * size * 8 // 7
-    elif layer.op == "conv_transpose1d":
-        args = [
-            x,
-            innermost(layer.channels, layer.out, layer.kernel, scale),
-            bias,
-            layer.stride,
-            layer.padding,
-        ]
-        flops *= size
-    else:
-        weight = innermost(layer.out, layer.channels, layer.kernel, scale)
-        args = [x, weight, bias, layer.stride, layer.padding, layer.dilation]
-        options |= {"tanh": layer.tanh, "residual": x if layer.residual else None}
-        flops *= size // layer.stride
-
-    same = wanted(getattr(reference, layer.op)(*args, **options))
-    check = checks.as_good_as(
-        same, wanted(getattr(reference, layer.op)(*doubles(args), **doubles(options)))
-    )
-    tensors = [value for value in (*args, *options.values(), *same) if isinstance(value, Tensor)]
-    # The residual is x itself: what is listed twice is read once.
-    memory = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return Prepared(
-        peers.forward(functions(layer.op, args, options)), check, sum(memory.values()), flops
-    )
+        weight1 = innermost(layer.out, layer.channels, 7, scale)
+        weights = [weight1, bias, alpha, weight2, bias]
+        return [x, reference.snake(x, alpha), *weights, layer.dilation, layer.padding], options
+    if layer.op == "conv_transpose1d":
+        weight = innermost(layer.channels, layer.out, layer.kernel, scale)
+        return [x, weight, bias, layer.stride, layer.padding], options
+    weight = innermost(layer.out, layer.channels, layer.kernel, scale)
+    options |= {"tanh": layer.tanh, "residual": x if layer.residual else None}
+    return [x, weight, bias, layer.stride, layer.padding, layer.dilation], options
 
 
-def functions(op: str, args: list, options: dict) -> dict:
-    """PyTorch's way layer by layer, torch.compile of it, and ours; without arguments."""
-    module = ops.IMPLEMENTATIONS[op]["triton"]
-    unfused = {
+def flops(layer: Layer, batch: int, size: int) -> int:
+    """The flops of the layer's convolutions, for an input of that many positions."""
+    each = 2 * batch * layer.channels * layer.out * layer.kernel
+    if layer.op == "residual_unit":
+        # Its second convolution has a kernel of 1 beside the first one's 7.
+        return each * size * 8 // 7
+    return each * (size if layer.op == "conv_transpose1d" else size // layer.stride)
+
+
+def ways(op: str, args: list[Any], options: dict[str, Any]) -> dict[str, peers.Function]:
+    """PyTorch's way pass by pass, torch.compile of it, and ours, as functions without arguments."""
+    in_passes: dict[str, peers.Op] = {
         "conv1d": conv1d,
         "conv_transpose1d": conv_transpose1d,
         "residual_unit": residual_unit,
-    }[op]
-    compiled = torch.compile(unfused, dynamic=False)
+    }
+    passes = in_passes[op]
+    found: dict[str, peers.Function] = {
+        "cudnn": partial(passes, ops.snake),
+        "compiled": partial(torch.compile(passes, dynamic=False), reference.snake),
+    }
+    found |= peers.implementations(op, *args, **options)
     return {
-        "cudnn": lambda: wanted(unfused(ops.snake, *args, **options)),
-        "compiled": lambda: wanted(compiled(reference.snake, *args, **options)),
-        "triton": getattr(module, f"{op}_unsupported")(*args, **options)
-        or (lambda: wanted(getattr(module, op)(*args, **options))),
+        name: f if isinstance(f, str) else partial(run_wanted, f, args, options)
+        for name, f in found.items()
     }
 
 
-def wanted(outputs) -> list[Tensor]:
-    """The outputs that there are."""
+def run_wanted(function: peers.Op, args: list[Any], options: dict[str, Any]) -> list[Tensor]:
+    """The outputs of a way that are not None."""
+    return wanted(function(*args, **options))
+
+
+def wanted(outputs: Iterable[Tensor | None]) -> list[Tensor]:
+    """The outputs that are not None."""
     return [output for output in outputs if output is not None]
 
 
-def doubles(values):
-    """Arguments, a list or by name, with float64 in place of floats."""
-    if isinstance(values, dict):
-        return dict(zip(values, doubles(list(values.values())), strict=True))
-    return [value.double() if isinstance(value, Tensor) else value for value in values]
-
-
 def conv1d(
-    snake, x, weight, bias, stride, padding, dilation, *, alpha, keep, residual=None, tanh=False
-):
+    snake: Snake,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    *,
+    alpha: Tensor | None,
+    keep: bool,
+    residual: Tensor | None = None,
+    tanh: bool = False,
+) -> Pair:
     """`ops.conv1d`, a pass for each step."""
     y = folded.conv1d(x, weight, bias, stride, padding, dilation)
     y = y.tanh() if tanh else y
@@ -190,17 +216,38 @@ def conv1d(
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
-def conv_transpose1d(snake, x, weight, bias, stride, padding, *, alpha, keep):
+def conv_transpose1d(
+    snake: Snake,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    *,
+    alpha: Tensor | None,
+    keep: bool,
+) -> Pair:
     """`ops.conv_transpose1d`, a pass for each step."""
     y = folded.conv_transpose1d(x, weight, bias, stride, padding)
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
 def residual_unit(
-    snake, x, snaked, weight1, bias1, alpha1, weight2, bias2, dilation, padding, *, alpha, keep
-):
+    snake: Snake,
+    x: Tensor,
+    snaked: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    alpha1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    dilation: int,
+    padding: int,
+    *,
+    alpha: Tensor | None,
+    keep: bool,
+) -> Pair:
     """`ops.residual_unit`, a pass for each step."""
-    hidden = conv1d(snake, snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False)[
-        1
-    ]
+    hidden = folded.conv1d(snaked, weight1, bias1, 1, padding, dilation)
+    hidden = snake(hidden, alpha1)
     return conv1d(snake, hidden, weight2, bias2, 1, 0, 1, alpha=alpha, keep=keep, residual=x)

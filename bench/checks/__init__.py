@@ -1,1 +1,1 @@
-"""Whether a provider computes the right thing, judged before it is timed."""
+"""Whether a peer computes the right thing, judged before it is timed."""

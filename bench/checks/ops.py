@@ -1,46 +1,59 @@
-"""Whether a provider computes the right thing, judged before it is timed.
+"""Whether a peer computes an op right, judged against float64.
 
 The rule and its numbers are those of the tests, tests/tolerances.py.
 """
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from bench.case import Check, Outputs
+from bench.document import ROOT
+
+Nested = TypeVar("Nested")
 
 
-def _tolerances():
-    path = Path(__file__).parents[2] / "tests" / "tolerances.py"
-    spec = importlib.util.spec_from_file_location("tolerances", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def doubles(arguments: Nested) -> Nested:
+    """The same arguments, lists and dicts of them too, with every tensor in float64."""
+    converted: Nested = tree_map_only(Tensor, Tensor.double, arguments)
+    return converted
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, relative to the largest absolute value of `exact` (float64)."""
+    """The largest difference, relative to the largest value of `exact` (float64)."""
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
 
 
-def as_good_as(
-    same_dtype: Sequence[Tensor], exact: Sequence[Tensor]
-) -> Callable[[Sequence[Tensor]], float]:
-    """A check of outputs against float64 ones, allowing for what PyTorch in the same dtype gets wrong.
+def as_good_as(same_dtype: Sequence[Tensor], exact: Sequence[Tensor]) -> Check:
+    """A check of outputs against float64, allowing for the error of PyTorch in the same dtype.
 
     Args:
-        same_dtype: what the reference gives for the inputs.
-        exact: what it gives for them in float64.
+        same_dtype: the reference's outputs for the inputs.
+        exact: its outputs for them in float64.
     Returns:
-        a function of a provider's outputs (and its precision, which does not matter) that returns the largest relative
-        error, and raises AssertionError where an output is further off than the rule allows.
+        a function of a peer's outputs and its precision, which does not matter here. The result is
+        the largest relative error; where an output is further off than allowed, AssertionError is
+        raised.
     """
-    rule = _tolerances().assert_as_good_as
+    rule = _rule()
 
-    def check(outputs, _precision=None):
+    def check(outputs: Outputs, precision: str) -> float:
         assert len(outputs) == len(exact), f"{len(outputs)} outputs, {len(exact)} expected"
         for actual, same, truth in zip(outputs, same_dtype, exact, strict=True):
             rule(actual, same, truth)
         return max(relative_error(a, e) for a, e in zip(outputs, exact, strict=True))
 
     return check
+
+
+def _rule() -> Callable[[Tensor, Tensor, Tensor], None]:
+    spec = importlib.util.spec_from_file_location("tolerances", ROOT / "tests/tolerances.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rule: Callable[[Tensor, Tensor, Tensor], None] = module.assert_as_good_as
+    return rule

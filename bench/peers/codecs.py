@@ -1,47 +1,35 @@
-"""Ways to run the whole codec, each a function that starts one and returns what to call.
+"""Ways to run the whole codec, each a function that starts one.
 
-All take the codec (its weights, not folded, on the device), the direction ("encode", "decode", "both") and its
-source, audio or codes. What they return gives a tuple: codes, audio, or both; and has its `precision`.
+All take the codec (its weights on the device, not folded), the direction ("encode", "decode" or
+"both") and its source, audio or codes. Their outputs are codes, audio, or both.
 """
 
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bench.case import Unavailable
-from bench.peers.compiled import Recipe
-from bench.peers.compiled import compiled as compiled_graph
+from bench.case import Outputs, Run, Unavailable
+from bench.peers.compiled import FoldedCodec, compiled_for
 from dac_fast import ops
 from dac_fast.codec import DAC
 from dac_fast.model.layers import Snake
 from dac_fast.ops import reference
 from dac_fast.storage import checkpoint
 
+# The precisions of `DAC.optimize` as they are called in result files.
 PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
 
-
-class Run:
-    """A call without arguments, and the precision that it computes in ("float32/float16": of encode and decode)."""
-
-    def __init__(self, call: Callable[[], tuple[Tensor, ...]], precision: str):
-        self.call, self.precision = call, precision
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        """The outputs."""
-        with torch.no_grad():
-            return self.call()
+Transform = Callable[[Tensor], Tensor]
 
 
-def in_turn(
-    encode: Callable, decode: Callable, direction: str
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What a direction asks for, of the source."""
+def in_turn(encode: Transform, decode: Transform, direction: str) -> Callable[[Tensor], Outputs]:
+    """The outputs of a direction as a function of its source."""
 
-    def both(audio):
+    def both(audio: Tensor) -> Outputs:
         codes = encode(audio)
         return codes, decode(codes)
 
@@ -55,72 +43,43 @@ def in_turn(
 def modules(codec: DAC, direction: str, source: Tensor, backend: str) -> Run:
     """The modules as they are, with the ops of a backend."""
     run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
-
-    def call():
-        with ops.use_backend(backend):
-            return run(source)
-
-    return Run(call, "float32")
-
-
-@contextlib.contextmanager
-def _default_switches():
-    """PyTorch's own: convolutions in TF32, matrix products not."""
-    # the older names: torch.compile reads them, and does not take a mixture with the newer ones
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    try:
-        cudnn.allow_tf32, matmul.allow_tf32 = True, False
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def _with_defaults(run: Callable[[], tuple], source: Tensor) -> Run:
-    if not source.is_cuda:
-        return Run(run, "float32")
-
-    def call():
-        with _default_switches():
-            return run()
-
-    return Run(call, "tf32")
-
-
-class _ScriptedSnake(nn.Module):
-    """As the published package's, which TorchScript fuses into one kernel."""
-
-    def __init__(self, snake: Snake, function: Callable):
-        super().__init__()
-        self.alpha, self.function = snake.alpha, function
-
-    def forward(self, x):
-        return self.function(x, self.alpha)
+    return Run(_on_backend(backend, lambda: run(source)), "float32")
 
 
 def published_equivalent(codec: DAC, direction: str, source: Tensor) -> Run:
-    """The published package's computation by our reference ops: nothing folded, Snake by TorchScript."""
-    codec, scripted = copy.deepcopy(codec), torch.jit.script(reference.snake)
+    """The published package's computation by our reference ops.
+
+    Nothing is folded, and TorchScript runs Snake.
+    """
+    codec = copy.deepcopy(codec)
+    scripted = torch.jit.script(reference.snake)
     for module in list(codec.modules()):
         for name, child in module.named_children():
             if isinstance(child, Snake):
                 setattr(module, name, _ScriptedSnake(child, scripted))
-    run = in_turn(
-        lambda audio: codec.encode(audio).codes,
-        # which does not look at the codes' range
-        lambda codes: codec.decode(codec.quantizer.from_codes(codes)[0]),
-        direction,
-    )
 
-    def call():
-        with ops.use_backend("reference"):
-            return run(source)
+    def decode(codes: Tensor) -> Tensor:
+        # The published package does not look at the range of the codes, as `decode_codes` does.
+        return codec.decode(codec.quantizer.from_codes(codes)[0])
 
-    return _with_defaults(call, source)
+    run = in_turn(lambda audio: codec.encode(audio).codes, decode, direction)
+    return _with_defaults(_on_backend("reference", lambda: run(source)), source)
+
+
+class _ScriptedSnake(nn.Module):
+    """Snake as the published package has it; TorchScript fuses it into one kernel."""
+
+    def __init__(self, snake: Snake, function: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.alpha = snake.alpha
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.alpha)
 
 
 def transformers(codec: DAC, direction: str, source: Tensor, compiled: bool = False) -> Run:
-    """Hugging Face's model, through a checkpoint in its format."""
+    """Hugging Face's model, loaded from a checkpoint in its format."""
     try:
         from transformers import DacModel
     except ImportError as error:
@@ -135,14 +94,15 @@ def transformers(codec: DAC, direction: str, source: Tensor, compiled: bool = Fa
     )
     if compiled:
         run = torch.compile(run, dynamic=False)
-    return _with_defaults(lambda: run(source), source)
+    return _with_defaults(torch.no_grad()(lambda: run(source)), source)
 
 
 def recipe(codec: DAC, direction: str, source: Tensor) -> Run:
-    """bench/recipe.py: folded, channels last, float16, compiled, one graph."""
-    made = Recipe(codec.config, codec.state_dict())
+    """The usual recipe for fast inference, see compiled.py."""
+    folded = FoldedCodec(codec.config, codec.state_dict())
     with torch.no_grad():
-        return Run(compiled_graph(in_turn(made.encode, made.decode, direction), source), "float16")
+        run = compiled_for(in_turn(folded.encode, folded.decode, direction), source)
+    return Run(torch.no_grad()(run), "float16")
 
 
 def engine(
@@ -150,16 +110,60 @@ def engine(
     direction: str,
     source: Tensor,
     precision: str | None = None,
-    shapes: tuple = (),
+    shapes: Sequence[tuple[int, int]] = (),
     memory: int = 0,
 ) -> Run:
-    """`codec.optimize`; with `memory` 0 the layers' choices are made for the shapes, and nothing is captured."""
-    stages = {"encode": ("encode",), "decode": ("decode",), "both": ("encode", "decode")}[direction]
-    codec = copy.deepcopy(codec).optimize(precision, dict.fromkeys(stages, shapes), memory)
+    """`codec.optimize`: each layer runs in the way that was fastest for the shapes.
+
+    Args:
+        codec, direction, source: see the module.
+        precision, shapes: of `optimize`; the shapes are those of both directions.
+        memory: of `optimize`; 0: nothing is captured.
+    Raises:
+        Unavailable: the graphs need more memory.
+    """
+    directions = ("encode", "decode") if direction == "both" else (direction,)
+    codec = copy.deepcopy(codec).optimize(precision, dict.fromkeys(directions, shapes), memory)
     if memory and codec.engine.graphs.left_eager:
         raise Unavailable(f"its graphs need more than {memory >> 30} GiB")
     run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
-    # a first request runs without a graph, to look at the range of its values
-    run(source)
-    precisions = (PRECISIONS[codec.engine.precision[stage]] for stage in stages)
-    return Run(lambda: run(source), "/".join(dict.fromkeys(precisions)))
+    call = torch.no_grad()(lambda: run(source))
+    # The first request runs without a graph, since the engine looks at the range of its values.
+    call()
+    precisions = (PRECISIONS[codec.engine.precision[name]] for name in directions)
+    return Run(call, "/".join(dict.fromkeys(precisions)))
+
+
+def _on_backend(backend: str, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    """The call without gradients, with the ops of a backend."""
+
+    @torch.no_grad()
+    def call() -> Outputs:
+        with ops.use_backend(backend):
+            return run()
+
+    return call
+
+
+def _with_defaults(run: Callable[[], Outputs], source: Tensor) -> Run:
+    """The call with PyTorch's default switches: on CUDA, convolutions in TF32."""
+    if not source.is_cuda:
+        return Run(run, "float32")
+
+    def call() -> Outputs:
+        with _default_switches():
+            return run()
+
+    return Run(call, "tf32")
+
+
+@contextlib.contextmanager
+def _default_switches() -> Iterator[None]:
+    # torch.compile reads these older names, and accepts no mixture with the newer ones.
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, matmul.allow_tf32 = True, False
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

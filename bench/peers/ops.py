@@ -1,76 +1,85 @@
-"""Providers: the different ways to compute one case, each a function that starts it and returns what to run.
+"""Peers of an op: the reference, eager and compiled, and the backends' implementations."""
 
-A provider is started right before its parity check, so that an implementation that fails takes down no other.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.case import Provider
+from bench.case import Outputs, Peer, Run
 from dac_fast import ops
 from dac_fast.ops import reference
 
+# An op of any signature, and such a one or the reason why it cannot run.
+Op = Callable[..., Any]
+Function = Op | str
 
-def functions(op: str, *args, scripted: bool = False) -> dict[str, Callable | str]:
-    """Every implementation of an op for these arguments, the baseline first; a string says why one cannot run.
 
-    Triton is listed for CUDA tensors only: its interpreter on the CPU is for tests.
+def functions(op: str, *args: Any, scripted: bool = False) -> dict[str, Function]:
+    """The ways to compute an op on these arguments, the baseline first.
+
+    Args:
+        op: name in `dac_fast.ops`.
+        args: of the op.
+        scripted: whether TorchScript is one of the ways, as in the published package.
     """
     eager = getattr(reference, op)
-    found = {"eager": eager}
+    found: dict[str, Function] = {"eager": eager}
     if scripted:
         found["scripted"] = torch.jit.script(eager)
     found["compiled"] = torch.compile(eager, dynamic=False)
-    on_gpu = args[0].is_cuda
-    for backend, module in ops.IMPLEMENTATIONS[op].items():
-        if backend == "triton" and not on_gpu:
-            continue
-        found[backend] = getattr(module, f"{op}_unsupported")(*args) or getattr(module, op)
-    return found
+    return found | implementations(op, *args)
 
 
-def forward(functions: dict[str, Callable | str], *args) -> dict[str, Provider]:
-    """Providers that call each function on `args` without gradients; they return its tensors, flat."""
+def implementations(op: str, *args: Any, **options: Any) -> dict[str, Function]:
+    """The backends' functions for these arguments.
 
-    def provider(function):
-        def run():
-            with torch.no_grad():
-                return tree_leaves(function(*args))
+    On the CPU Triton is left out, whose interpreter is for tests.
+    """
+    return {
+        backend: getattr(module, f"{op}_unsupported")(*args, **options) or getattr(module, op)
+        for backend, module in ops.IMPLEMENTATIONS[op].items()
+        if backend != "triton" or args[0].is_cuda
+    }
 
-        return lambda: run
 
-    return {name: f if isinstance(f, str) else provider(f) for name, f in functions.items()}
+def forward(functions: Mapping[str, Function], *args: Any) -> dict[str, Peer]:
+    """Peers that call each function without gradients; the outputs are its tensors, flat."""
+
+    def peer(function: Op) -> Peer:
+        return lambda: Run(torch.no_grad()(lambda: tree_leaves(function(*args))))
+
+    return {name: f if isinstance(f, str) else peer(f) for name, f in functions.items()}
 
 
 def backward(
-    functions: dict[str, Callable | str],
-    args: Sequence,
+    functions: Mapping[str, Function],
+    args: Sequence[Any],
     leaves: Sequence[Tensor],
     gradients: Sequence[Tensor],
-) -> dict[str, Provider]:
-    """Providers of the backward pass alone: the forward runs once, its graph is kept, each run is one `autograd.grad`.
+) -> dict[str, Peer]:
+    """Peers that run the backward pass alone: the forward pass runs once, and its graph is kept.
 
     Args:
+        functions: see `functions`.
         args: of each function.
         leaves: the tensors among them whose gradients are wanted.
-        gradients: of the function's flat outputs.
+        gradients: of the function's tensors, flat.
     """
 
-    def provider(function):
-        def start():
+    def peer(function: Op) -> Peer:
+        def start() -> Run:
             # A compiled graph that donates its buffers could run backward only once.
             with torch._functorch.config.patch(donated_buffer=False):
                 outputs = tree_leaves(function(*args))
 
-                def run():
+                def run() -> Outputs:
                     return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
                 run()
-            return run
+            return Run(run)
 
         return start
 
-    return {name: f if isinstance(f, str) else provider(f) for name, f in functions.items()}
+    return {name: f if isinstance(f, str) else peer(f) for name, f in functions.items()}

@@ -1,1 +1,1 @@
-"""The training step against the published composition."""
+"""The training step: ours against the published one."""

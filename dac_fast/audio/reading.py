@@ -1,20 +1,28 @@
-"""Audio in and out: reading and resampling as a stream, loudness (ITU-R BS.1770-4), writing.
+"""Audio files and arrays, read block by block: memory does not grow with the recording.
 
-Everything works block by block, so memory does not grow with the recording. Arrays are float32, [C, T], with full
-scale at 1. The libraries behind it (soundfile, pyloudnorm, scipy) are imported where they are used.
+soundfile, which reads the files, is imported where it is used.
 """
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dac_fast.audio.resample import resampled
+from dac_fast.audio.resample import Samples, resampled
 
-SAMPLE_RATES = range(100, 1_000_001)  # Hz; below, K-weighting's 38 Hz high-pass has no room
-MAX_CHANNELS = 1024  # libsndfile's limit
+if TYPE_CHECKING:
+    import soundfile
 
-# What a folder is searched for; single files may have any name.
+# In Hz. Below, the high-pass of loudness measurement at 38 Hz has no room.
+SAMPLE_RATES = range(100, 1_000_001)
+# As many as libsndfile reads.
+MAX_CHANNELS = 1024
+# Samples of a block, of all channels.
+BLOCK_SAMPLES = 1 << 20
+
+# The suffixes that a folder is searched for. A file that is named itself may have any.
 AUDIO_SUFFIXES = (
     ".wav",
     ".flac",
@@ -29,13 +37,16 @@ AUDIO_SUFFIXES = (
     ".w64",
 )
 
+# A file's path, or an array [C, T] or [T] of floats and its sample rate in Hz.
+Source: TypeAlias = str | os.PathLike[str] | tuple[NDArray[np.floating[Any]], int]
+
 
 class AudioError(ValueError):
     """Audio that cannot be read or written; one line that names it and says why."""
 
 
 class Recording:
-    """Audio from a file (wav, flac, ogg, mp3 and what else libsndfile reads) or from memory.
+    """Audio from a file (wav, flac, ogg, mp3 and whatever else libsndfile reads) or from memory.
 
     Args:
         source: a path, or (array [C, T] or [T] of floats, sample rate).
@@ -43,21 +54,24 @@ class Recording:
     Attributes:
         name: the path as given, or "array".
         channels, sample_rate: as the source has them.
-        frames: samples per channel, as the file declares them; of an MP3 file that may be an estimate.
+        frames: samples per channel, as the file declares them; an estimate for some MP3 files.
 
     Raises:
         AudioError: no such file, not audio, cut short, no samples, or a rate or shape out of range.
     """
 
-    def __init__(self, source):
+    channels: int
+    sample_rate: int
+    frames: int
+
+    def __init__(self, source: Source):
+        self._array: NDArray[np.floating[Any]] | None = None
         if isinstance(source, (str, os.PathLike)):
-            self.name, self._array = os.fspath(source), None
+            self.name = os.fspath(source)
             with _open(self.name) as file:
-                self.channels, self.sample_rate, self.frames = (
-                    file.channels,
-                    file.samplerate,
-                    file.frames,
-                )
+                self.channels, self.sample_rate = file.channels, file.samplerate
+                self.frames = file.frames
+                self._identity = _identity(self.name)
             _require_whole_wav(self.name)
         else:
             self.name = "array"
@@ -71,22 +85,25 @@ class Recording:
         if self.frames == 0:
             raise AudioError(f"{self.name}: holds no samples")
 
-    def blocks(self, sample_rate: int | None = None, seconds: float = 5.0) -> Iterator[np.ndarray]:
-        """Yields the audio from its beginning, in blocks of about `seconds`: float32 [C, n], n at least 1.
+    def blocks(self, sample_rate: int | None = None, seconds: float = 5.0) -> Iterator[Samples]:
+        """The audio from its beginning, in blocks [C, n] of at most `seconds`, n at least 1.
 
-        At another `sample_rate` the blocks are cut from one resampled stream of max(1, floor(T * sample_rate /
-        self.sample_rate)) samples; where a block ends makes no difference to them. Read to the end, `frames` is exact.
+        At another `sample_rate` the blocks are cut from one resampled stream of
+        max(1, floor(T * sample_rate / self.sample_rate)) samples, whose values do not depend on
+        where blocks end. Once the stream has been read to its end, `frames` is exact.
 
         Raises:
-            AudioError: the file is damaged or cut short, or a sample is not finite.
+            AudioError: the file is damaged or cut short, it has changed, or a sample is not finite.
+            ValueError: the rates are too far apart, see `resampled`.
         """
-        pieces = self._pieces(max(1, int(seconds * self.sample_rate)))
+        size = min(int(seconds * self.sample_rate), BLOCK_SAMPLES // self.channels)
+        pieces = self._pieces(max(1, size))
         return resampled(pieces, self.sample_rate, sample_rate or self.sample_rate)
 
-    def _pieces(self, size: int) -> Iterator[np.ndarray]:
+    def _pieces(self, size: int) -> Iterator[Samples]:
         """Blocks of `size` samples at the source's own rate, checked."""
         start = 0
-        for piece in self._from_file(size) if self._array is None else self._from_array(size):
+        for piece in self._from_file(size) if self._array is None else _cut(self._array, size):
             finite = np.isfinite(piece).all(axis=0)
             if not finite.all():
                 second = (start + int(finite.argmin())) / self.sample_rate
@@ -94,13 +111,7 @@ class Recording:
             start += piece.shape[1]
             yield piece
 
-    def _from_array(self, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.frames, size):
-            with np.errstate(over="ignore"):
-                piece = self._array[:, start : start + size].astype(np.float32)
-            yield piece
-
-    def _from_file(self, size: int) -> Iterator[np.ndarray]:
+    def _from_file(self, size: int) -> Iterator[Samples]:
         import soundfile
 
         with _open(self.name) as file:
@@ -116,6 +127,7 @@ class Recording:
                 if not len(piece):
                     break
                 read += len(piece)
+                self._require_unchanged()
                 yield np.ascontiguousarray(piece.T)
             if read == 0 or (read < self.frames and file.format != "MP3"):
                 raise AudioError(
@@ -123,9 +135,26 @@ class Recording:
                 )
             self.frames = read
 
+    def _require_unchanged(self) -> None:
+        """Raises where the file is no longer the one that was opened first."""
+        if _identity(self.name) != self._identity:
+            raise AudioError(f"{self.name}: it was changed while it was read")
 
-def _open(path: str):
-    """The file, opened by soundfile."""
+
+def _identity(path: str) -> tuple[int, int, int, int]:
+    """Changes when the file's content does."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _cut(array: NDArray[np.floating[Any]], size: int) -> Iterator[Samples]:
+    for start in range(0, array.shape[1], size):
+        # Where float32 has no room for a value, the infinity that comes of it is reported.
+        with np.errstate(over="ignore"):
+            yield array[:, start : start + size].astype(np.float32)
+
+
+def _open(path: str) -> "soundfile.SoundFile":
     import soundfile
 
     if not os.path.exists(path):
@@ -142,26 +171,31 @@ def _open(path: str):
         raise AudioError(f"{path}: not an audio file that can be read ({reason})") from error
 
 
-def _require_whole_wav(path: str):
-    """Raises where a WAV file ends before its samples do: libsndfile reads it as a shorter one."""
+def _require_whole_wav(path: str) -> None:
+    """Raises where a WAV file ends before its samples do: libsndfile would read a shorter one."""
     with open(path, "rb") as file:
-        riff, _, wave = file.read(4), file.read(4), file.read(4)
+        riff = file.read(4)
+        file.read(4)
+        wave = file.read(4)
         if (riff, wave) != (b"RIFF", b"WAVE"):
             return
         size = os.path.getsize(path)
         while len(header := file.read(8)) == 8:
             length = int.from_bytes(header[4:], "little")
             if header[:4] == b"data":
-                # Writers into a pipe cannot know the length and leave all ones there (or nearly).
-                if length < 0x7FFF0000 and file.tell() + length > size:
+                there = size - file.tell()
+                # Writers into a pipe cannot know the length: they leave (nearly) all ones there.
+                if there < length < 0x7FFF0000:
                     raise AudioError(
-                        f"{path}: cut short: {size - file.tell()} of {length} bytes of audio are there"
+                        f"{path}: cut short: {there} of {length} bytes of audio are there"
                     )
                 return
             file.seek(length + length % 2, os.SEEK_CUR)
 
 
-def _checked_array(source) -> tuple[np.ndarray, int]:
+def _checked_array(
+    source: tuple[NDArray[np.floating[Any]], int],
+) -> tuple[NDArray[np.floating[Any]], int]:
     try:
         array, rate = source
         array = np.asarray(array)
@@ -174,20 +208,23 @@ def _checked_array(source) -> tuple[np.ndarray, int]:
             f"array: dtype is {array.dtype}; accepted: floating point, full scale at 1"
         )
     if array.ndim not in (1, 2) or not 1 <= np.atleast_2d(array).shape[0] <= MAX_CHANNELS:
-        raise AudioError(
-            f"array: shape is {list(array.shape)}; accepted: [T], or [C, T] with C up to {MAX_CHANNELS}"
-        )
+        accepted = f"[T], or [C, T] with C up to {MAX_CHANNELS}"
+        raise AudioError(f"array: shape is {list(array.shape)}; accepted: {accepted}")
     if isinstance(rate, bool) or rate != int(rate):
         raise AudioError(f"array: sample rate is {rate!r}; accepted: a whole number of Hz")
     return np.atleast_2d(array), int(rate)
 
 
-def read(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def read(path: str | os.PathLike[str]) -> tuple[Samples, int]:
     """The audio of a file, float32 [C, T], and its sample rate. Raises as `Recording` does."""
     recording = Recording(path)
     return np.concatenate(list(recording.blocks()), axis=1), recording.sample_rate
 
 
-def resample(array: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """`array`, [C, T] or [T], at another rate: float32 [C, max(1, floor(T * to_rate / from_rate))]."""
+def resample(array: NDArray[np.floating[Any]], from_rate: int, to_rate: int) -> Samples:
+    """`array`, [C, T] or [T], at another rate.
+
+    Returns:
+        float32 [C, max(1, floor(T * to_rate / from_rate))].
+    """
     return np.concatenate(list(Recording((array, from_rate)).blocks(to_rate)), axis=1)

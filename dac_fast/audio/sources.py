@@ -1,21 +1,24 @@
 """Audio files by folder or manifest, and what is known of them before they are opened.
 
-A manifest is a JSONL file (in a folder: `manifest.jsonl`), one object a line: "file" (relative to the manifest), and
-optionally "domain", "full_band" (true or false), "package" (the source it is from), "seconds" and "rate".
+A manifest is a JSONL file (in a folder: `manifest.jsonl`), one object a line: "file" (relative to
+the manifest), and optionally "domain", "full_band" (true or false), "package" (the source it is
+from), "seconds" and "rate".
 """
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dac_fast import files
 from dac_fast.audio.reading import AUDIO_SUFFIXES
 
 MANIFEST = "manifest.jsonl"
 
 
 class SourceError(ValueError):
-    """A folder or manifest that is missing, damaged or without audio; one line that says where."""
+    """A folder or manifest that is missing, damaged, unreadable or without audio; one line."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class AudioFile:
     Attributes:
         path: where it lies.
         name: its path within its folder or manifest, the parts joined by "/".
-        domain: speech, music, …: as the manifest says, else the first-level folder it lies in, else the name of the
-            folder that was given.
+        domain: speech, music, …: as the manifest says, else the first-level folder it lies in, else
+            the name of the folder that was given.
         package: the source it is from; its path, where no manifest says.
         full_band: whether it has energy up to half the sample rate; None: not known.
         seconds, rate: its length, and its sample rate in Hz; 0: not known.
@@ -41,76 +44,71 @@ class AudioFile:
     rate: int = 0
 
 
-def audio_files(source: str | os.PathLike, domain: str = "") -> list[AudioFile]:
-    """The audio files of a folder (of its manifest, where there is one) or of a manifest, in the order of their names.
+def audio_files(source: str | os.PathLike[str], domain: str = "") -> list[AudioFile]:
+    """The audio files of a folder or manifest, in the order of their names.
 
     Args:
-        source: the folder or manifest.
+        source: a manifest, or a folder: what its manifest lists, where it has one.
         domain: of all of them; "": as each one's says.
     Raises:
-        SourceError: there are none, or a line of the manifest does not describe one.
+        SourceError: there are none, a line of the manifest does not describe one, or a subfolder
+            cannot be read.
     """
     source = Path(source)
     manifest = source / MANIFEST if source.is_dir() else source
-    files = _of_manifest(manifest, domain) if manifest.is_file() else files_below(source, domain)
-    if not files:
+    found = _of_manifest(manifest, domain) if manifest.is_file() else files_below(source, domain)
+    if not found:
         raise SourceError(f"no audio in {source}; accepted: {' '.join(AUDIO_SUFFIXES)}")
-    return sorted(files, key=lambda file: file.name)
+    return sorted(found, key=lambda file: file.name)
 
 
-def files_below(folder: str | os.PathLike, domain: str = "") -> list[AudioFile]:
-    """The audio files in a folder and its subfolders, hidden ones left out, whatever a manifest says.
+def files_below(folder: str | os.PathLike[str], domain: str = "") -> list[AudioFile]:
+    """The audio files in a folder and its subfolders, whatever a manifest says.
+
+    What is hidden is passed over, see `dac_fast.files.files_below`.
 
     Raises:
-        SourceError: there is no such folder.
+        SourceError: there is no such folder, or one in it cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(str(error))
+
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder or .jsonl manifest")
-    paths = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.name[0] != "."
-    )
+    paths = files.files_below(folder, AUDIO_SUFFIXES, refuse)
     return [_audio_file(folder, str(path.relative_to(folder)), domain) for path in paths]
 
 
 def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:
-    files = []
-    for number, line in enumerate(
-        manifest.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
-    ):
+    text = manifest.read_text(encoding="utf-8", errors="replace")
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            if entry.get("full_band") not in (None, True, False):
-                raise ValueError
-            known = {
-                key: convert(entry[key])
-                for key, convert in {
-                    "package": str,
-                    "full_band": bool,
-                    "seconds": float,
-                    "rate": int,
-                }.items()
-                if entry.get(key) is not None
-            }
-            files.append(
-                _audio_file(manifest.parent, entry["file"], domain or entry.get("domain"), **known)
-            )
+            found.append(_of_entry(manifest.parent, json.loads(line), domain))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             accepted = 'a JSON object with at least "file"'
             raise SourceError(
                 f"{manifest}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}"
             ) from error
-    return files
+    return found
 
 
-def _audio_file(folder: Path, inside: str, domain: str | None, **known) -> AudioFile:
+def _of_entry(folder: Path, entry: dict[str, Any], domain: str) -> AudioFile:
+    """The file that a line of a manifest describes; raises where a value is of another type."""
+    if entry.get("full_band") not in (None, True, False):
+        raise ValueError
+    types = {"package": str, "full_band": bool, "seconds": float, "rate": int}
+    known = {key: type_(entry[key]) for key, type_ in types.items() if entry.get(key) is not None}
+    return _audio_file(folder, entry["file"], domain or entry.get("domain"), **known)
+
+
+def _audio_file(folder: Path, inside: str, domain: str | None, **known: Any) -> AudioFile:
     path, parts = str(folder / inside), Path(inside).parts
     if not domain:
-        domain = (
-            parts[0] if len(parts) > 1 and not Path(inside).is_absolute() else folder.resolve().name
-        )
+        outside = len(parts) == 1 or Path(inside).is_absolute()
+        domain = folder.resolve().name if outside else parts[0]
     return AudioFile(path, Path(inside).as_posix(), str(domain), **{"package": path} | known)

@@ -1,21 +1,24 @@
-"""What `dac-fast doctor` says: versions, devices, and the backend of every op."""
+"""The command `doctor`: versions, devices, and the backend of every op."""
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from rich.console import Console
+from dac_kernels import native
 from rich.table import Table
 
 from dac_fast import ops
+from dac_fast.cli.terminal import out
 from dac_fast.config import PRESETS
 from dac_fast.storage.download import cached
 from dac_fast.version import __version__
 
 
-def report(console: Console):
-    """Print the findings as tables."""
+def doctor() -> None:
+    """Say which versions, devices and backends there are, and why an op runs where it does."""
     for title, rows in (
         ("versions", _versions()),
         ("devices", _devices()),
@@ -25,10 +28,10 @@ def report(console: Console):
         table = Table(title=title, title_justify="left", show_header=False)
         for row in rows:
             table.add_row(*map(str, row))
-        console.print(table)
+        out.print(table)
 
 
-def _versions():
+def _versions() -> Iterator[tuple[object, ...]]:
     yield "dac_fast", __version__
     yield "python", platform.python_version()
     for package in ("torch", "triton", "numpy", "soundfile"):
@@ -39,7 +42,7 @@ def _versions():
     yield "CUDA (of torch)", torch.version.cuda or "none: a CPU build of torch"
 
 
-def _devices():
+def _devices() -> Iterator[tuple[object, ...]]:
     yield "cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -52,16 +55,14 @@ def _devices():
         yield "cuda", "no device"
 
 
-def _models():
+def _models() -> Iterator[tuple[object, ...]]:
     for name in PRESETS:
         path = cached(name)
         yield name, path if path.exists() else f"not downloaded (dac-fast download {name})"
 
 
-def _ops():
+def _ops() -> Iterator[tuple[object, ...]]:
     """Per op and device: the backend that `auto` picks, and why none of the faster ones."""
-    from dac_kernels import native
-
     yield "native extension", native.status(), ""
     yield "DAC_FAST_BACKEND", os.environ.get("DAC_FAST_BACKEND", "not set: auto"), ""
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
@@ -70,7 +71,7 @@ def _ops():
             yield f"{name} on {device}", backend, reason
 
 
-def _examples(device: str) -> dict[str, tuple]:
+def _examples(device: str) -> dict[str, tuple[Any, ...]]:
     """Small arguments of every op."""
     x, vector, alpha = (
         torch.zeros(shape, device=device) for shape in ((1, 8, 64), (8,), (1, 8, 1))

@@ -3,18 +3,20 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from dac_fast.files import make_folder
+from dac_fast.cli.terminal import fail, out, progress_bar
+from dac_fast.files import files_below, make_folder
+from dac_fast.recordings.pipeline import FAULTS
 
-out = Console(soft_wrap=True, highlight=False, markup=False)
-err = Console(soft_wrap=True, highlight=False, markup=False, stderr=True)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Existing(str, Enum):
@@ -37,130 +39,152 @@ def may_write(existing: Existing, *targets: Path) -> bool:
     return not found or existing is Existing.overwrite
 
 
-def fail(error: Exception, subject=None):
-    """One line about what went wrong, naming the file unless the message does."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    prefix = f"{subject}: " if subject is not None and str(subject) not in message else ""
-    err.print(f"error: {prefix}{message}")
-
-
 @dataclass(frozen=True)
 class Job:
-    """One input and where its output goes."""
+    """One input and where its output goes.
+
+    Attributes:
+        source, target: the input and the output.
+        extra: what is written beside the target.
+        problem: why the job cannot be done; "" where it can.
+    """
 
     source: Path
     target: Path
-    # written beside the target
     extra: tuple[Path, ...] = ()
-    # why it cannot be done
-    problem: str | None = None
+    problem: str = ""
 
 
-def plan(
-    inputs: list[Path],
-    output: Path | None,
-    sources: tuple,
-    suffix: str,
-    targets: tuple,
-    extra: tuple = (),
-) -> list[Job]:
+@dataclass(frozen=True)
+class Kind:
+    """What a command makes of what.
+
+    Attributes:
+        sources: suffixes of the files that are taken from folders.
+        suffix: of the outputs.
+        targets: suffixes that an output named by the user may have.
+        extra: suffixes of what is written beside each output.
+    """
+
+    sources: tuple[str, ...]
+    suffix: str
+    targets: tuple[str, ...]
+    extra: tuple[str, ...] = ()
+
+
+def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
     """Which file becomes which.
 
     Args:
-        inputs: files and folders; of folders, the files whose suffix is in `sources`.
-        output: a folder, a file (by its suffix, in `targets`) where there is one input file, or None.
-        suffix: of the outputs.
-        extra: suffixes of what is written beside each output.
+        inputs: files and folders. A subfolder that cannot be read is a job with a problem.
+        output: a folder, a file where there is one input file, or None: beside the inputs.
+        kind: of the command.
     Raises:
         ValueError: there is nothing to do, or the output is none for these inputs.
     """
-    as_file = output is not None and output.suffix.lower() in targets and not output.is_dir()
-    if as_file and (len(inputs) != 1 or inputs[0].is_dir()):
-        raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
-    if (
-        output is not None
-        and not as_file
-        and output.suffix.lower() in (*sources, *targets)
-        and not output.is_dir()
-    ):
-        raise ValueError(
-            f"--output is {output}; accepted: a folder, or a file that ends in {', '.join(targets)}"
-        )
-    found_jobs = []
+    as_file = _is_file(output, inputs, kind)
+    jobs: list[Job] = []
     for item in inputs:
-        found = (
-            sorted(p for p in item.rglob("*") if p.suffix.lower() in sources)
-            if item.is_dir()
-            else [item]
-        )
-        if not found:
-            raise ValueError(f"{item} holds no file that ends in {', '.join(sources)}")
+        found = [item]
+        if item.is_dir():
+            unreadable: list[OSError] = []
+            found = files_below(item, kind.sources, unreadable.append)
+            jobs += [Job(item, item, problem=str(error)) for error in unreadable]
+            if not found and not unreadable:
+                raise ValueError(f"{item} holds no file that ends in {', '.join(kind.sources)}")
+        above = item if item.is_dir() else item.parent
         for source in found:
-            relative = source.relative_to(item) if item.is_dir() else Path(source.name)
-            folder = output if output is not None else (item if item.is_dir() else item.parent)
-            found_jobs.append(
-                (source, output if as_file else (folder / relative).with_suffix(suffix))
-            )
-    claims = Counter(target for _, target in found_jobs)
-    jobs = []
-    for source, target in found_jobs:
-        problem = None
-        if claims[target] > 1:
-            problem = f"{source}: {claims[target]} inputs would become {target}; convert them apart"
-        elif target.resolve() == source.resolve():
-            problem = f"{source} would be replaced by its own output; accepted: another --output"
-        jobs.append(Job(source, target, tuple(target.with_suffix(end) for end in extra), problem))
-    return jobs
+            target = (output or above) / source.relative_to(above)
+            target = output if output and as_file else target.with_suffix(kind.suffix)
+            extra = tuple(target.with_suffix(end) for end in kind.extra)
+            jobs.append(Job(source, target, extra))
+    claims = Counter(job.target for job in jobs)
+    return [_checked(job, claims[job.target]) for job in jobs]
+
+
+def _is_file(output: Path | None, inputs: list[Path], kind: Kind) -> bool:
+    """Whether the output is a file; raises where it cannot be what the user means."""
+    if output is None or output.is_dir():
+        return False
+    suffix = output.suffix.lower()
+    if suffix in kind.targets:
+        if len(inputs) != 1 or inputs[0].is_dir():
+            raise ValueError(f"--output {output} is a file; accepted for several inputs: a folder")
+        return True
+    if suffix in kind.sources:
+        accepted = f"a folder, or a file that ends in {', '.join(kind.targets)}"
+        raise ValueError(f"--output is {output}; accepted: {accepted}")
+    return False
+
+
+def _checked(job: Job, claims: int) -> Job:
+    """The job, with the problem that its output has."""
+    problem = job.problem
+    if not problem and claims > 1:
+        problem = f"{job.source}: {claims} inputs would become {job.target}; convert them apart"
+    elif not problem and job.target.resolve() == job.source.resolve():
+        problem = f"{job.source} would be replaced by its own output; accepted: another --output"
+    return replace(job, problem=problem)
 
 
 def by_size(jobs: list[Job]) -> list[Job]:
-    """Jobs by the size of their files, which stands for their length: a batch is as long as its longest item."""
+    """Jobs by the size of their files, which stands for their length.
+
+    A batch is as long as its longest item, so neighbours are to be about as long as each other.
+    """
     return sorted(jobs, key=lambda job: job.source.stat().st_size if job.source.is_file() else 0)
 
 
-# Does jobs and says how each ended: the seconds of audio in it, or the ValueError or OSError that it caused. Meanwhile
-# it calls the function that it is given with the seconds done since the last call.
-Work = Callable[[list[Job], Callable[[float], None]], Iterator[tuple[Job, float | Exception]]]
+# Is called with the seconds of audio done since its last call.
+Advance: TypeAlias = Callable[[float], None]
+# Does jobs and says how each ended: the seconds of audio in it, or the fault that it caused.
+Work: TypeAlias = Callable[[list[Job], Advance], Iterator[tuple[Job, float | Exception]]]
 
 
-def one_by_one(work: Callable[[Job, Callable[[float], None]], float]) -> Work:
-    """Work on many jobs of work on one, which gives its seconds."""
+def one_by_one(work: Callable[[Job, Advance], float]) -> Work:
+    """Work on many jobs, of work on one that gives its seconds."""
 
-    def all_of_them(jobs, advance):
+    def all_of_them(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
         for job in jobs:
             yield job, attempt(work, job, advance)
 
     return all_of_them
 
 
-def attempt(work: Callable, *args):
-    """What `work(*args)` returns, or the exception, if it is the fault of one file: its content, place, or model."""
+def attempt(
+    work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result | Exception:
+    """What `work` returns, or the exception, if its content, place or model is one file's fault."""
     try:
-        return work(*args)
-    # anything else is a bug and stops the run
-    except (ValueError, OSError) as error:
+        return work(*args, **kwargs)
+    except FAULTS as error:
         return error
 
 
-def run(jobs: list[Job], work: Work, verb: str, existing: Existing):
-    """Do every job, under a progress bar; report failures in a line each, then exit with 1 if there were any."""
-    ended = Counter()
-    seconds, start = 0.0, time.perf_counter()
+def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
+    """Does every job, under a progress bar, and reports failures in a line each.
+
+    Raises:
+        typer.Exit: with code 1, there were failures.
+    """
+    ended: Counter[str] = Counter()
+    seconds = 0.0
+    start = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[audio]}"),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with progress_bar(*columns) as progress:
         task = progress.add_task(verb, total=len(jobs), audio="")
 
-        def advance(more: float):
+        def advance(more: float) -> None:
             nonlocal seconds
             seconds += more
             progress.update(task, audio=f"{seconds:.0f} s of audio")
 
-        def end(job: Job, outcome: str | Exception):
+        def end(job: Job, outcome: str | Exception) -> None:
             if isinstance(outcome, Exception):
                 fail(outcome, job.source)
                 outcome = "failed"
@@ -174,8 +198,8 @@ def run(jobs: list[Job], work: Work, verb: str, existing: Existing):
                 to_do.append(job)
             else:
                 end(job, ready or "skipped")
-        for job, outcome in work(to_do, advance) if to_do else ():
-            end(job, outcome if isinstance(outcome, Exception) else "done")
+        for job, result in work(to_do, advance) if to_do else ():
+            end(job, result if isinstance(result, Exception) else "done")
     elapsed = time.perf_counter() - start
     counts = [f"{verb} {ended['done']} of {len(jobs)}"]
     counts += [f"{ended[what]} {what}" for what in ("skipped", "failed") if ended[what]]

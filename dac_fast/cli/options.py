@@ -1,15 +1,17 @@
-"""Options that several commands of the command line share, and what they mean."""
+"""Options that several commands share, and what they mean."""
 
 import math
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dac_fast import DAC, load
 from dac_fast.cli.jobs import Existing
 from dac_fast.config import PRESETS
+from dac_fast.ops.device import checked_device
+from dac_fast.recordings.compress import Batching
 
 
 class Format(str, Enum):
@@ -62,7 +64,7 @@ Codebooks = Annotated[
 ChunkSeconds = Annotated[
     float | None,
     typer.Option(
-        help="Seconds that are encoded at once. Changes memory and speed, not the codes. Default: 10."
+        help="Seconds that are encoded at once: changes memory and speed, not codes. Default: 10."
     ),
 ]
 NormalizeDb = Annotated[
@@ -74,8 +76,8 @@ NoNormalize = Annotated[
 BatchSeconds = Annotated[
     float | None,
     typer.Option(
-        help="Seconds of audio, of one or several files, that are computed at once; 0: chunk by chunk. "
-        "Default: 60 on a GPU, 0 on the CPU, where batches are slower."
+        help="Seconds of audio, of one or several files, that are computed at once; 0: one channel "
+        "of one chunk. Default: 60 on a GPU, 0 on the CPU, where batches are slower."
     ),
 ]
 Tune = Annotated[
@@ -90,55 +92,13 @@ WhenExisting = Annotated[
 ]
 
 
-def load_codec(name: str, device: str):
+def load_codec(name: str, device: str) -> DAC:
     """The codec of that name on that device, folded for inference."""
-    from dac_fast import load
-
-    return load(name, device=checked_device(device)).fold_weight_norm()
+    return load(name, device=checked_device(device, "--device")).fold_weight_norm()
 
 
-def checked_device(name: str):
-    """The `torch.device` of that name, "auto": a GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; accepted: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device is {name!r}; there are {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
-
-
-def use_engine(codec, stage: str, precision: Precision | None, tuned_seconds: float):
-    """Have an engine run that stage where a precision is asked for, and on a GPU.
-
-    tuned_seconds: audio of the batches that its layers are timed on first; 0: they are not.
-    """
-    from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
-    from dac_fast.recordings.windows import reach
-
-    on_gpu = next(codec.parameters()).is_cuda
-    if precision is None and not (on_gpu and codec.config.activation == "snake"):
-        return
-    frame = codec.hop_length / codec.sample_rate
-    frames = round(DEFAULT_CHUNK_SECONDS / frame) + 2 * reach(codec.decoder)
-    shapes = [(max(int(tuned_seconds / frame / frames), 1), frames)] if tuned_seconds else []
-    # batches are too long for graphs to be of use
-    codec.optimize({stage: precision and precision.value}, {stage: shapes}, memory=0)
-
-
-def batching(device: str, batch_seconds: float | None) -> dict:
-    """How many files are read and computed at once: options of `compress_all` and `decompress_all`."""
-    on_gpu = checked_device(device).type == "cuda"
-    if batch_seconds is None:
-        batch_seconds = 60.0 if on_gpu else 0.0
-    if not 0 <= batch_seconds < math.inf:
-        raise ValueError(f"--batch-seconds is {batch_seconds}; accepted: 0 or above")
-    return {"batch_seconds": batch_seconds, "threads": min(4, os.cpu_count() or 1) if on_gpu else 1}
+def batching(device: str, seconds: float | None) -> Batching:
+    """How much is computed at once, by `--device` and `--batch-seconds`."""
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise ValueError(f"--batch-seconds is {seconds}; accepted: 0 or above")
+    return Batching.on(checked_device(device, "--device"), seconds)

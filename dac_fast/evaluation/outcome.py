@@ -1,78 +1,116 @@
-"""The outcome of an evaluation: rows per file, means per domain and overall, and the files they are written to."""
+"""The outcome of an evaluation: rows per file, means per domain and overall, and their files."""
 
 import csv
 import io
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
+from rich.table import Table
+from torch import Tensor
 
-from dac_fast.files import atomic_path, make_folder
-from dac_fast.metrics import codebook_entropy
+from dac_fast import plots
+from dac_fast.files import make_folder, write_bytes
+from dac_fast.metrics import efficiency
 
 METRICS = ("mel_distance", "stft_distance", "si_sdr", "visqol")
 OVERALL = "overall"
 
-# Columns of the printed table: title, short enough for 80 characters in all, and digits after the point.
-TITLES = {
-    "domain": ("domain", None),
-    "codebooks": ("code\nbooks", None),
-    "kbps": ("kbit/s", 2),
-    "files": ("files", None),
-    "mel_distance": ("mel ↓", 3),
-    "stft_distance": ("STFT ↓", 3),
-    "si_sdr": ("SI-SDR\ndB ↑", 2),
-    "visqol": ("ViSQOL\n↑", 3),
-    "bitrate_efficiency": ("effic.\n↑", 3),
+# Columns of the printed table: title, short enough for 80 characters in all, and how a value is
+# written.
+COLUMNS = {
+    "domain": ("domain", "{}"),
+    "codebooks": ("code\nbooks", "{}"),
+    "kbps": ("kbit/s", "{:.2f}"),
+    "files": ("files", "{}"),
+    "mel_distance": ("mel ↓", "{:.3f}"),
+    "stft_distance": ("STFT ↓", "{:.3f}"),
+    "si_sdr": ("SI-SDR\ndB ↑", "{:.2f}"),
+    "visqol": ("ViSQOL\n↑", "{:.3f}"),
+    "bitrate_efficiency": ("effic.\n↑", "{:.3f}"),
 }
 
+# A line of a table, by the names of its columns.
+Row: TypeAlias = dict[str, Any]
 
-@dataclass
+
+@dataclass(frozen=True)
+class Comparison:
+    """How near one file came.
+
+    Attributes:
+        seconds, sample_rate: what was compared, in seconds and Hz.
+        metrics: by their names in `METRICS`; None: the file has no such value.
+        codebooks, kbps: used by the codec, and its kbit/s per channel; None without a codec.
+    """
+
+    seconds: float
+    sample_rate: int
+    metrics: dict[str, float | None]
+    codebooks: int | None = None
+    kbps: float | None = None
+
+    def rate(self) -> Row:
+        """The columns that only a codec has."""
+        return {} if self.codebooks is None else {"codebooks": self.codebooks, "kbps": self.kbps}
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was found about one file.
 
     Attributes:
-        rows: one, or one per codebook count; see `Evaluation.files`.
-        counts: how often each codebook used each entry, int64 [N, codebook size]; None without a codec.
-        problem: why there are no rows; "" where there are.
+        name, domain: of the file, see `dac_fast.audio.sources.AudioFile`.
+        comparisons: one, or one per number of codebooks.
+        counts: how often each codebook used each entry, int64 [N, codebook size]; None without a
+            codec.
+        problem: why there are no comparisons; "" where there are.
     """
 
-    rows: list[dict]
-    counts: torch.Tensor | None = None
+    name: str
+    domain: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    counts: Tensor | None = None
     problem: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything an evaluation found; nothing in it (rounding aside) depends on when, where or in what order it ran.
+    """Everything an evaluation found.
+
+    Nothing in it (rounding aside) depends on when, where or in what order it ran.
 
     Attributes:
         settings: what was measured, and how.
-        files: rows with "file", "domain", "seconds", "sample_rate" (Hz, at which it was compared), with a codec
-            "codebooks" and "kbps" (kbit/s per channel), and the metrics; None where a file has no such value.
-        summary: the same per domain (where there are several) and overall, with "files", their number, and, with a
-            codec, "bitrate_efficiency".
+        files: rows with "file", "domain", "seconds", "sample_rate" (Hz, at which it was compared),
+            with a codec "codebooks" and "kbps" (kbit/s per channel), and the metrics; None where a
+            file has no such value.
+        summary: the same per domain (where there are several) and overall, with "files", their
+            number, and, with a codec, "bitrate_efficiency".
         failures: files that could not be measured: "file" and "problem".
         without_reference: names of reconstructions that nothing was compared with.
         notes: what the reader should know of, a line each.
     """
 
-    settings: dict
-    files: list[dict]
-    summary: list[dict]
-    failures: list[dict] = field(default_factory=list)
+    settings: dict[str, Any]
+    files: list[Row]
+    summary: list[Row]
+    failures: list[dict[str, str]] = field(default_factory=list)
     without_reference: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def save(self, folder: str | os.PathLike, plot: bool = True):
-        """Write `files.csv`, `summary.csv`, `evaluation.json` and, with a codec, `rate_distortion.png`.
+    def save(self, folder: str | os.PathLike[str], plot: bool = True) -> None:
+        """Writes `files.csv`, `summary.csv`, `evaluation.json` and, with a codec, a picture.
+
+        The picture is `rate_distortion.png`. Files of these names are replaced.
 
         Args:
-            folder: made where there is none; files of these names are replaced.
+            folder: made where there is none.
             plot: draw the picture.
         Raises:
             OSError: a file cannot be written.
@@ -80,95 +118,108 @@ class Evaluation:
         """
         folder = Path(folder)
         make_folder(folder)
-        _write(folder / "files.csv", _csv(self.files))
-        _write(folder / "summary.csv", _csv(self.summary))
-        _write(
-            folder / "evaluation.json", json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        document = json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False)
+        write_bytes(folder / "files.csv", _csv(self.files))
+        write_bytes(folder / "summary.csv", _csv(self.summary))
+        write_bytes(folder / "evaluation.json", _encoded(f"{document}\n"))
         if plot and any("kbps" in row for row in self.summary):
-            from dac_fast.plots import rate_distortion
+            plots.rate_distortion(folder / "rate_distortion.png", self.summary, OVERALL)
 
-            rate_distortion(folder / "rate_distortion.png", self.summary, OVERALL)
-
-    def table(self):
-        """The summary as a `rich.table.Table`."""
-        from rich.table import Table
-
-        columns = [name for name in TITLES if any(name in row for row in self.summary)]
+    def table(self) -> Table:
+        """The summary, to be printed."""
+        names = [name for name in COLUMNS if any(name in row for row in self.summary)]
         table = Table()
-        for name in columns:
-            table.add_column(TITLES[name][0], justify="left" if name == "domain" else "right")
-        previous = None
+        for name in names:
+            table.add_column(COLUMNS[name][0], justify="left" if name == "domain" else "right")
+        previous = ""
         for row in self.summary:
-            if previous not in (None, row["domain"]):
+            if previous not in ("", row["domain"]):
                 table.add_section()
             previous = row["domain"]
-            table.add_row(*(_cell(row.get(name), TITLES[name][1]) for name in columns))
+            table.add_row(*(_cell(name, row.get(name)) for name in names))
         return table
 
 
-def summarize(measured: Sequence[tuple], settings: dict, notes: Sequence[str], config=None, without_reference=()):
+def _cell(name: str, value: object) -> str:
+    return "-" if value is None else COLUMNS[name][1].format(value)
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["file"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return _encoded(text.getvalue())
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; what a file's name has that is none of UTF-8 as an escape, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def summarize(
+    files: Sequence[Measured],
+    settings: dict[str, Any],
+    notes: Sequence[str],
+    without_reference: Sequence[str] = (),
+) -> Evaluation:
     """An `Evaluation` of what was found.
 
     Args:
-        measured: (source, `Measured`) of every file, in the order to report them; a source has a name and a domain.
+        files: in the order to report them.
         settings, notes, without_reference: as of `Evaluation`.
-        config: the codec's `Config`; None where there is none.
     """
-    groups = {OVERALL: []}
-    for source, found in measured:
-        if not found.problem:
-            groups.setdefault(source.domain, []).append(found)
-            groups[OVERALL].append(found)
-    domains = sorted(groups.keys() - {OVERALL})
-    summary = []
-    for domain in [*domains, OVERALL] if len(domains) > 1 else [OVERALL]:
-        summary += _means(domain, groups[domain], config)
+    measured = [file for file in files if not file.problem]
+    domains: dict[str, list[Measured]] = defaultdict(list)
+    for file in measured:
+        domains[file.domain].append(file)
+    groups = sorted(domains.items()) if len(domains) > 1 else []
+    groups.append((OVERALL, measured))
     return Evaluation(
         settings=settings,
-        files=[row for _, found in measured for row in found.rows],
-        summary=summary,
-        failures=[{"file": source.name, "problem": found.problem} for source, found in measured if found.problem],
+        files=[row for file in measured for row in _rows(file)],
+        summary=[row for name, group in groups for row in _means(name, group)],
+        failures=[{"file": file.name, "problem": file.problem} for file in files if file.problem],
         without_reference=list(without_reference),
         notes=list(notes),
     )
 
 
-def _means(domain: str, group: list[Measured], config) -> list[dict]:
-    """Summary rows of a group of files, one per codebook count."""
+def _rows(file: Measured) -> list[Row]:
+    """The rows of one file, one per number of codebooks."""
+    return [
+        {
+            "file": file.name,
+            "domain": file.domain,
+            "seconds": each.seconds,
+            "sample_rate": each.sample_rate,
+            **each.rate(),
+            **each.metrics,
+        }
+        for each in file.comparisons
+    ]
+
+
+def _means(domain: str, group: list[Measured]) -> list[Row]:
+    """Summary rows of a group of files, one per number of codebooks."""
     rows = []
-    for same_count in zip(*(found.rows for found in group), strict=True):
-        row = {"domain": domain}
-        if config:
-            row |= {name: same_count[0][name] for name in ("codebooks", "kbps")}
-        row |= {"files": len(group), "seconds": round(math.fsum(r["seconds"] for r in same_count), 6)}
-        for name in METRICS:
-            if name in same_count[0]:
-                values = [r[name] for r in same_count if r[name] is not None]
-                row[name] = round(math.fsum(values) / len(values), 6) if values else None
-        if config:
-            entropy = codebook_entropy(sum(found.counts[: row["codebooks"]] for found in group)).mean()
-            # A codebook of one entry takes no bits, and wastes none.
-            bits = math.log2(config.codebook_size)
-            row["bitrate_efficiency"] = round(entropy.item() / bits, 6) if bits else 1.0
+    for same in zip(*(file.comparisons for file in group), strict=True):
+        first = same[0]
+        row: Row = {
+            "domain": domain,
+            **first.rate(),
+            "files": len(group),
+            "seconds": round(math.fsum(each.seconds for each in same), 6),
+        }
+        for name in first.metrics:
+            row[name] = _mean([each.metrics[name] for each in same])
+        counts = [file.counts[: first.codebooks] for file in group if file.counts is not None]
+        if counts:
+            row["bitrate_efficiency"] = round(efficiency(sum(counts[1:], counts[0])), 6)
         rows.append(row)
     return rows
 
 
-def _cell(value, digits: int | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if digits is None else f"{value:.{digits}f}"
-
-
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["file"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _write(path: Path, text: str):
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return round(math.fsum(there) / len(there), 6) if there else None

@@ -1,40 +1,44 @@
-"""CUDA graphs of whole stages, captured ahead of time for listed sizes, for requests of those sizes and below.
+"""CUDA graphs of whole requests, captured ahead of time for listed sizes.
 
-A bucket is one captured size, (batch, frames). A request is served by the smallest bucket that holds it: it is copied
-to the beginning of the bucket's inputs, the rest of which the lengths of the items declare to be padding. So a graph
-serves ragged batches, too. A request that would leave more than half of every bucket to padding is run eagerly, as is
-one that fits into none: nothing is ever captured for a request.
+A bucket is one captured size, (batch, frames), of one direction ("encode" or "decode"). It serves
+requests of its size and smaller ones: a request is copied to the beginning of the bucket's inputs,
+and the lengths of the items declare the rest to be padding. So a bucket serves ragged batches, too.
+A request that fits into no bucket, or leaves too much of every bucket to padding, is run without a
+graph: nothing is ever captured for a request.
 """
 
-import contextlib
-import gc
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# A bucket serves requests down to one in so many of its positions.
+from dac_fast.ops import cuda_graph
+
+# A request must fill at least 1/MOST_PADDING of its bucket.
 MOST_PADDING = 2
 
+# Of a batch and the lengths of its items to the outputs.
+Request = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Bucket:
     """A captured size.
 
     Attributes:
-        batch, frames: what it holds.
-        inputs, outputs: tensors that every replay reads and writes.
-        run: what was captured; replay: runs it.
+        batch, frames: what the bucket holds.
+        run: the function that was captured.
+        graph: its capture.
+        turn: to be entered for a request, from its inputs to the copy of its outputs.
     """
 
     batch: int
     frames: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    run: Callable[..., tuple[Tensor, ...]]
-    replay: Callable[[], None]
+    run: Request
+    graph: cuda_graph.Captured[tuple[Tensor, ...]]
+    turn: Callable[[], AbstractContextManager[None]]
 
     @property
     def positions(self) -> int:
@@ -46,89 +50,51 @@ class Graphs:
     """The buckets of one device.
 
     Args:
-        device: where they run.
+        device: where the graphs run.
         memory: bytes that the graphs may hold, all together.
 
     Attributes:
-        used: bytes that they hold.
-        left_eager: (stage, batch, frames, bytes) of what was not captured for lack of memory.
+        buckets: by direction, the smallest first.
+        left_eager: (direction, batch, frames, bytes) of what was not captured for lack of memory.
     """
 
     def __init__(self, device: torch.device, memory: int):
-        self.device, self.memory = device, memory
-        self.used = 0
-        self.left_eager: list[tuple[str, int, int, int]] = []
+        self.memory = memory
         self.buckets: dict[str, list[Bucket]] = {}
-        self._outputs = 0
-        self._stream = self._pool = self._last = None
-        self._lock = threading.Lock()
+        self.left_eager: list[tuple[str, int, int, int]] = []
+        self._device = device
+        self._capturer: cuda_graph.Capturer | None = None
+        # Bytes of the inputs and outputs of all buckets, which stay apart from each other.
+        self._apart = 0
 
-    def add(self, stage: str, batch: int, frames: int, run: Callable, inputs: tuple[Tensor, ...]):
-        """Capture `run(*inputs)`, a tuple of tensors, as a bucket of that stage, if the memory suffices.
+    @property
+    def used(self) -> int:
+        """Bytes that the graphs hold."""
+        return self._capturer.held if self._capturer else 0
 
-        All buckets share their memory, but for the outputs: add the largest first. What `run` compiles, tunes or
-        caches must have happened before.
+    def add(
+        self, direction: str, batch: int, frames: int, run: Request, inputs: tuple[Tensor, Tensor]
+    ) -> None:
+        """Capture `run(*inputs)` as a bucket of that direction, if the memory suffices.
+
+        All buckets share their memory, but for inputs and outputs: add the largest first. What
+        `run` compiles, tunes or caches must have happened before.
         """
-        needed = self._needed(run, inputs)
-        if max(self.used, self._outputs + needed) > self.memory:
-            self.left_eager.append((stage, batch, frames, needed))
+        self._capturer = self._capturer or cuda_graph.Capturer(self._device)
+        needed = self._capturer.peak(run, *inputs)
+        if max(self.used, self._apart + needed) > self.memory:
+            self.left_eager.append((direction, batch, frames, needed))
             return
-        replay, outputs = self._capture(run, inputs)
-        self._outputs += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
-        buckets = self.buckets.setdefault(stage, [])
-        buckets.append(Bucket(batch, frames, inputs, outputs, run, replay))
+        graph = self._capturer.capture(run, *inputs)
+        self._apart += sum(t.numel() * t.element_size() for t in (*inputs, *graph.outputs))
+        buckets = self.buckets.setdefault(direction, [])
+        buckets.append(Bucket(batch, frames, run, graph, self._capturer.turn))
         buckets.sort(key=lambda bucket: bucket.positions)
 
-    def find(self, stage: str, batch: int, frames: int) -> Bucket | None:
+    def find(self, direction: str, batch: int, frames: int) -> Bucket | None:
         """The bucket that serves such a request, or None."""
-        for bucket in self.buckets.get(stage, ()):
+        for bucket in self.buckets.get(direction, ()):
             fits = batch <= bucket.batch and frames <= bucket.frames
             if fits and bucket.positions <= MOST_PADDING * batch * frames:
                 return bucket
         return None
-
-    @contextlib.contextmanager
-    def turn(self):
-        """For the whole of a request, from its inputs to the copy of its outputs: the buckets share their memory.
-
-        One thread at a time, and on the device after the request before, on whatever stream that was.
-        """
-        with self._lock:
-            if self._last is not None:
-                torch.cuda.current_stream(self.device).wait_event(self._last)
-            yield
-            self._last = self._event()
-
-    def _needed(self, run: Callable, inputs: tuple[Tensor, ...]) -> int:
-        """Bytes that `run(*inputs)` holds at its peak."""
-        # the capture's stream too: libraries then have their workspaces for it
-        self._stream = self._stream or torch.cuda.Stream(self.device)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        with torch.cuda.stream(self._stream):
-            run(*inputs)
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def _capture(
-        self, run: Callable, inputs: tuple[Tensor, ...]
-    ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # what is held for nobody would hide how much the pool grows
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        # of this thread's work only: others may go on allocating
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            outputs = run(*inputs)
-        self.used += max(torch.cuda.memory_reserved(self.device) - before, 0)
-        return graph.replay, outputs
-
-    def _event(self):
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event

@@ -1,49 +1,80 @@
-"""The codec in the precision asked for, its layers fused, with CUDA graphs of listed sizes: see `DAC.optimize`.
+"""The codec in the precision asked for, its layers fused, with CUDA graphs of listed sizes.
 
-Encoder and decoder run as `Plan`s, the sizes as `Graphs`. The quantizer always computes in IEEE single precision, since
-small differences decide a search.
+Encoder and decoder run as `Plan`s, the listed sizes as `Graphs`; see `DAC.optimize`. The quantizer
+always computes in IEEE single precision, since small differences decide a search.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dac_fast.inference.buckets import Bucket, Graphs
-from dac_fast.inference.plan import Plan
-from dac_fast.model.layers import zero_past
+from dac_fast.inference.buckets import Bucket, Graphs, Request
+from dac_fast.inference.plan import Plan, choosing
+from dac_fast.model.frames import encoded
+from dac_fast.model.interface import Codec
 from dac_fast.model.quantize import Encoded
 from dac_fast.ops.precision import float32_products
 
-# dtype of weights and activations, and whether products of float32 may be rounded to TF32
+DIRECTIONS = ("encode", "decode")
+MEBIBYTE = 1 << 20
+
+
+class Precision(NamedTuple):
+    """How convolutions compute.
+
+    Attributes:
+        dtype: of weights and activations.
+        tf32: whether products of float32 may be rounded to TF32.
+    """
+
+    dtype: torch.dtype
+    tf32: bool
+
+
 PRECISIONS = {
-    "fp32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "fp16": (torch.float16, False),
-    "bf16": (torch.bfloat16, False),
+    "fp32": Precision(torch.float32, tf32=False),
+    "tf32": Precision(torch.float32, tf32=True),
+    "fp16": Precision(torch.float16, tf32=False),
+    "bf16": Precision(torch.bfloat16, tf32=False),
 }
-STAGES = ("encode", "decode")
+
+# Of both directions, or by direction.
+PrecisionOption = str | Mapping[str, str | None] | None
+Shapes = Iterable[tuple[int, int]]
+ShapesOption = Shapes | Mapping[str, Shapes]
 
 
 class PrecisionError(ValueError):
     """Values went out of range in the precision that was asked for."""
 
 
-class Engine:
-    """Runs a codec's encoder, quantizer and decoder. Made by `DAC.optimize`, which says what the arguments are.
-
-    It keeps the weights as they were when it was made. Threads may share it; the graphs serve one at a time.
+@dataclass(frozen=True)
+class Options:
+    """What `DAC.optimize` was asked for, checked and complete.
 
     Attributes:
-        precision: {"encode": ..., "decode": ...}.
-        plans: of the same keys, the fused layers.
-        graphs: the captured sizes.
-        hits, misses: requests to encode or decode codes that a graph served, and others.
-        stale: what happened to the codec since, so that the engine is no longer of it; "": nothing.
+        precision: by direction, the name of a precision.
+        shapes: by direction, (batch, frames) pairs.
+        memory: bytes that the graphs may hold.
     """
 
-    def __init__(self, codec, precision=None, shapes=(), memory: int = 4 << 30):
+    precision: dict[str, str]
+    shapes: dict[str, list[tuple[int, int]]]
+    memory: int
+
+    @classmethod
+    def checked(
+        cls, codec: Codec, precision: PrecisionOption, shapes: ShapesOption, memory: int
+    ) -> "Options":
+        """The options of `DAC.optimize` for that codec.
+
+        Raises:
+            ValueError: an option is out of range, or the codec is none that an engine runs.
+        """
         parameter = next(codec.parameters())
         if parameter.dtype != torch.float32:
             raise ValueError(
@@ -51,231 +82,270 @@ class Engine:
             )
         if codec.config.activation != "snake":
             raise ValueError(
-                f"the codec's activation is {codec.config.activation!r}; accepted by the engine: 'snake'"
+                f"the codec's activation is {codec.config.activation!r}; "
+                "accepted by the engine: 'snake'"
             )
-        self.device, self.stale = parameter.device, ""
-        self.precision, shapes = _checked_precision(precision, self.device), _checked_shapes(shapes)
-        # frees what an earlier engine holds, now that the arguments are in order
-        codec.engine = None
-        self.graphs, self.hits, self.misses = Graphs(self.device, memory), 0, 0
-        # the stages whose precision had the range for a first input
-        self._proven = set()
-        # tensors made in inference mode could not be written to outside of it, nor watched for changes
+        return cls(_precisions(precision, parameter.device), _shapes(shapes), memory)
+
+
+def _precisions(precision: PrecisionOption, device: torch.device) -> dict[str, str]:
+    default = {"encode": "fp32", "decode": "fp16" if device.type == "cuda" else "fp32"}
+    if not isinstance(precision, Mapping):
+        precision = dict.fromkeys(DIRECTIONS, precision)
+    for direction, name in precision.items():
+        if direction not in DIRECTIONS or name not in (None, *PRECISIONS):
+            raise ValueError(
+                f"precision is {name!r} for {direction!r}; "
+                f"accepted: {', '.join(PRECISIONS)} for {' and '.join(DIRECTIONS)}"
+            )
+    return {direction: precision.get(direction) or default[direction] for direction in DIRECTIONS}
+
+
+def _shapes(shapes: ShapesOption) -> dict[str, list[tuple[int, int]]]:
+    if not isinstance(shapes, Mapping):
+        shapes = dict.fromkeys(DIRECTIONS, tuple(shapes))
+    for direction, pairs in shapes.items():
+        for pair in pairs:
+            fits = len(pair) == 2 and all(isinstance(size, int) and size > 0 for size in pair)
+            if direction not in DIRECTIONS or not fits:
+                raise ValueError(
+                    f"shapes has {pair} for {direction!r}; accepted: pairs of positive integers, "
+                    f"(batch, frames), for {' and '.join(DIRECTIONS)}"
+                )
+    return {direction: list(shapes.get(direction, ())) for direction in DIRECTIONS}
+
+
+class Engine:
+    """Runs a codec's encoder, quantizer and decoder. Made by `DAC.optimize`.
+
+    The engine keeps the encoder's and decoder's weights as they were when it was made. Threads may
+    share it; the graphs serve one at a time.
+
+    Args:
+        codec: becomes folded and is put in eval mode.
+        options: of `DAC.optimize`.
+
+    Attributes:
+        precision: by direction, "encode" and "decode", the name of its precision.
+        plans: by direction, the fused layers.
+        graphs: the captured sizes.
+        hits, misses: requests to encode or to decode codes that a graph served, and others.
+        stale: what has happened to the codec that the engine no longer fits; "" for nothing.
+    """
+
+    def __init__(self, codec: Codec, options: Options):
+        self.device = next(codec.parameters()).device
+        self.precision = options.precision
+        self.graphs = Graphs(self.device, options.memory)
+        self.hits = self.misses = 0
+        self.stale = ""
+        # Directions whose first finite input gave finite results.
+        self._proven: set[str] = set()
+        # Tensors made in inference mode cannot be changed outside of it, nor watched for changes.
         with torch.inference_mode(False):
-            self._codec = codec.eval().fold_weight_norm()
+            codec.eval()
+            codec.fold_weight_norm()
+            self._config, self._quantizer = codec.config, codec.quantizer
             self.plans = {
                 "encode": Plan("encoder", codec.encoder, *PRECISIONS[self.precision["encode"]]),
                 "decode": Plan("decoder", codec.decoder, *PRECISIONS[self.precision["decode"]]),
             }
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
-                    self._warm_up(shapes)
+                    self._warm_up(options.shapes)
 
-    def __reduce__(self):
-        # graphs cannot be copied or pickled: a copy of the codec has no engine
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Graphs cannot be copied or pickled: a copy of the codec has no engine.
         return type(None), ()
 
     @torch.no_grad()
     def encode(
-        self, audio: Tensor, lengths: Tensor | None = None, n_quantizers: int | None = None
+        self,
+        audio: Tensor,
+        lengths: Tensor | None,
+        n_quantizers: int | None,
+        padded: bool,
     ) -> Encoded:
         """As `DAC.encode`, of checked arguments."""
         batch, _, samples = audio.shape
-        if bucket := self._bucket(
-            "encode", batch, -(-samples // self._codec.hop_length), n_quantizers
-        ):
-            return self._replay_encode(bucket, audio, lengths)
+        frames = -(-samples // self._config.hop_length)
+        if padded and (bucket := self._bucket("encode", batch, frames, n_quantizers)):
+            return self._encode_in(bucket, audio, lengths)
+        z = self._run("encode", audio, lengths, padded)
+        lengths = self._frames(lengths)
         with float32_products(tf32=False):
-            return self._codec.encode_by(self.encoder, audio, lengths, n_quantizers)
+            return encoded(self._quantizer(z, n_quantizers, lengths), lengths)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
         """As `DAC.decode`, of checked arguments."""
-        return self._codec.decode_by(self.decoder, z, lengths)
+        return self._run("decode", z, lengths, padded)
 
     @torch.no_grad()
-    def decode_codes(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """As `DAC.decode_codes`, of checked arguments; but a code out of range counts as the nearest one inside."""
-        batch, stages, frames = codes.shape
-        if bucket := self._bucket("decode", batch, frames, stages):
+    def decode_codes(self, codes: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
+        """As `DAC.decode_codes`, of checked arguments.
+
+        But a code out of range counts as the nearest one inside: the caller finds it meanwhile.
+        """
+        batch, count, frames = codes.shape
+        if padded and (bucket := self._bucket("decode", batch, frames, count)):
             with self._replayed("decode", bucket, codes, lengths) as (audio,):
-                return audio[:batch, :, : frames * self._codec.hop_length].clone()
-        return self.decode(self._latent(codes), lengths)
+                return audio[:batch, :, : frames * self._config.hop_length].clone()
+        return self._run("decode", self._latent(codes), lengths, padded)
 
-    def encoder(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
-        """As `DAC.encoder`."""
-        return self._run("encode", x, lengths, padded)
+    def _frames(self, lengths: Tensor | None) -> Tensor | None:
+        """Lengths in samples to lengths in frames."""
+        return None if lengths is None else -(-lengths // self._config.hop_length)
 
-    def decoder(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
-        """As `DAC.decoder`."""
-        return self._run("decode", x, lengths, padded)
+    def _latent(self, codes: Tensor) -> Tensor:
+        """Codes to the quantised latent, with codes out of range clamped.
 
-    @torch.no_grad()
-    def _run(self, stage: str, x: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
-        """A stage's plan; its first run looks at what every layer gives.
+        Looking such a code up could end the process's work on the GPU.
+        """
+        codes = codes.clamp(0, self._config.codebook_size - 1)
+        with float32_products(tf32=False):
+            return self._quantizer.decode(codes)
+
+    def _run(
+        self, direction: str, x: Tensor, lengths: Tensor | None, padded: bool = True
+    ) -> Tensor:
+        """A direction's plan; its first run looks at what every layer gives.
 
         Raises:
             PrecisionError: a layer gives infinity or NaN.
         """
-        if stage in self._proven:
-            return self.plans[stage](x, lengths, padded)
-        names, finite = ["the input"], [x.isfinite().all()]
+        plan = self.plans[direction]
+        if direction in self._proven:
+            return plan(x, lengths, padded)
+        names: list[str] = []
+        finite: list[Tensor] = []
 
-        def watch(name, tensor):
+        def watch(name: str, tensor: Tensor) -> None:
             names.append(name)
             finite.append(tensor.isfinite().all())
 
-        y = self.plans[stage](x, lengths, padded, watch)
-        input_finite, *finite = torch.stack(finite).tolist()
-        # an input that is not finite says nothing about the precision
-        if input_finite and not all(finite):
+        y = plan(x, lengths, padded, watch)
+        is_finite = torch.stack(finite).tolist()
+        # An input that is not finite says nothing about the precision.
+        if not is_finite[0]:
+            return y
+        if not all(is_finite):
+            precision = self.precision[direction]
             remedy = (
                 "try precision bf16 or fp32"
-                if self.precision[stage] == "fp16"
+                if precision == "fp16"
                 else "weights or input are too large"
             )
-            layer = names[1 + finite.index(False)]
+            layer = names[is_finite.index(False)]
             raise PrecisionError(
-                f"{stage} in {self.precision[stage]}: {layer} gives infinity or NaN; {remedy}"
+                f"{direction} in {precision}: {layer} gives infinity or NaN; {remedy}"
             )
-        if input_finite:
-            self._proven.add(stage)
+        self._proven.add(direction)
         return y
 
-    def _bucket(self, stage: str, batch: int, frames: int, codebooks: int | None) -> Bucket | None:
+    def _bucket(
+        self, direction: str, batch: int, frames: int, codebooks: int | None
+    ) -> Bucket | None:
         """The graph that serves such a request, or None; counts it. Graphs have all codebooks."""
-        whole = codebooks in (None, self._codec.config.n_codebooks)
-        bucket = self.graphs.find(stage, batch, frames) if whole else None
+        whole = codebooks in (None, self._config.n_codebooks)
+        bucket = self.graphs.find(direction, batch, frames) if whole else None
         self.hits += bucket is not None
         self.misses += bucket is None
         return bucket
 
-    def _encode_bucket(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """What a graph of encode does. lengths: samples, 0 for an item that is not there, which no loss counts."""
-        hop, stages = self._codec.hop_length, self._codec.config.n_codebooks
-        frames = (lengths + (hop - 1)) // hop
-        z = self.encoder(zero_past(audio, lengths), frames * hop)
-        with float32_products(tf32=False):
-            return self._codec.quantizer(z, None, frames.clamp(min=1), stages * (lengths > 0))
+    def _encode_request(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """What a graph of encode captures.
 
-    def _decode_bucket(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor]:
-        """What a graph of decode does. lengths: frames, 0 for an item that is not there."""
-        return (self._codec.decode_by(self.decoder, self._latent(codes), lengths),)
-
-    def _latent(self, codes: Tensor) -> Tensor:
-        # a code out of range is found meanwhile; looking it up could end the process's work on the GPU
-        codes = codes.clamp(0, self._codec.config.codebook_size - 1)
+        Args:
+            audio: [B, 1, T].
+            lengths: samples; 0 for an item that is not there, which no loss counts.
+        """
+        z = self._run("encode", audio, lengths)
+        frames = (-(-lengths // self._config.hop_length)).clamp(min=1)
+        counts = self._config.n_codebooks * (lengths > 0)
         with float32_products(tf32=False):
-            return self._codec.quantizer.decode(codes)
+            outputs: tuple[Tensor, ...] = self._quantizer(z, None, frames, counts)
+        return outputs
+
+    def _decode_request(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """What a graph of decode captures. lengths: frames, 0 for an item that is not there."""
+        return (self._run("decode", self._latent(codes), lengths),)
 
     @contextlib.contextmanager
-    def _replayed(self, stage: str, bucket: Bucket, x: Tensor, lengths: Tensor | None):
-        """The bucket's outputs of a request, until the next one: to be copied."""
+    def _replayed(
+        self, direction: str, bucket: Bucket, x: Tensor, lengths: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The bucket's outputs for a request; to be copied, since the next request changes them."""
         batch, _, size = x.shape
-        static, static_lengths = bucket.inputs
-        with self.graphs.turn():
-            static[:batch, :, :size].copy_(x)
-            static_lengths[batch:] = 0
-            static_lengths[:batch] = size if lengths is None else lengths
-            if stage not in self._proven:
-                bucket.run(*bucket.inputs)
-            bucket.replay()
-            yield bucket.outputs
+        inputs, input_lengths = bucket.graph.inputs
+        with bucket.turn():
+            inputs[:batch, :, :size].copy_(x)
+            input_lengths[batch:] = 0
+            input_lengths[:batch] = size if lengths is None else lengths
+            if direction not in self._proven:
+                bucket.run(inputs, input_lengths)
+            bucket.graph.replay()
+            yield bucket.graph.outputs
 
-    def _replay_encode(self, bucket: Bucket, audio: Tensor, lengths: Tensor | None) -> Encoded:
+    def _encode_in(self, bucket: Bucket, audio: Tensor, lengths: Tensor | None) -> Encoded:
         batch, _, samples = audio.shape
-        hop = self._codec.hop_length
-        frames = -(-samples // hop)
-        with self._replayed("encode", bucket, audio, lengths) as (z, codes, latents, *losses):
-            cropped = [output[:batch, :, :frames].clone() for output in (z, codes, latents)]
-            # means over the bucket's items, of which those that are not there count as 0
-            losses = [loss * (bucket.batch / batch) for loss in losses]
-        if lengths is None:
-            return Encoded(*cropped, *losses, torch.full((batch,), frames, device=audio.device))
-        return Encoded(*cropped, *losses, -(-lengths // hop))
+        frames = -(-samples // self._config.hop_length)
+        with self._replayed("encode", bucket, audio, lengths) as outputs:
+            z, codes, latents = (output[:batch, :, :frames].clone() for output in outputs[:3])
+            # Means over the bucket's items, of which those that are not there count as 0.
+            commitment, codebook = (loss * (bucket.batch / batch) for loss in outputs[3:])
+        return encoded((z, codes, latents, commitment, codebook), self._frames(lengths))
 
-    def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]):
+    def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]) -> None:
         """Let the layers choose at these sizes, then capture them, the largest first."""
-        # the examples prove nothing
-        self._proven.update(STAGES)
-        cudnn_chose, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        # The examples prove nothing.
+        self._proven.update(DIRECTIONS)
+        sizes = [(direction, *shape) for direction in DIRECTIONS for shape in shapes[direction]]
         try:
             with torch.no_grad():
-                sizes = [(stage, *shape) for stage in STAGES for shape in shapes[stage]]
-                for stage, batch, frames in sorted(sizes, key=lambda size: -size[1] * size[2]):
-                    run, inputs = self._example(stage, batch, frames)
-                    self.plans[stage].choices.timing = True
-                    run(*inputs)
-                    self.plans[stage].choices.timing = False
-                    self.graphs.add(stage, batch, frames, run, inputs)
+                for direction, batch, frames in sorted(sizes, key=lambda size: -size[1] * size[2]):
+                    run, inputs = self._example(direction, batch, frames)
+                    with choosing(self.plans[direction].choices):
+                        run(*inputs)
+                        self.graphs.add(direction, batch, frames, run, inputs)
         finally:
-            torch.backends.cudnn.benchmark = cudnn_chose
             self._proven.clear()
 
     def _example(
-        self, stage: str, batch: int, frames: int
-    ) -> tuple[Callable, tuple[Tensor, Tensor]]:
-        """What a graph runs, and inputs of a size: not zeros, on which processors are quicker."""
-        config, hop = self._codec.config, self._codec.hop_length
-        if stage == "encode":
-            audio = torch.linspace(-1, 1, batch * frames * hop, device=self.device).view(
-                batch, 1, -1
-            )
-            return self._encode_bucket, (
-                audio,
-                torch.full((batch,), frames * hop, device=self.device),
-            )
-        codes = (
-            torch.arange(batch * config.n_codebooks * frames, device=self.device)
-            % config.codebook_size
-        )
+        self, direction: str, batch: int, frames: int
+    ) -> tuple[Request, tuple[Tensor, Tensor]]:
+        """What a graph captures, and inputs: not zeros, on which processors are quicker."""
+        config = self._config
+        if direction == "encode":
+            samples = frames * config.hop_length
+            audio = torch.linspace(-1, 1, batch * samples, device=self.device)
+            lengths = torch.full((batch,), samples, device=self.device)
+            return self._encode_request, (audio.view(batch, 1, samples), lengths)
+        shape = (batch, config.n_codebooks, frames)
+        codes = torch.arange(batch * config.n_codebooks * frames, device=self.device)
         lengths = torch.full((batch,), frames, device=self.device)
-        return self._decode_bucket, (codes.view(batch, config.n_codebooks, frames), lengths)
+        return self._decode_request, ((codes % config.codebook_size).view(shape), lengths)
 
     def __str__(self) -> str:
-        graphs, mebibyte = self.graphs, 1 << 20
-        lines = [f"{stage} in {self.precision[stage]} on {self.device}" for stage in STAGES]
-        for stage in STAGES:
-            sizes = [
-                f"{bucket.batch} × {bucket.frames}" for bucket in graphs.buckets.get(stage, ())
-            ]
-            lines.append(f"graphs of {stage} (items × frames): {', '.join(sizes) or 'none'}")
+        graphs = self.graphs
+        lines = [
+            f"{direction} in {self.precision[direction]} on {self.device}"
+            for direction in DIRECTIONS
+        ]
+        for direction in DIRECTIONS:
+            buckets = graphs.buckets.get(direction, ())
+            sizes = ", ".join(f"{bucket.batch} × {bucket.frames}" for bucket in buckets)
+            lines.append(f"graphs of {direction} (items × frames): {sizes or 'none'}")
         lines.append(
-            f"graph memory: {graphs.used / mebibyte:.0f} MiB of at most {graphs.memory / mebibyte:.0f}"
+            f"graph memory: {graphs.used / MEBIBYTE:.0f} MiB "
+            f"of at most {graphs.memory / MEBIBYTE:.0f}"
         )
-        for stage, batch, frames, needed in graphs.left_eager:
+        for direction, batch, frames, needed in graphs.left_eager:
             lines.append(
-                f"not captured: {stage} of {batch} × {frames}, which needs {needed / mebibyte:.0f} MiB"
+                f"not captured: {direction} of {batch} × {frames}, "
+                f"which needs {needed / MEBIBYTE:.0f} MiB"
             )
         lines.append(f"requests: {self.hits} by graphs, {self.misses} eagerly")
-        for stage in STAGES:
-            lines += self.plans[stage].choices.table(self.precision[stage])
+        for direction, plan in self.plans.items():
+            lines += plan.choices.table(self.precision[direction])
         return "\n".join(lines)
-
-
-def _checked_precision(precision, device: torch.device) -> dict[str, str]:
-    """The precision of each stage."""
-    default = {"encode": "fp32", "decode": "fp16" if device.type == "cuda" else "fp32"}
-    if not isinstance(precision, dict):
-        precision = dict.fromkeys(STAGES, precision)
-    for stage, name in precision.items():
-        if stage not in STAGES or name not in (None, *PRECISIONS):
-            raise ValueError(
-                f"precision is {name!r} for {stage!r}; accepted: {', '.join(PRECISIONS)} for {' and '.join(STAGES)}"
-            )
-    return {stage: precision.get(stage) or default[stage] for stage in STAGES}
-
-
-def _checked_shapes(shapes) -> dict[str, list[tuple[int, int]]]:
-    """The shapes of each stage."""
-    if not isinstance(shapes, dict):
-        shapes = dict.fromkeys(STAGES, tuple(shapes))
-    for stage, pairs in shapes.items():
-        for pair in pairs:
-            fits = len(pair) == 2 and all(isinstance(size, int) and size > 0 for size in pair)
-            if stage not in STAGES or not fits:
-                raise ValueError(
-                    f"shapes has {pair} for {stage!r}; accepted: pairs of positive integers, (batch, frames), for "
-                    f"{' and '.join(STAGES)}"
-                )
-    return {stage: list(shapes.get(stage, ())) for stage in STAGES}

@@ -1,8 +1,10 @@
 """The codec outside this package: `torch.export` programs and ONNX models of encoder and decoder.
 
-Both take any batch and length. They are the reference model with each weight stored as one tensor and each
-convolution a plain one, which every runtime knows: "encoder" takes audio [B, 1, T] in [-1, 1] to codes int64 [B, N, F],
-F = ceil(T / hop_length); "decoder" takes codes int64 [B, N, F] to audio [B, 1, F hop_length]. Codes are not checked.
+Both take any batch and length. They are the reference model with each weight stored as one tensor
+and each convolution a plain one, which every runtime knows:
+
+    encoder   audio [B, 1, T] in [-1, 1] to codes int64 [B, N, F], F = ceil(T / hop_length)
+    decoder   codes int64 [B, N, F] to audio [B, 1, F hop_length]; the codes are not checked
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.config import codebook_count
 from dac_fast.files import atomic_path, make_folder
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
@@ -25,7 +29,7 @@ PARTS = ("encoder", "decoder")
 
 
 class Encode(nn.Module):
-    """Audio [B, 1, T] to codes [B, N, F], without checks."""
+    """Audio [B, 1, T] to codes [B, N, F]."""
 
     def __init__(self, codec: Codec, n_quantizers: int):
         super().__init__()
@@ -33,58 +37,70 @@ class Encode(nn.Module):
         self.encoder, self.quantizer = codec.encoder, codec.quantizer
         self.hop_length, self.n_quantizers = codec.hop_length, n_quantizers
 
+    def example(self) -> Tensor:
+        """An input to trace the module with."""
+        return torch.zeros(2, 1, 3 * self.hop_length + 1)
+
     def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop_length))
-        return self.quantizer(self.encoder(audio), self.n_quantizers)[1]
+        codes: Tensor = self.quantizer(self.encoder(audio), self.n_quantizers)[1]
+        return codes
 
 
 class Decode(nn.Module):
-    """Codes [B, N, F] to audio [B, 1, F hop_length], without checks."""
+    """Codes [B, N, F] to audio [B, 1, F hop_length]."""
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, n_quantizers: int):
         super().__init__()
-        # where a stride is odd, the decoder stops short by the same number of samples, whatever the length
+        # Where a stride is odd, the decoder stops short by the same samples, whatever the length.
         self.missing = codec.hop_length - codec.decoder.output_length(1)
         codec = plain_copy(codec)
         self.quantizer, self.decoder = codec.quantizer, codec.decoder
+        self.n_quantizers = n_quantizers
+
+    def example(self) -> Tensor:
+        """An input to trace the module with."""
+        return torch.zeros(2, self.n_quantizers, 3, dtype=torch.int64)
 
     def forward(self, codes: Tensor) -> Tensor:  # noqa: D102
-        return F.pad(self.decoder(self.quantizer.from_codes(codes)[0]), (0, self.missing))
+        return F.pad(self.decoder(self.quantizer.decode(codes)), (0, self.missing))
 
 
 def plain_copy(codec: Codec) -> Codec:
-    """A copy of the codec in eval mode, with plain convolutions in encoder and decoder, and folded ones elsewhere."""
-    codec = copy.deepcopy(codec).eval().requires_grad_(False)
+    """A copy in eval mode: plain convolutions in encoder and decoder, folded ones elsewhere."""
+    codec = copy.deepcopy(codec)
+    codec.eval()
     for module in [*codec.encoder.modules(), *codec.decoder.modules()]:
         for name, layer in module.named_children():
-            if isinstance(layer, (Conv1d, ConvTranspose1d)):
+            if isinstance(layer, Conv1d | ConvTranspose1d):
                 setattr(module, name, _plain(layer))
-    return codec.fold_weight_norm()
+    codec.fold_weight_norm()
+    return codec
 
 
 def _plain(conv: Conv1d | ConvTranspose1d) -> nn.Module:
     """The `torch.nn` module of the same name and function."""
     weight = conv.normed_weight().contiguous()
-    transposed = isinstance(conv, ConvTranspose1d)
-    channels = weight.shape[:2] if transposed else (weight.shape[1], weight.shape[0])
-    options = {"stride": conv.stride, "padding": conv.padding, "device": "meta"}
-    if transposed:
-        plain = nn.ConvTranspose1d(*channels, conv.kernel_size, **options)
+    first, second, kernel = weight.shape
+    plain: nn.Conv1d | nn.ConvTranspose1d
+    if isinstance(conv, ConvTranspose1d):
+        plain = nn.ConvTranspose1d(first, second, kernel, conv.stride, conv.padding, device="meta")
     else:
-        plain = nn.Conv1d(*channels, conv.kernel_size, dilation=conv.dilation, **options)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain = nn.Conv1d(
+            second, first, kernel, conv.stride, conv.padding, conv.dilation, device="meta"
+        )
+    plain.weight = nn.Parameter(weight)
     plain.bias = conv.bias
     return plain
 
 
-@torch.no_grad()
 def export(
     codec: Codec, part: str, n_quantizers: int | None = None
 ) -> torch.export.ExportedProgram:
     """One part as a program for any batch and length, on the codec's device and in its dtype.
 
-    PyTorch guards a program against the single frame, which it could lay out in memory otherwise: run that by
-    `program.module(check_guards=False)`.
+    PyTorch guards a program against the single frame, which it could lay out in memory otherwise:
+    run that by `program.module(check_guards=False)`.
 
     Args:
         codec: the `DAC`; it stays as it is.
@@ -93,36 +109,37 @@ def export(
     Raises:
         ValueError: part or n_quantizers is out of range.
     """
+    return _traced(_module(codec, part, n_quantizers))
+
+
+def _module(codec: Codec, part: str, n_quantizers: int | None) -> Encode | Decode:
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; accepted: {' or '.join(PARTS)}")
-    available = codec.config.n_codebooks
-    count = available if n_quantizers is None else n_quantizers
-    if not 1 <= count <= available:
-        raise ValueError(f"{count} codebooks; accepted: 1 to {available}")
-    parameter = next(codec.parameters())
-    if part == "encoder":
-        module = Encode(codec, count)
-        example = torch.zeros(
-            2, 1, 3 * codec.hop_length + 1, dtype=parameter.dtype, device=parameter.device
-        )
-    else:
-        module = Decode(codec)
-        example = torch.zeros(2, count, 3, dtype=torch.int64, device=parameter.device)
+    count = codebook_count(n_quantizers, codec.config.n_codebooks)
+    with torch.no_grad():
+        module = Encode(codec, count) if part == "encoder" else Decode(codec, count)
+    return module.requires_grad_(False)
+
+
+@torch.no_grad()
+def _traced(module: Encode | Decode) -> torch.export.ExportedProgram:
+    parameter, example = next(module.parameters()), module.example()
+    example = example.to(parameter if example.is_floating_point() else parameter.device)
     any_size = torch.export.Dim.DYNAMIC
-    # `backed_size_oblivious`: else a program that was traced with two items takes no single one
+    # `backed_size_oblivious`: else a program that was traced with two items takes no single one.
     with (
         ops.use_backend("reference"),
-        torch.fx.experimental._config.patch(backed_size_oblivious=True),
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
     ):
         return torch.export.export(module, (example,), dynamic_shapes=({0: any_size, 2: any_size},))
 
 
 def export_onnx(
-    codec: Codec, folder: str | os.PathLike, n_quantizers: int | None = None
+    codec: Codec, folder: str | os.PathLike[str], n_quantizers: int | None = None
 ) -> list[Path]:
-    """Write encoder.onnx (audio -> codes) and decoder.onnx (codes -> audio), float32, for any batch and length.
+    """Write encoder.onnx (audio to codes) and decoder.onnx (codes to audio), in float32.
 
-    Each has the codec's sample_rate and hop_length in its metadata.
+    Both take any batch and length, and have the codec's sample_rate and hop_length as metadata.
 
     Args:
         codec: the `DAC`; it stays as it is.
@@ -140,34 +157,42 @@ def export_onnx(
         raise ValueError(
             "ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'"
         ) from error
-    codec = copy.deepcopy(codec).float().cpu()
-    count = codec.config.n_codebooks if n_quantizers is None else n_quantizers
-    audio, codes = ("audio", ["batch", 1, "samples"]), ("codes", ["batch", count, "frames"])
     programs = {}
-    for part, (given, result) in {"encoder": (audio, codes), "decoder": (codes, audio)}.items():
+    for part in PARTS:
+        module = _module(codec, part, n_quantizers).float().cpu()
+        shapes = {
+            "audio": ir.Shape(["batch", 1, "samples"]),
+            "codes": ir.Shape(["batch", module.n_quantizers, "frames"]),
+        }
+        given, result = shapes if part == "encoder" else reversed(shapes)
         with _quiet():
             program = torch.onnx.export(
-                export(codec, part, n_quantizers), input_names=[given[0]], output_names=[result[0]], dynamo=True,
+                _traced(module),
+                input_names=[given],
+                output_names=[result],
+                dynamo=True,
                 verbose=False,
-            )  # fmt: skip
-        program.model.graph.inputs[0].shape = ir.Shape(given[1])
-        program.model.graph.outputs[0].shape = ir.Shape(result[1])
+            )
+        assert program is not None
+        program.model.graph.inputs[0].shape = shapes[given]
+        program.model.graph.outputs[0].shape = shapes[result]
         program.model.metadata_props.update(
             sample_rate=str(codec.sample_rate), hop_length=str(codec.hop_length)
         )
         programs[part] = program
     folder = Path(folder)
     make_folder(folder)
-    paths = [folder / f"{part}.onnx" for part in PARTS]
-    for path, part in zip(paths, PARTS, strict=True):
-        with atomic_path(path) as temporary:
-            programs[part].save(temporary)
+    paths = []
+    for part, program in programs.items():
+        paths.append(folder / f"{part}.onnx")
+        with atomic_path(paths[-1]) as temporary:
+            program.save(temporary)
     return paths
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silence torch.onnx on packages that these models do not need, and on its own deprecations."""
+def _quiet() -> Iterator[None]:
+    """Silence torch.onnx on packages that these models do not need, and on its deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

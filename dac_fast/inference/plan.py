@@ -1,27 +1,36 @@
-"""An encoder or decoder as a flat list of fused layers, in one precision, each run by what is fastest for its shape.
+"""An encoder or decoder as a flat list of fused layers, in one precision.
 
-A fused layer is a convolution, or a whole residual unit, with all that surrounds it: bias, the Snake that follows, the
-residual, the mask of ragged batches. It hands on what the next layer reads and nothing else: its result y, Snake of it,
-or both (a residual unit adds the one to what it computes from the other).
+A fused layer is a convolution with optional tanh, mask, residual and Snake, in this order, or a
+whole residual unit. It computes what the next layer reads and nothing else: its result y, Snake of
+y, or both. (A residual unit reads both: it adds y to what it computes from Snake of y.)
 
-There is more than one way to run a layer: the library's convolution followed by plain ops (cuDNN and cuBLAS on CUDA),
-or the fused Triton kernels, and a residual unit is one kernel or two layers. Which one is fastest depends on the shape:
-while `Choices.timing` is on, each new shape of each layer is timed, and every later input takes what was fastest for
-the shape of the nearest size.
+A layer can run in several ways: by the library (cuDNN and cuBLAS on CUDA) followed by plain ops, or
+by a fused Triton kernel; a residual unit as one kernel or as two layers. Which way is fastest
+depends on the shape: inside `choosing`, each new shape of each layer is timed in every way. An
+input takes the way that was fastest for the timed shape of the nearest size.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dac_fast import ops
 from dac_fast.model import folded
+from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
 from dac_fast.ops.precision import float32_products
+
+# A number of positions, or one per item of a batch.
+Length = TypeVar("Length", int, Tensor)
+# A layer's result y, and Snake of y; None where the next layer does not read it.
+Result = tuple[Tensor | None, Tensor | None]
+Way = Callable[[], Result]
 
 
 @dataclass
@@ -34,83 +43,98 @@ class Choices:
     """
 
     timing: bool = False
-    times: dict[str, dict[tuple, dict[str, float]]] = field(default_factory=dict)
+    times: dict[str, dict[tuple[int, ...], dict[str, float]]] = field(default_factory=dict)
 
-    def run(self, layer: str, x: Tensor, ways: dict[str, Callable]):
-        """Run the fastest of the layer's ways, the first of which is taken where none was timed."""
+    def run(self, layer: str, x: Tensor, ways: dict[str, Way]) -> Result:
+        """Run the fastest of the layer's ways; without any times, the first one."""
+        first = next(iter(ways.values()))
         if len(ways) == 1:
-            return next(iter(ways.values()))()
-        times = self.times.setdefault(layer, {})
-        if self.timing and tuple(x.shape) not in times:
+            return first()
+        shape, times = tuple(x.shape), self.times.setdefault(layer, {})
+        if self.timing and shape not in times:
+            # Several ways exist only where Triton can run one of them.
             import triton
 
-            # two ways exist only where Triton can run one of them
-            times[tuple(x.shape)] = {
-                way: triton.testing.do_bench(call, warmup=2, rep=8) for way, call in ways.items()
+            times[shape] = {
+                name: triton.testing.do_bench(way, warmup=2, rep=8) for name, way in ways.items()
             }
         if not times:
-            return next(iter(ways.values()))()
-        # of shapes of one size, this one itself
-        nearest = min(
-            times,
-            key=lambda s: (abs(math.log(math.prod(s) / max(x.numel(), 1))), s != tuple(x.shape)),
-        )
-        return ways[min(ways, key=lambda way: times[nearest].get(way, math.inf))]()
+            return first()
+
+        def distance(known: tuple[int, ...]) -> tuple[float, bool]:
+            # Of the shapes of one size, the input's own comes first.
+            return abs(math.log(math.prod(known) / max(x.numel(), 1))), known != shape
+
+        nearest = times[min(times, key=distance)]
+        return ways[min(ways, key=lambda name: nearest.get(name, math.inf))]()
 
     def table(self, precision: str) -> list[str]:
         """A line per layer and shape: every way's milliseconds, the fastest first."""
         rows = []
         for layer, shapes in self.times.items():
             for shape, times in shapes.items():
-                ways = [f"{way} {times[way]:.4f} ms" for way in sorted(times, key=times.get)]
-                rows.append(
-                    f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {', '.join(ways)}"
-                )
+                fastest_first = sorted(times.items(), key=lambda item: item[1])
+                ways = ", ".join(f"{name} {time:.4f} ms" for name, time in fastest_first)
+                rows.append(f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {ways}")
         return rows
 
 
+@contextlib.contextmanager
+def choosing(choices: Choices | None) -> Iterator[None]:
+    """Inside, what is fastest is found by timing: cuDNN's algorithms, and the ways of layers."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    if choices:
+        choices.timing = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+        if choices:
+            choices.timing = False
+
+
 class Convolution:
-    """A convolution, then tanh, the mask, the residual, Snake: what of these there is.
+    """A convolution with optional tanh, mask, residual and Snake, in this order.
 
     Args:
-        name: of the module that it stands for.
-        conv: its weights, and how it moves.
+        name: of the module that the layer stands for.
+        conv: the module; its weights as they are now are used.
         dtype: of weights and activations; biases and alphas stay as they are.
         tf32: see `ops.conv1d`.
         choices: of the plan.
-        alpha: of the Snake that follows.
+        alpha: [1, out, 1], of the Snake that follows.
         keep: whether anything reads the result before that Snake.
-        tanh: whether one follows.
+        tanh: whether a tanh follows.
     """
 
     def __init__(
         self,
         name: str,
         conv: Conv1d | ConvTranspose1d,
-        dtype,
+        dtype: torch.dtype,
         tf32: bool,
         choices: Choices,
-        alpha,
-        keep=True,
-        tanh=False,
+        alpha: Tensor | None,
+        keep: bool = True,
+        tanh: bool = False,
     ):
-        self.name, self.tf32, self.choices, self.alpha, self.keep, self.tanh = (
-            name,
-            tf32,
-            choices,
-            alpha,
-            keep,
-            tanh,
-        )
+        self.name = name
+        self.tf32 = tf32
+        self.choices = choices
+        self.alpha = alpha
+        self.keep = keep
+        self.tanh = tanh
         self.transposed = isinstance(conv, ConvTranspose1d)
-        self.op = "conv_transpose1d" if self.transposed else "conv1d"
-        self.stride, self.padding, self.kernel_size = conv.stride, conv.padding, conv.kernel_size
-        self.dilation = 1 if self.transposed else conv.dilation
-        self.weight, self.bias = conv.normed_weight().detach().to(dtype), conv.bias.detach()
-        self.bias_as_weight = self.bias.to(dtype)
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation if isinstance(conv, Conv1d) else 1
+        self.weight = conv.normed_weight().detach().to(dtype)
+        self.bias = conv.bias.detach()
+        self._bias_as_weight = self.bias.to(dtype)
 
-    def output_length(self, length, padded: bool):
-        """Positions that come out of `length` (an int or an int tensor, which is given back where it stays so)."""
+    def output_length(self, length: Length, padded: bool) -> Length:
+        """Positions that come out of `length`; the very tensor where the number stays the same."""
         padding = self.padding if padded else 0
         if self.transposed:
             return length * self.stride + (self.stride - 2 * padding)
@@ -120,32 +144,51 @@ class Convolution:
         return (length + change) // self.stride
 
     def __call__(
-        self, y, snaked, lengths=None, padded=True, residual=None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The layer's result and Snake of it, from those of the layer before. lengths: those of the output."""
+        self,
+        y: Tensor | None,
+        snaked: Tensor | None,
+        lengths: Tensor | None = None,
+        padded: bool = True,
+        residual: Tensor | None = None,
+    ) -> Result:
+        """The layer's result and Snake of it, from the result of the layer before.
+
+        Args:
+            y, snaked: [B, in, T]; a convolution reads Snake of y where there is one.
+            lengths: int64 [B], valid positions of each item in the output.
+            padded: False runs the convolution without its padding.
+            residual: [B, out, T'], is added before the last Snake.
+        """
         x = y if snaked is None else snaked
+        assert x is not None
         padding = self.padding if padded else 0
         arguments = [x, self.weight, self.bias, self.stride, padding]
         options = {"alpha": self.alpha, "lengths": lengths, "keep": self.keep, "tf32": self.tf32}
         if not self.transposed:
             arguments.append(self.dilation)
             options |= {"residual": residual, "tanh": self.tanh}
-        ways = {}
-        if ops.backend() != "triton":
-            ways["library"] = functools.partial(self._by_library, x, padding, lengths, residual)
-        # with the backend named, the op itself says what it cannot run
-        if not ways or ops.on_triton(self.op, *arguments, **options):
-            ways["triton"] = functools.partial(getattr(ops, self.op), *arguments, **options)
+        op = "conv_transpose1d" if self.transposed else "conv1d"
+        if ops.backend() == "triton":
+            # The op itself says what it cannot run.
+            result: Result = getattr(ops, op)(*arguments, **options)
+            return result
+        ways: dict[str, Way] = {
+            "library": functools.partial(self._by_library, x, padding, lengths, residual)
+        }
+        fused = ops.implementations(op, *arguments, **options).get("triton")
+        if callable(fused):
+            ways["triton"] = functools.partial(fused, *arguments, **options)
         return self.choices.run(self.name, x, ways)
 
-    def _by_library(self, x, padding, lengths, residual):
+    def _by_library(
+        self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
+    ) -> Result:
+        bias = self._bias_as_weight
         if self.transposed:
-            y = folded.conv_transpose1d(x, self.weight, self.bias_as_weight, self.stride, padding)
+            y = folded.conv_transpose1d(x, self.weight, bias, self.stride, padding)
         else:
-            y = folded.conv1d(
-                x, self.weight, self.bias_as_weight, self.stride, padding, self.dilation
-            )
-        # in place: a large tensor's first touch costs more than the computation
+            y = folded.conv1d(x, self.weight, bias, self.stride, padding, self.dilation)
+        # In place: a large tensor's first touch costs more than the computation.
         if self.tanh:
             y = y.tanh_()
         if lengths is not None:
@@ -156,24 +199,47 @@ class Convolution:
 
 
 class Unit:
-    """A residual unit, whose first Snake the layer before has computed: one kernel, or two convolutions."""
+    """A residual unit without its first Snake, which the layer before has computed.
+
+    It runs as one kernel, or as two convolutions. Args: those of `Convolution`.
+    """
 
     def __init__(
-        self, name: str, unit: ResidualUnit, dtype, tf32: bool, choices: Choices, alpha, keep=True
+        self,
+        name: str,
+        unit: ResidualUnit,
+        dtype: torch.dtype,
+        tf32: bool,
+        choices: Choices,
+        alpha: Tensor | None,
+        keep: bool = True,
     ):
-        self.name, self.choices, self.tf32 = name, choices, tf32
+        self.name = name
+        self.choices = choices
         _, dilated, middle, pointwise = unit.block
+        assert isinstance(dilated, Conv1d)
+        assert isinstance(middle, Snake)
+        assert isinstance(pointwise, Conv1d)
+        common = (dtype, tf32, choices)
         self.first = Convolution(
-            f"{name}.block.1", dilated, dtype, tf32, choices, middle.alpha.detach(), keep=False
+            f"{name}.block.1", dilated, *common, middle.alpha.detach(), keep=False
         )
-        self.second = Convolution(f"{name}.block.3", pointwise, dtype, tf32, choices, alpha, keep)
+        self.second = Convolution(f"{name}.block.3", pointwise, *common, alpha, keep)
 
-    def output_length(self, length, padded: bool):
-        """As that of `Convolution`."""
+    def output_length(self, length: Length, padded: bool) -> Length:
+        """Positions that come out of `length`."""
         return self.first.output_length(length, padded)
 
-    def __call__(self, x, snaked, lengths=None, padded=True) -> tuple[Tensor | None, Tensor | None]:
-        """As that of `Convolution`."""
+    def __call__(
+        self,
+        x: Tensor | None,
+        snaked: Tensor | None,
+        lengths: Tensor | None = None,
+        padded: bool = True,
+    ) -> Result:
+        """The unit's result and Snake of it; x and Snake of x: [B, C, T]."""
+        assert x is not None
+        assert snaked is not None
         first, second = self.first, self.second
         padding = first.padding if padded else 0
         weights = (first.weight, first.bias, first.alpha, second.weight, second.bias)
@@ -182,71 +248,90 @@ class Unit:
             "alpha": second.alpha,
             "lengths": lengths,
             "keep": second.keep,
-            "tf32": self.tf32,
+            "tf32": first.tf32,
         }
-        ways = {"two layers": functools.partial(self._as_two, x, snaked, lengths, padded)}
-        if ops.on_triton("residual_unit", *arguments, **options):
-            fused = {"one kernel": functools.partial(ops.residual_unit, *arguments, **options)}
-            ways = fused | ways if ops.backend() == "triton" else ways | fused
+        ways: dict[str, Way] = {
+            "two layers": functools.partial(self._as_two, x, snaked, lengths, padded)
+        }
+        fused = ops.implementations("residual_unit", *arguments, **options).get("triton")
+        if callable(fused):
+            one = {"one kernel": functools.partial(fused, *arguments, **options)}
+            ways = one | ways if ops.backend() == "triton" else ways | one
         return self.choices.run(self.name, x, ways)
 
-    def _as_two(self, x, snaked, lengths, padded):
-        # what lies past the lengths cannot spread through a kernel of 1, so the second mask is enough
+    def _as_two(self, x: Tensor, snaked: Tensor, lengths: Tensor | None, padded: bool) -> Result:
+        # A kernel of 1 spreads nothing from past the lengths, so the second mask is enough.
         _, hidden = self.first(None, snaked, None, padded)
+        assert hidden is not None
         crop = (x.shape[2] - hidden.shape[2]) // 2
         return self.second(None, hidden, lengths, padded, residual=x[..., crop : x.shape[2] - crop])
 
 
 class Plan:
-    """An encoder or decoder in one precision. Called like the module, with the same results but no gradients.
+    """An encoder or decoder in one precision, for inference: its results have no gradients.
 
     Args:
         name: "encoder" or "decoder".
-        module: the `Encoder` or `Decoder`, with Snake activations; its weights as they are now are used.
+        module: the `Encoder` or `Decoder`, with Snake activations; its weights as they are now are
+            used.
         dtype: of weights and activations.
         tf32: whether products of float32 may be rounded to TF32.
     """
 
     def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, tf32: bool = False):
-        self.dtype, self.tf32, self.choices = dtype, tf32, Choices()
+        self.dtype = dtype
+        self.tf32 = tf32
+        self.choices = Choices()
         self.layers: list[Convolution | Unit] = []
+        # Positions of a frame in the input, and in the output: a hop and 1, or 1 and a hop.
+        self._frame_in = self._frame_out = 1
         steps = list(_steps(name, module))
         followers = [step for _, step in steps[1:]] + [None]
+        common = (dtype, tf32, self.choices)
         with torch.no_grad():
             for (path, step), following in zip(steps, followers, strict=True):
-                if isinstance(step, (Snake, nn.Tanh)):
-                    continue
                 activation = (
                     following.block[0] if isinstance(following, ResidualUnit) else following
                 )
                 alpha = activation.alpha.detach() if isinstance(activation, Snake) else None
-                common = (
-                    path,
-                    step,
-                    dtype,
-                    tf32,
-                    self.choices,
-                    alpha,
-                    not isinstance(following, Snake),
-                )
+                keep = not isinstance(following, Snake)
                 if isinstance(step, ResidualUnit):
-                    self.layers.append(Unit(*common))
-                else:
-                    self.layers.append(Convolution(*common, tanh=isinstance(following, nn.Tanh)))
+                    self.layers.append(Unit(path, step, *common, alpha, keep))
+                elif isinstance(step, Conv1d | ConvTranspose1d):
+                    tanh = isinstance(following, nn.Tanh)
+                    self.layers.append(Convolution(path, step, *common, alpha, keep, tanh))
+                if isinstance(step, Conv1d):
+                    self._frame_in *= step.stride
+                elif isinstance(step, ConvTranspose1d):
+                    self._frame_out *= step.stride
 
     def __call__(
         self,
         x: Tensor,
         lengths: Tensor | None = None,
         padded: bool = True,
-        watch: Callable | None = None,
-    ):
-        """x [B, C, T] of any float dtype to the module's output, of x's dtype; see `dac_fast.model.layers`.
+        watch: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Audio [B, 1, T] to the latent [B, D, F], or the latent to audio [B, 1, F hop].
 
-        watch: called with the name of each layer and each tensor that it gives.
+        Args:
+            x: of any float dtype.
+            lengths: int64 [B], positions of each item in x, for padded convolutions. What lies past
+                them does not matter; the result is zero past the frames that they reach into.
+            padded: False runs every convolution without its padding.
+            watch: called with x as the layers read it, and each tensor that they compute; before it
+                with "the input", or the layer's name.
+        Returns:
+            of x's dtype. Audio that does not fill its last frame is filled up with zeros; and so is
+            the audio of the last frame, since the module stops short where a stride is odd.
         """
-        # channels innermost, as all that follows
-        y, snaked = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2), None
+        if padded:
+            x, lengths = whole_frames(x, lengths, self._frame_in)
+        if watch is not None:
+            watch("the input", x)
+        # Channels innermost, as in all that follows.
+        y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        snaked: Tensor | None = None
         with float32_products(self.tf32):
             for layer in self.layers:
                 if lengths is not None:
@@ -256,17 +341,21 @@ class Plan:
                     for result in (y, snaked):
                         if result is not None:
                             watch(layer.name, result)
+        assert y is not None
+        if padded:
+            y = filled_up(y, x.shape[2] // self._frame_in * self._frame_out)
         return y.to(x.dtype)
 
 
 def _steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Convolutions, residual units, activations in the order in which a signal meets them."""
-    if isinstance(module, (Conv1d, ConvTranspose1d, ResidualUnit, Snake, nn.Tanh)):
+    if isinstance(module, Conv1d | ConvTranspose1d | ResidualUnit | Snake | nn.Tanh):
         yield name, module
         return
     if not isinstance(module, nn.Module) or not len(list(module.children())):
         raise ValueError(
-            f"{name} is a {type(module).__name__}; accepted: convolutions, residual units, Snake, tanh"
+            f"{name} is a {type(module).__name__}; "
+            "accepted: convolutions, residual units, Snake, tanh"
         )
     for child_name, child in module.named_children():
         yield from _steps(f"{name}.{child_name}", child)

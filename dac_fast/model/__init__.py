@@ -1,1 +1,1 @@
-"""The reference model's parts: layers, autoencoder, quantizer; `dac_fast.codec.DAC` puts them together."""
+"""The reference model's parts; `dac_fast.codec.DAC` puts them together."""

@@ -1,12 +1,23 @@
 """The convolutional encoder and decoder (paper, section 3.1 and appendix A), as published.
 
-Both shift with their input: a frame more in front moves the output by a frame. Where a stride is odd the decoder's
-output is shorter than frames times hop (8 samples at 24 and 16 kHz), all of it missing at the end.
+Both shift with their input: one more frame in front moves the output by one frame. Where a stride
+is odd, the decoder's output ends a few samples before frames times hop (8 at 24 and 16 kHz).
 """
 
-from torch import nn
+from collections.abc import Sequence
 
-from dac_fast.model.layers import Block, Chain, Conv1d, ConvTranspose1d, activation, residual_units
+from torch import Tensor, nn
+
+from dac_fast.model.layers import (
+    Block,
+    Chain,
+    Conv1d,
+    ConvTranspose1d,
+    Layer,
+    Length,
+    activation,
+    residual_units,
+)
 
 
 def encoder_block(channels: int, stride: int, act: str) -> Block:
@@ -14,9 +25,7 @@ def encoder_block(channels: int, stride: int, act: str) -> Block:
     return Block(
         *residual_units(channels, act),
         activation(act, channels),
-        Conv1d(
-            channels, 2 * channels, kernel_size=2 * stride, stride=stride, padding=-(-stride // 2)
-        ),
+        Conv1d(channels, 2 * channels, 2 * stride, stride, padding=-(-stride // 2)),
     )
 
 
@@ -32,7 +41,7 @@ def decoder_block(channels: int, stride: int, act: str) -> Block:
 class Encoder(Block):
     """Audio [B, 1, T], T a multiple of the hop, to the latent [B, latent_dim, T / hop]."""
 
-    def __init__(self, dim: int, rates, latent_dim: int, act: str = "snake"):
+    def __init__(self, dim: int, rates: Sequence[int], latent_dim: int, act: str = "snake") -> None:
         widths = [dim * 2**i for i in range(len(rates) + 1)]
         super().__init__(
             Conv1d(1, dim, kernel_size=7, padding=3),
@@ -42,10 +51,10 @@ class Encoder(Block):
         )
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """Latent [B, latent_dim, F] to audio [B, 1, about F hop] in [-1, 1]."""
 
-    def __init__(self, latent_dim: int, dim: int, rates, act: str = "snake"):
+    def __init__(self, latent_dim: int, dim: int, rates: Sequence[int], act: str = "snake") -> None:
         super().__init__()
         widths = [dim // 2**i for i in range(len(rates) + 1)]
         self.model = Chain(
@@ -56,9 +65,10 @@ class Decoder(nn.Module):
             nn.Tanh(),
         )
 
-    def output_length(self, length, padded=True):
-        """Samples that come out of `length` frames (an int or an int tensor)."""
+    def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         return self.model.output_length(length, padded)
 
-    def forward(self, z, lengths=None, padded=True):  # noqa: D102
-        return self.model(z, lengths, padded)
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
+        return self.model(x, lengths, padded)

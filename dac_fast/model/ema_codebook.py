@@ -1,8 +1,9 @@
-"""A codebook that follows what is assigned to it instead of a gradient (EnCodec, arXiv 2210.13438; VQ-VAE, 1711.00937).
+"""A codebook that moves towards the vectors assigned to it, without a gradient.
 
-It begins at the k-means centres of the first batch. Each entry then is the moving average of the vectors nearest to it;
-one that hardly any vector is nearest to any more is replaced by a random vector of the batch. Under
-`torch.distributed`, the batch is that of all processes, and their codebooks stay equal.
+The codebook starts as the k-means centres of the first batch. Each entry is then the moving average
+of the vectors nearest to it (VQ-VAE, arXiv 1711.00937), and an entry that is hardly ever the
+nearest one is replaced by a random vector of the batch (EnCodec, arXiv 2210.13438). Under
+`torch.distributed` the batch is that of all processes, and their codebooks stay equal.
 """
 
 import torch
@@ -10,71 +11,84 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DECAY = 0.99  # of the moving averages, per update
+DEAD_BELOW = 2.0  # vectors per update, on average, below which an entry is replaced
+KMEANS_ITERATIONS = 10
+
 
 class EMACodebook(nn.Module):
-    """`nn.Embedding` in all that the quantizer uses of it.
+    """A stand-in for `nn.Embedding` in the quantizer.
 
     Args:
-        size: entries K.
-        dim: dimensions d of each.
+        size: number of entries K.
+        dim: dimensions d of an entry.
         decay: of the moving averages, per update.
-        dead_below: an entry with fewer vectors per update, on average, is replaced.
-        kmeans_iterations: of the initialisation.
+    Attributes:
+        weight: [K, d], the entries.
+        sums: [K, d], moving average of the sum of the vectors assigned to each entry in an update.
+        usage: [K], moving average of their number.
+        started: whether the entries have been initialised.
     """
 
-    def __init__(self, size: int, dim: int, decay=0.99, dead_below=2.0, kmeans_iterations=10):
+    weight: Tensor
+    sums: Tensor
+    usage: Tensor
+    started: Tensor
+
+    def __init__(self, size: int, dim: int, decay: float = DECAY) -> None:
         super().__init__()
         self.embedding_dim = dim
-        self.decay, self.dead_below, self.kmeans_iterations = decay, dead_below, kmeans_iterations
+        self.decay = decay
         self.register_buffer("weight", nn.init.kaiming_uniform_(torch.empty(size, dim)))
         self.register_buffer("sums", torch.zeros(size, dim))
         self.register_buffer("usage", torch.zeros(size))
         self.register_buffer("started", torch.tensor(False))
 
     @torch.no_grad()
-    def update(self, rows: Tensor):
-        """Moves the entries towards the rows [n, d] of this batch that are nearest to them."""
-        # One batch that went wrong must not end up in the averages.
+    def update(self, rows: Tensor) -> None:
+        """Moves each entry towards the rows [n, d] of this batch that are nearest to it."""
+        # A batch that is not finite must not end up in the averages.
         rows = torch.nan_to_num(rows.float(), 0.0, 0.0, 0.0)
         if not self.started:
             self.start(rows)
         counts, sums = self.assigned(rows)
         self.usage.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        dead = self.usage < self.dead_below
+        dead = self.usage < DEAD_BELOW
         fresh = self.sample(rows)
-        self.sums.copy_(torch.where(dead[:, None], fresh * self.dead_below, self.sums))
-        self.usage.copy_(torch.where(dead, self.dead_below, self.usage))
-        # Autograd may still hold the entries of this step's forward pass, hence not in place.
+        self.sums.copy_(torch.where(dead[:, None], fresh * DEAD_BELOW, self.sums))
+        self.usage.copy_(torch.where(dead, DEAD_BELOW, self.usage))
+        # Not in place: autograd may still hold the entries of this step's forward pass.
         self.weight = (self.sums / self.usage[:, None]).to(self.weight.dtype)
 
-    def start(self, rows: Tensor):
+    def start(self, rows: Tensor) -> None:
         """Sets the entries to the k-means centres of rows [n, d]."""
         self.weight = self.sample(rows).to(self.weight.dtype)
-        for _ in range(self.kmeans_iterations):
+        for _ in range(KMEANS_ITERATIONS):
             counts, sums = self.assigned(rows)
-            centres = sums / counts.clamp(min=1)[:, None]
-            self.weight = torch.where(
-                counts[:, None] > 0, centres.to(self.weight.dtype), self.weight
-            )
+            centres = (sums / counts.clamp(min=1)[:, None]).to(self.weight.dtype)
+            self.weight = torch.where(counts[:, None] > 0, centres, self.weight)
         counts, _ = self.assigned(rows)
-        self.usage.copy_(counts.clamp(min=self.dead_below))
+        self.usage.copy_(counts.clamp(min=DEAD_BELOW))
         self.sums.copy_(self.weight * self.usage[:, None])
         self.started.fill_(True)
 
     def assigned(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of all processes' rows [n, d] are nearest to each entry, float32 [K], and their sums [K, d]."""
+        """How many rows are nearest to each entry, float32 [K], and the sum of these rows [K, d].
+
+        rows: [n, d], those of this process; the results are over all processes.
+        """
         size, dim = self.weight.shape
         nearest = nearest_row(rows, self.weight.float())
-        totals = rows.new_zeros(size, dim + 1).index_add_(
-            0, nearest, F.pad(rows, (0, 1), value=1.0)
-        )
+        # A column of ones is summed to the counts.
+        counted = F.pad(rows, (0, 1), value=1.0)
+        totals = rows.new_zeros(size, dim + 1).index_add_(0, nearest, counted)
         if dist.is_initialized():
             dist.all_reduce(totals)
         return totals[:, dim], totals[:, :dim]
 
     def sample(self, rows: Tensor) -> Tensor:
-        """A random row of rows [n, d] for each entry, the same in all processes: [K, d]."""
+        """One random row of rows [n, d] for each entry, the same in all processes: [K, d]."""
         chosen = rows[torch.randint(len(rows), (len(self.weight),), device=rows.device)]
         if dist.is_initialized():
             dist.broadcast(chosen, src=0)
@@ -82,5 +96,5 @@ class EMACodebook(nn.Module):
 
 
 def nearest_row(rows: Tensor, entries: Tensor) -> Tensor:
-    """Index of the entry of [K, d] with the least Euclidean distance to each row of [n, d]: int64 [n]."""
+    """For each row of [n, d], the index of the entry of [K, d] at least distance: int64 [n]."""
     return (entries.square().sum(1) - 2 * rows @ entries.t()).argmin(1)

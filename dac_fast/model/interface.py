@@ -1,10 +1,13 @@
 """What the rooms below `dac_fast.codec` use of a codec, so that none of them imports it."""
 
+from collections.abc import Iterator
 from typing import Protocol
+
+from torch import Tensor, nn
 
 from dac_fast.config import Config
 from dac_fast.model.autoencoder import Decoder, Encoder
-from dac_fast.model.quantize import ResidualVectorQuantizer
+from dac_fast.model.quantize import Encoded, ResidualVectorQuantizer
 
 
 class Codec(Protocol):
@@ -17,3 +20,21 @@ class Codec(Protocol):
     encoder: Encoder
     quantizer: ResidualVectorQuantizer
     decoder: Decoder
+
+    def encode(  # noqa: D102
+        self,
+        audio: Tensor,
+        lengths: Tensor | None = None,
+        n_quantizers: int | None = None,
+        padded: bool = True,
+    ) -> Encoded: ...
+
+    def decode_codes(  # noqa: D102
+        self, codes: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
+
+    def eval(self) -> object: ...  # noqa: D102
+
+    def fold_weight_norm(self) -> object: ...  # noqa: D102

@@ -1,16 +1,17 @@
 """The codec's building blocks: weight-normed convolutions, the activation, the residual unit.
 
-Parameters carry the published names, so published checkpoints load as they are. Every convolution knows its output
-length, and every forward takes two optional things beside x [B, C, T]:
+Parameters carry the published names, so published checkpoints load as they are. A `Layer` knows how
+many positions come out of it, and its forward takes two optional arguments beside x [B, C, T]:
 
-    lengths: int64 [B], the valid positions of each item. A layer zeroes what lies past them in its output, since its
-        bias would otherwise refill the padding and leak into the item through the next layer.
-    padded: False runs the convolution without its padding, as the published package's chunk mode does.
+    lengths: int64 [B], the valid positions of each item. A layer zeroes its output past them, since
+        its bias would otherwise fill the padding, and leak into the item through the next layer.
+    padded: False runs convolutions without padding, as the published package's chunk mode does.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +22,44 @@ from dac_fast import ops
 from dac_fast.model import channels_last, folded
 from dac_fast.ops.reference import valid_mask
 
+# A number of positions, or int64 [B] of them.
+Length = TypeVar("Length", int, Tensor)
+
+
+class Layer(nn.Module):
+    """A module on [B, C, T] that knows how many positions come out of it."""
+
+    # `nn.Module` promises nothing about the result of a call.
+    __call__: Callable[..., Tensor]
+
+    def output_length(self, length: Length, padded: bool = True) -> Length:
+        """Positions that come out of `length` positions."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
+        """x [B, C, T] to [B, C', T']; see this file's head for `lengths` and `padded`."""
+        raise NotImplementedError
+
 
 class WeightNorm(nn.Module):
-    """Holds a weight as direction `weight_v` and magnitude `weight_g` (arXiv 1602.07868), or folded, as `weight`.
+    """A weight, as direction `weight_v` and magnitude `weight_g` (arXiv 1602.07868), or folded.
 
-    The magnitude is per index of the first axis. Subclasses use `self.normed_weight()`.
+    There is one magnitude per index of the weight's first axis. Folded, the weight is the one
+    tensor `weight`. Subclasses convolve with `normed_weight()`.
 
     Attributes:
-        channels_last: whether outputs are to have channels innermost in memory, see `set_channels_last`.
+        channels_last: whether outputs have channels innermost in memory, see `set_channels_last`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.channels_last = False
-        # Within `weights_kept`: a list, of the weight once it is computed.
+        # Within `weights_kept` a list, which holds the weight once it has been computed.
         self._kept: list[Tensor] | None = None
-        self.weight_g = nn.Parameter(
-            weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
-        )
+        magnitude = weight.flatten(1).norm(dim=1)
+        self.weight_g = nn.Parameter(magnitude.view(-1, *[1] * (weight.dim() - 1)))
         self.weight_v = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
@@ -48,7 +69,7 @@ class WeightNorm(nn.Module):
         return "weight" in self._parameters
 
     def normed_weight(self) -> Tensor:
-        """The weight that is convolved with."""
+        """The weight to convolve with."""
         if self.folded:
             return self.weight
         if self._kept:
@@ -59,10 +80,10 @@ class WeightNorm(nn.Module):
         return weight
 
     @torch.no_grad()
-    def fold(self):
-        """Store the weight as one tensor, on the device it is on: quicker, and no longer meant for training.
+    def fold(self) -> None:
+        """Stores the weight as one tensor, on the device it is on: faster, but no longer trainable.
 
-        Its second axis lies innermost in memory, for `dac_fast.model.folded`.
+        The weight's second axis becomes innermost in memory, for `dac_fast.model.folded`.
         """
         if not self.folded:
             weight = self.normed_weight().transpose(1, 2).contiguous().transpose(1, 2)
@@ -72,7 +93,7 @@ class WeightNorm(nn.Module):
 
 @contextlib.contextmanager
 def weights_kept(network: nn.Module) -> Iterator[None]:
-    """Inside, every weight of the network is normed in the first pass only: for several passes between two updates."""
+    """Inside, each weight of the network is normed once: for several passes between two updates."""
     layers = [module for module in network.modules() if isinstance(module, WeightNorm)]
     for layer in layers:
         layer._kept = []
@@ -86,33 +107,39 @@ def weights_kept(network: nn.Module) -> Iterator[None]:
 def default_init(weight: Tensor, fan_in: int) -> Tensor:
     """PyTorch's own initialisation of convolutions: uniform with bound 1 / sqrt(fan_in).
 
-    The published package draws a truncated normal, but into the tensor that weight norm overwrites at the first
-    call: this is what its training starts from.
+    The published package draws a truncated normal, but into the tensor that weight norm overwrites
+    at the first call, so its training starts from this one.
     """
     return nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
-class Conv1d(WeightNorm):
+class Conv1d(WeightNorm, Layer):
     """Weight-normed `torch.nn.Conv1d`, bias included."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1):
-        weight = default_init(
-            torch.empty(out_channels, in_channels, kernel_size), in_channels * kernel_size
-        )
-        super().__init__(weight, torch.zeros(out_channels))
-        self.kernel_size, self.stride, self.padding, self.dilation = (
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-        )
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+    ) -> None:
+        weight = torch.empty(out_channels, in_channels, kernel_size)
+        bias = torch.zeros(out_channels)
+        super().__init__(default_init(weight, in_channels * kernel_size), bias)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
 
-    def output_length(self, length, padded=True):
-        """Positions that come out of `length` (an int or an int tensor)."""
+    def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         span = self.dilation * (self.kernel_size - 1) + 1
         return (length + 2 * self.padding * padded - span) // self.stride + 1
 
-    def forward(self, x, lengths=None, padded=True):  # noqa: D102
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
         padding = self.padding if padded else 0
         if self.folded:
             y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
@@ -122,24 +149,25 @@ class Conv1d(WeightNorm):
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
-class ConvTranspose1d(WeightNorm):
+class ConvTranspose1d(WeightNorm, Layer):
     """Weight-normed `torch.nn.ConvTranspose1d` with a kernel of two strides, bias included."""
 
-    def __init__(self, in_channels, out_channels, stride, padding=0):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, padding: int = 0) -> None:
         kernel_size = 2 * stride
         fan_in = out_channels * kernel_size
+        weight = torch.empty(in_channels, out_channels, kernel_size)
         bias = torch.empty(out_channels)
-        super().__init__(
-            default_init(torch.empty(in_channels, out_channels, kernel_size), fan_in),
-            default_init(bias, fan_in),
-        )
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        super().__init__(default_init(weight, fan_in), default_init(bias, fan_in))
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
 
-    def output_length(self, length, padded=True):
-        """Positions that come out of `length` (an int or an int tensor)."""
+    def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         return (length - 1) * self.stride - 2 * self.padding * padded + self.kernel_size
 
-    def forward(self, x, lengths=None, padded=True):  # noqa: D102
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
         padding = self.padding if padded else 0
         if self.folded:
             y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
@@ -152,16 +180,21 @@ class ConvTranspose1d(WeightNorm):
 class Snake(nn.Module):
     """Snake activation with one learned frequency per channel, see `dac_fast.ops.snake`."""
 
-    def __init__(self, channels: int):
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
-    def forward(self, x):  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return ops.snake(x, self.alpha)
 
 
 def activation(name: str, channels: int) -> nn.Module:
-    """The activation of that name (see `Config.activation`). Both map zero to zero, so they need no `lengths`."""
+    """The activation of that name, see `Config.activation`.
+
+    All of them map zero to zero, so none needs `lengths`.
+    """
     return Snake(channels) if name == "snake" else nn.LeakyReLU(0.1)
 
 
@@ -171,18 +204,21 @@ def zero_past(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Chain(nn.Sequential):
-    """`nn.Sequential` whose layers also get `lengths` and `padded`, where they take them."""
+    """`nn.Sequential` that also hands `lengths` and `padded` to its modules of type `Layer`."""
 
-    def output_length(self, length, padded=True):
-        """Positions that come out of `length` (an int or an int tensor)."""
+    __call__: Callable[..., Tensor]
+
+    def output_length(self, length: Length, padded: bool = True) -> Length:
+        """Positions that come out of `length` positions."""
         for layer in self:
-            if hasattr(layer, "output_length"):
+            if isinstance(layer, Layer):
                 length = layer.output_length(length, padded)
         return length
 
-    def forward(self, x, lengths=None, padded=True):  # noqa: D102
+    def forward(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
+        """x [B, C, T] through all modules."""
         for layer in self:
-            if not hasattr(layer, "output_length"):
+            if not isinstance(layer, Layer):
                 x = layer(x)
                 continue
             x = layer(x, lengths, padded)
@@ -191,35 +227,48 @@ class Chain(nn.Sequential):
         return x
 
 
-class Block(nn.Module):
-    """A module that is one chain of layers, kept under the published name `block`.
+class Block(Layer):
+    """One chain of modules, under the published name `block`.
 
     Attributes:
-        checkpointed: keep only the input for the backward pass, which computes the rest again: less memory, more time.
+        checkpointed: keep only the input for the backward pass, which computes the rest again: less
+            memory, more time.
     """
 
-    def __init__(self, *layers: nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.block = Chain(*layers)
         self.checkpointed = False
 
-    def output_length(self, length, padded=True):
-        """Positions that come out of `length` (an int or an int tensor)."""
+    def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         return self.block.output_length(length, padded)
 
-    def forward(self, x, lengths=None, padded=True):  # noqa: D102
-        if self.checkpointed and torch.is_grad_enabled():
-            # Nothing in a block is random, and saving the generator's state would wait for the GPU.
-            return checkpoint(
-                self.block, x, lengths, padded, use_reentrant=False, preserve_rng_state=False
-            )
-        return self.block(x, lengths, padded)
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return self.block(x, lengths, padded)
+        backend = ops.backend()
+
+        def run(x: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
+            # Autograd computes the block again in its own thread, where no backend is set.
+            with ops.use_backend(backend):
+                return self.block(x, lengths, padded)
+
+        # Nothing in a block is random, and saving the generator's state would wait for the GPU.
+        y: Tensor = checkpoint(
+            run, x, lengths, padded, use_reentrant=False, preserve_rng_state=False
+        )
+        return y
 
 
 class ResidualUnit(Block):
-    """Activation, dilated convolution of 7, activation, convolution of 1, plus the input (paper, appendix A)."""
+    """Activation, dilated convolution of 7, activation, convolution of 1, plus the input.
 
-    def __init__(self, channels: int, dilation: int, act: str):
+    Source: paper, appendix A.
+    """
+
+    def __init__(self, channels: int, dilation: int, act: str) -> None:
         super().__init__(
             activation(act, channels),
             Conv1d(channels, channels, kernel_size=7, dilation=dilation, padding=3 * dilation),
@@ -227,10 +276,12 @@ class ResidualUnit(Block):
             Conv1d(channels, channels, kernel_size=1),
         )
 
-    def forward(self, x, lengths=None, padded=True):  # noqa: D102
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
         y = self.block(x, lengths, padded)
         crop = (x.shape[-1] - y.shape[-1]) // 2
-        # in place: nothing else needs y, and a large tensor's first touch costs more than the addition
+        # In place: nothing else needs y, and a large tensor's first touch costs more than the sum.
         return y.add_(x[..., crop : x.shape[-1] - crop])
 
 

@@ -4,6 +4,7 @@ Shapes: B items, C channels, T samples or time steps, N codebooks of K entries w
 D latent channels, F latent frames. Everything here is differentiable by autograd.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dac_fast.ops.precision import convolutions_in
+from dac_fast.ops.precision import float32_products
 
-# Fractions of the spectrum that the multi-resolution discriminator looks at separately (paper, section 3.4).
+# Bands of the multi-resolution discriminator, as fractions of the spectrum (paper, section 3.4).
 BANDS = ((0.0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 
 
 def snake(x: Tensor, alpha: Tensor) -> Tensor:
-    """Snake activation `x + sin(alpha x)^2 / (alpha + 1e-9)` (arXiv 2006.08195; paper, section 3.1).
+    """Snake, `x + sin(alpha x)^2 / (alpha + 1e-9)` (arXiv 2006.08195; paper, section 3.1).
 
     Args:
         x: [B, C, T], any float dtype.
@@ -30,14 +31,26 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
 
 
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
-    """[B, 1, size] booleans: True where a position lies before its item's length. lengths: int64 [B]."""
+    """Which positions lie before their item's length: booleans [B, 1, size].
+
+    Args:
+        lengths: int64 [B].
+        size: positions of the batch.
+    """
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
 
 
 def _finish(
-    c: Tensor, dtype: torch.dtype, bias, alpha, residual, lengths, tanh, keep
-) -> tuple[Tensor, Tensor]:
-    """What follows a convolution, in float32 at least; channels innermost."""
+    c: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor,
+    alpha: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    tanh: bool,
+    keep: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """All that follows a convolution c, in float32 at least; see `conv1d`."""
     c = c.transpose(1, 2).contiguous().transpose(1, 2).to(torch.promote_types(dtype, torch.float32))
     c = c + bias[:, None]
     if tanh:
@@ -46,7 +59,8 @@ def _finish(
         c = torch.where(valid_mask(lengths, c.shape[2]), c, 0)
     if residual is not None:
         c = c + residual
-    return c.to(dtype) if keep else None, None if alpha is None else snake(c, alpha.to(c)).to(dtype)
+    snaked = None if alpha is None else snake(c, alpha.to(c)).to(dtype)
+    return c.to(dtype) if keep else None, snaked
 
 
 def conv1d(
@@ -64,7 +78,7 @@ def conv1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Convolution and all that surrounds it in the codec: c = [tanh](conv(x) + bias), zero past lengths, + residual.
+    """A convolution and what surrounds it: c = [tanh](conv(x) + bias), masked, + residual.
 
     Args:
         x: [B, in, T], any float dtype; fast with channels innermost in memory.
@@ -72,14 +86,14 @@ def conv1d(
         bias: [out], of x's dtype or float32.
         alpha: [1, out, 1], of x's dtype or float32: of the Snake that follows.
         residual: [B, out, T'], of x's dtype: added at the end.
-        lengths: int64 [B], valid positions of each item in the output.
+        lengths: int64 [B], valid positions of each item in the output; c is zero past them.
         keep: whether c itself is wanted.
         tf32: float32 may be rounded to TF32 for the products (CUDA).
     Returns:
-        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without `alpha`. Both of x's
-        dtype, with channels innermost in memory.
+        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
+        `alpha`. Both have x's dtype, and channels innermost in memory.
     """
-    with convolutions_in(tf32):
+    with float32_products(tf32):
         c = F.conv1d(x, weight, None, stride, padding, dilation)
     return _finish(c, x.dtype, bias, alpha, residual, lengths, tanh, keep)
 
@@ -96,15 +110,16 @@ def conv_transpose1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Transposed convolution with a kernel of two strides: c = conv_transpose(x) + bias, zero past lengths.
+    """A transposed convolution: c = conv_transpose(x) + bias, zero past lengths.
 
     Args:
-        weight: [in, out, 2 stride], of x's dtype; fast with its input axis innermost.
+        weight: [in, out, 2 stride], of x's dtype; the kernel is two strides long. It is fast with
+            its input axis innermost.
         x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
     Returns:
         c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
     """
-    with convolutions_in(tf32):
+    with float32_products(tf32):
         c = F.conv_transpose1d(x, weight, None, stride, padding)
     return _finish(c, x.dtype, bias, alpha, None, lengths, False, keep)
 
@@ -125,22 +140,26 @@ def residual_unit(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The codec's residual unit (paper, appendix A) from its first Snake on: c = conv1(snake(conv7(snaked))) + x.
+    """The residual unit (paper, appendix A), its first Snake excepted.
+
+    c = conv1(snake(conv7(snaked))) + x, with a dilated convolution of 7 and one of 1.
 
     Args:
         x: [B, C, T].
         snaked: [B, C, T], Snake of x by the unit's first alpha, which the producer of x also made.
         weight1, bias1, alpha1: [C, C, 7], [C] and [1, C, 1].
         weight2, bias2: [C, C, 1] and [C].
-        padding: 3 dilation, or 0: then the result is shorter than x, which is cropped alike on both sides.
+        padding: 3 dilation, or 0. With 0 the result is shorter, and x is cropped on both sides.
         alpha: [1, C, 1], of the Snake that follows.
-        lengths, keep, tf32, dtypes: as for `conv1d`. The Snake in the middle is rounded to x's dtype.
+        lengths, keep, tf32: as for `conv1d`, and so are the dtypes. The Snake in the middle is
+            rounded to x's dtype.
     Returns:
         c and snake(c), as for `conv1d`.
     """
     _, hidden = conv1d(
         snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, tf32=tf32
     )
+    assert hidden is not None
     crop = 3 * dilation - padding
     x = x[..., crop : x.shape[2] - crop]
     return conv1d(
@@ -149,13 +168,13 @@ def residual_unit(
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest codebook entry under cosine distance; the first one where several tie (paper, section 3.2).
+    """The codebook entry of least cosine distance, the first of several (paper, section 3.2).
 
     Args:
         latents: [B, d, F].
         codebook: [K, d].
     Returns:
-        int64 [B, F].
+        indices int64 [B, F].
     """
     rows = F.normalize(latents.transpose(1, 2).reshape(-1, latents.shape[1]))
     entries = F.normalize(codebook)
@@ -175,9 +194,9 @@ def rvq_encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Residual vector quantisation with factorised codes (paper, section 3.2).
 
-    Stage i projects the residual down, picks the nearest entry, projects that entry back up and subtracts it.
-    Gradients pass each search straight through. The residual always loses the full quantised value, also for
-    items whose `counts` leave that stage out of the sum.
+    Stage i projects the residual down, picks the nearest entry, projects that entry back up and
+    subtracts it. Gradients pass each search straight through. The residual always loses the full
+    quantised value, even where an item's `counts` leave that stage out of the sum.
 
     Args:
         z: [B, D, F].
@@ -185,20 +204,22 @@ def rvq_encode(
         codebooks: per stage [K_i, d_i].
         out_weights, out_biases: per stage [D, d_i] and [D].
         counts: int64 [B], codebooks each item keeps (quantizer dropout); None: all of them.
-        lengths: int64 [B], valid frames of each item; None: all of them. Past its length an item's outputs are
-            zero and its losses see nothing.
+        lengths: int64 [B], valid frames of each item; None: all of them. Past its length an item's
+            outputs are zero, and its losses see nothing.
     Returns:
-        quantised z [B, D, F]; codes int64 [B, N, F]; latents [B, sum d_i, F]; commitment loss and codebook loss,
-        scalars: per item the mean squared error over (d, F), mean over the batch, summed over the kept stages.
+        quantised z [B, D, F]; codes int64 [B, N, F]; latents [B, sum d_i, F]; commitment loss and
+        codebook loss, scalars: per item the mean squared error over (d, F), of these the mean over
+        the batch, summed over the kept stages.
     """
     residual = z
     quantised = torch.zeros_like(z)
-    codes, latents = [], []
+    codes: list[Tensor] = []
+    latents: list[Tensor] = []
     commitment = codebook_loss = z.new_zeros(())
     valid = None if lengths is None else valid_mask(lengths, z.shape[2])
 
     def mean_square(error: Tensor) -> Tensor:
-        if valid is None:
+        if valid is None or lengths is None:
             return error.square().mean((1, 2))
         return (error.square() * valid).sum((1, 2)) / (lengths * error.shape[1])
 
@@ -217,10 +238,11 @@ def rvq_encode(
         codes.append(code)
         latents.append(latent)
 
-    codes, latents = torch.stack(codes, dim=1), torch.cat(latents, dim=1)
+    all_codes, all_latents = torch.stack(codes, dim=1), torch.cat(latents, dim=1)
     if valid is not None:
-        quantised, codes, latents = quantised * valid, codes * valid, latents * valid
-    return quantised, codes, latents, commitment, codebook_loss
+        quantised = quantised * valid
+        all_codes, all_latents = all_codes * valid, all_latents * valid
+    return quantised, all_codes, all_latents, commitment, codebook_loss
 
 
 def rvq_decode(
@@ -232,21 +254,20 @@ def rvq_decode(
     """Codes back to the quantised latent: the sum of every stage's projected entry.
 
     Args:
-        codes: int64 [B, N, F]; N may be smaller than the number of codebooks given, the first N are used.
+        codes: int64 [B, N, F]; of more codebooks than N the first N are used.
         codebooks, out_weights, out_biases: per stage [K_i, d_i], [D, d_i] and [D].
     Returns:
         [B, D, F].
     """
-    entries = (
-        F.embedding(codes[:, i], codebooks[i]).transpose(1, 2) for i in range(codes.shape[1])
-    )
-    return sum(
-        F.conv1d(e, out_weights[i].unsqueeze(2), out_biases[i]) for i, e in enumerate(entries)
-    )
+    outputs = []
+    for i in range(codes.shape[1]):
+        entry = F.embedding(codes[:, i], codebooks[i]).transpose(1, 2)
+        outputs.append(F.conv1d(entry, out_weights[i].unsqueeze(2), out_biases[i]))
+    return functools.reduce(torch.add, outputs)
 
 
 def disc_preprocess(x: Tensor) -> Tensor:
-    """What every discriminator does to its input: remove the mean over time, then scale the peak to 0.8.
+    """The discriminators' input: the mean over time removed, then the peak scaled to 0.8.
 
     Args:
         x: [..., T]; each leading index is a signal of its own.
@@ -256,13 +277,25 @@ def disc_preprocess(x: Tensor) -> Tensor:
 
 
 def band_edges(window: int, bands: Sequence[tuple[float, float]] = BANDS) -> list[tuple[int, int]]:
-    """First and one-past-last FFT bin of each band, for a window of that many samples."""
+    """First and one-past-last FFT bin of each band, for a window of that many samples.
+
+    Raises:
+        ValueError: a band is not two numbers.
+    """
+    for band in bands:
+        try:
+            low, high = band
+            numbers = math.isfinite(low) and math.isfinite(high)
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers:
+            raise ValueError(f"a band is {band!r}; accepted: two fractions of the spectrum")
     bins = window // 2 + 1
     return [(int(low * bins), int(high * bins)) for low, high in bands]
 
 
 def minimum_length(samples: int, window: int) -> int:
-    """Samples that a signal of about that length needs for the reflections of `stft_bands` to stay inside it."""
+    """Samples that a signal of about that length needs, so that `stft_bands` can reflect it."""
     hop = window // 4
     return 3 * hop // 2 + -samples % hop + 1
 
@@ -274,13 +307,13 @@ def stft_bands(
     layout: str = "channels_first",
     dtype: torch.dtype | None = None,
 ) -> list[list[Tensor]]:
-    """Complex spectrogram of each window, cut into frequency bands: the multi-resolution discriminator's input.
+    """Complex spectrograms in frequency bands: the multi-resolution discriminator's input.
 
-    Hann windows, hop of a quarter window. Frame t starts at sample `t hop - 3 hop / 2`; there are ceil(T / hop)
-    frames; everything outside the signal is its reflection.
+    Hann windows, hop of a quarter window. Frame t starts at sample `t hop - 3 hop / 2`; there are
+    ceil(T / hop) frames; everything outside the signal is its reflection.
 
     Args:
-        x: [B, T] audio.
+        x: [B, T] audio. No items give empty bands.
         windows: window lengths in samples.
         bands: (low, high) fractions of the spectrum.
         layout: "channels_first" (contiguous) or "channels_last" (strides of torch.channels_last).
@@ -288,7 +321,8 @@ def stft_bands(
     Returns:
         per window, per band: [B, 2, frames, bins], real part then imaginary part.
     Raises:
-        ValueError: the signal is too short for a window's reflection, or the layout is unknown.
+        ValueError: the signal is too short for a window's reflection, the layout is unknown, or a
+            band is not two numbers.
     """
     memory_formats = {
         "channels_first": torch.contiguous_format,
@@ -296,12 +330,17 @@ def stft_bands(
     }
     if layout not in memory_formats:
         raise ValueError(f"layout is {layout!r}; accepted: {', '.join(memory_formats)}")
+    if not x.shape[0]:
+        # FFT libraries refuse an empty batch, so one silent item is transformed in its place.
+        silent = stft_bands(F.pad(x, (0, 0, 0, 1)), windows, bands, layout, dtype)
+        return [[band[:0] for band in spectrum] for spectrum in silent]
     outputs = []
     for window in windows:
         hop, samples = window // 4, x.shape[-1]
         if samples < minimum_length(samples, window):
             raise ValueError(
-                f"{samples} samples are too few for a window of {window}: at least {minimum_length(samples, window)}"
+                f"{samples} samples are too few for a window of {window}: "
+                f"at least {minimum_length(samples, window)}"
             )
         frames = math.ceil(samples / hop)
         padded = F.pad(

@@ -1,6 +1,7 @@
-"""Streams of work: made ahead of time by threads, computed in batches, handed on in order.
+"""Many recordings through the codec: read ahead, computed in common batches, handed on in order.
 
-A stream holds windows (see `chunks`), and anything else besides, which passes through in its place.
+Each recording is a `Job`. Threads take its windows (`read_ahead`), windows of several jobs are
+computed together (`in_batches`), and the job makes its result of what comes out (`results`).
 """
 
 import contextlib
@@ -8,130 +9,219 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from dac_fast.recordings.windows import Window
 
-# Things that a thread of `read_ahead` may have ready.
-_READY = 4
+# Windows that each thread of `read_ahead` may have ready.
+READY = 8
+# What the content or the place of one recording can cause. Anything else is a bug.
+FAULTS = (ValueError, OSError)
+
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+
+class Job(Protocol[ResultOut]):
+    """One recording on its way through the codec."""
+
+    def windows(self) -> Iterator[Window]:
+        """Opens the recording and yields its windows, at least one. Called once, by any thread."""
+
+    def result(self, outputs: Iterator[Tensor]) -> ResultOut:
+        """What becomes of the recording. Called once, unless its first window already failed.
+
+        Args:
+            outputs: of its windows, in order. They raise what went wrong with the recording.
+        """
+
+
+Result = TypeVar("Result")
+# A window of a job, or what its reading ended with; and likewise what came of it.
+Read: TypeAlias = tuple[Job[Result], Window | Exception]
+Computed: TypeAlias = tuple[Job[Result], Tensor | Exception]
+# Begins to compute a batch, and returns what waits for the output of each of its windows.
+Run: TypeAlias = Callable[[list[Window]], Callable[[], list[Tensor]]]
+
+
+def results(
+    jobs: Sequence[Job[Result]], run: Run, batch_seconds: float, threads: int
+) -> Iterator[Result | Exception]:
+    """The result of every job, in order, or the ValueError or OSError that the job caused.
+
+    Args:
+        jobs: work goes fastest where neighbours are about as long as each other.
+        run, batch_seconds: as for `in_batches`.
+        threads: as for `read_ahead`.
+    """
+    return assembled(in_batches(read_ahead(jobs, threads), run, batch_seconds))
+
+
+def assembled(computed: Iterable[Computed[Result]]) -> Iterator[Result | Exception]:
+    """The result of every job, made of the outputs of its windows, as `results` says."""
+    for job, group in itertools.groupby(computed, key=lambda pair: pair[0]):
+        outcome: Result | Exception
+        try:
+            outputs = _raising(content for _, content in group)
+            outcome = job.result(itertools.chain([next(outputs)], outputs))
+        except FAULTS as error:
+            outcome = error
+        yield outcome
+
+
+def _raising(outputs: Iterable[Tensor | Exception]) -> Iterator[Tensor]:
+    for output in outputs:
+        if isinstance(output, Exception):
+            raise output
+        yield output
 
 
 def in_batches(
-    stream: Iterable[tuple[int, object]],
-    run: Callable[[list[Window]], Callable[[], list[Tensor]]],
-    seconds: float,
-) -> Iterator[tuple[int, object]]:
-    """A stream with a result in place of each window.
+    windows: Iterable[Read[Result]], run: Run, batch_seconds: float
+) -> Iterator[Computed[Result]]:
+    """The output of each window, in order; exceptions among the windows pass through.
 
-    A batch is begun before the results of the one before are handed on, so that a GPU has something to do meanwhile.
-    Where a batch raises ValueError, that is the result of its windows.
+    A batch is begun before the outputs of the one before are handed on, so that a GPU has something
+    to do meanwhile. Where beginning raises ValueError, that is the output of the batch's windows.
 
     Args:
-        stream: pairs of a source's number and a window or another thing of that source.
-        run: begins to compute a batch, and returns what waits for the result of each window.
-        seconds: audio of a batch, padding included; a window of more is a batch by itself.
+        windows: of any jobs.
+        run: begins to compute a batch.
+        batch_seconds: audio of a batch, padding included; a longer window is a batch by itself.
     """
-    things, windows, begun = [], [], iter(())
-    for source, thing in stream:
-        if isinstance(thing, Window):
-            if windows and not _fits(windows, thing, seconds):
-                begun, before = _results(things, _begin(run, windows)), begun
-                yield from before
-                things, windows = [], []
-            windows.append(thing)
-        things.append((source, thing))
-    last = _results(things, _begin(run, windows))
-    yield from begun
-    yield from last
+    before: Iterator[Computed[Result]] = iter(())
+    for batch in _batches(windows, batch_seconds):
+        begun = _begin(batch, run)
+        yield from before
+        before = begun
+    yield from before
 
 
-def _begin(run: Callable, windows: list[Window]) -> Callable[[], list]:
-    if not windows:
-        return list
-    try:
-        return run(windows)
-    except ValueError as error:
-        results = [error] * len(windows)
-        return lambda: results
+def _batches(windows: Iterable[Read[Result]], seconds: float) -> Iterator[list[Read[Result]]]:
+    """The stream in pieces, whose windows can be computed at once."""
+    batch: list[Read[Result]] = []
+    inside: list[Window] = []
+    for job, content in windows:
+        if isinstance(content, Window):
+            if inside and not _fits(inside, content, seconds):
+                yield batch
+                batch, inside = [], []
+            inside.append(content)
+        batch.append((job, content))
+    if batch:
+        yield batch
 
 
-def _results(
-    things: list[tuple[int, object]], wait: Callable[[], list[Tensor]]
-) -> Iterator[tuple[int, object]]:
-    """The things of a batch, with results in place of the windows."""
-    results = iter(wait())
-    for source, thing in things:
-        yield source, next(results) if isinstance(thing, Window) else thing
-
-
-def _fits(windows: list[Window], window: Window, seconds: float) -> bool:
+def _fits(inside: list[Window], window: Window, seconds: float) -> bool:
     """Whether a window can join a batch of at most so many seconds."""
-    first = windows[0]
+    first = inside[0]
     if window.codec is not first.codec or window.padded != first.padded:
         return False
-    # codes of another number of codebooks; without padding, another length
+    # The number of codebooks has to be the same and, without padding, the length.
     end = -1 if window.padded else None
     if window.signal.shape[1:end] != first.signal.shape[1:end]:
         return False
-    together = [*windows, window]
-    return sum(len(w.signal) for w in together) * max(w.seconds for w in together) <= seconds
+    together = [*inside, window]
+    return len(together) * max(w.seconds for w in together) <= seconds
 
 
-def read_ahead(
-    sources: Sequence[Callable[[], Iterator]], threads: int
-) -> Iterator[tuple[int, object]]:
-    """Everything that the sources give, source by source, as (its number, thing), made ahead of time by threads.
+def _begin(batch: list[Read[Result]], run: Run) -> Iterator[Computed[Result]]:
+    """Begins to compute a batch at once; its outputs are waited for when they are taken."""
+    windows = [content for _, content in batch if isinstance(content, Window)]
+    if not windows:
+        return _finished(batch, list)
+    try:
+        return _finished(batch, run(windows))
+    except ValueError as error:
+        failed = [error] * len(windows)
+        return _finished(batch, lambda: failed)
 
-    Where a source raises ValueError or OSError, the exception is the last thing of it. Each thread has a few things
-    ready at most. No threads: things are made when they are asked for.
+
+def _finished(
+    batch: list[Read[Result]], wait: Callable[[], Sequence[Tensor | Exception]]
+) -> Iterator[Computed[Result]]:
+    outputs = iter(wait())
+    for job, content in batch:
+        yield job, next(outputs) if isinstance(content, Window) else content
+
+
+def read_ahead(jobs: Sequence[Job[Result]], threads: int) -> Iterator[Read[Result]]:
+    """The windows of all jobs, job by job, made ahead of time by threads.
+
+    Where a job raises ValueError or OSError, the exception comes after its last window. Each thread
+    has `READY` windows ready at most.
+
+    Args:
+        jobs: thread k takes jobs k, k + threads, ….
+        threads: 0: windows are made when they are asked for.
     """
     if not threads:
-        for number, source in enumerate(sources):
-            yield from ((number, thing) for thing in _until_error(source))
+        for job in jobs:
+            for content in _until_fault(job):
+                yield job, content
         return
-    # thread k makes the things of sources k, k + threads, …
-    queues = [queue.Queue(_READY) for _ in range(threads)]
-    end, stopped = object(), threading.Event()
-
-    def give(ready: queue.Queue, thing):
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(thing, timeout=0.1)
-
-    def work(sources, ready: queue.Queue):
-        try:
-            for source in sources:
-                for thing in itertools.chain(_until_error(source), [end]):
-                    give(ready, thing)
-                    if stopped.is_set():
-                        return
-        # a bug: to be raised where it is seen
-        except Exception as error:
-            give(ready, _Failed(error))
-
-    for k, ready in enumerate(queues):
-        threading.Thread(target=work, args=(sources[k::threads], ready), daemon=True).start()
+    stopped = threading.Event()
+    lanes = [_Lane(jobs[first::threads], stopped) for first in range(threads)]
+    for lane in lanes:
+        threading.Thread(target=lane.work, daemon=True).start()
     try:
-        for number in range(len(sources)):
-            while (thing := queues[number % threads].get()) is not end:
-                if isinstance(thing, _Failed):
-                    raise thing.error
-                yield number, thing
+        for number, job in enumerate(jobs):
+            for content in lanes[number % threads].next_job():
+                yield job, content
     finally:
         stopped.set()
 
 
-class _Failed(NamedTuple):
-    """A thread ended with this."""
+def _until_fault(job: Job[Result]) -> Iterator[Window | Exception]:
+    """The windows of a job, then the exception that they ended with, if they did."""
+    try:
+        yield from job.windows()
+    except FAULTS as error:
+        yield error
+
+
+@dataclass(frozen=True)
+class _Bug:
+    """What a thread ended with that is no fault of a recording."""
 
     error: Exception
 
 
-def _until_error(source: Callable[[], Iterator]) -> Iterator:
-    """What the source gives, then the exception that it ended with, if it did."""
-    try:
-        yield from source()
-    except (ValueError, OSError) as error:
-        yield error
+class _Lane:
+    """Jobs whose windows one thread makes, for another to take.
+
+    Args:
+        jobs: in the order in which they are taken.
+        stopped: set when nothing more is going to be taken.
+    """
+
+    def __init__(self, jobs: Sequence[Job[Result]], stopped: threading.Event):
+        self.jobs, self.stopped = jobs, stopped
+        # None: the job's end.
+        self.ready: queue.Queue[Window | Exception | _Bug | None] = queue.Queue(READY)
+
+    def work(self) -> None:
+        """Makes the windows of all jobs; the thread's whole work."""
+        try:
+            for job in self.jobs:
+                for content in itertools.chain(_until_fault(job), [None]):
+                    self._give(content)
+                    if self.stopped.is_set():
+                        return
+        # A bug is raised where the windows are taken, and seen there.
+        except Exception as error:
+            self._give(_Bug(error))
+
+    def _give(self, content: Window | Exception | _Bug | None) -> None:
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.ready.put(content, timeout=0.1)
+
+    def next_job(self) -> Iterator[Window | Exception]:
+        """The windows of the next job, as they come."""
+        while (content := self.ready.get()) is not None:
+            if isinstance(content, _Bug):
+                raise content.error
+            yield content

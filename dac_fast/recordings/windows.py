@@ -1,56 +1,39 @@
-"""Long signals through the codec in chunks, in constant memory.
+"""Long signals through the codec in windows, in constant memory.
 
-`encode` and `decode` give each chunk the context that its edges can see, and drop the context's output: the result
-is that of the whole signal at once (up to float rounding). The published package's own chunk mode is different: there
-the convolutions run without padding on overlapping windows.
+A window is one channel of a chunk, with the context that the chunk's edges can see. The context's
+output is dropped, so the result is that of the whole signal at once (up to float rounding). The
+published package's own chunk mode is different: there the convolutions run without padding on
+overlapping windows.
 
-What is computed at once is a `Window`. Windows depend on nothing but their own signal, so any of them, of whatever
-signals, can share a batch (`encode_batch`, `decode_batch`).
+A window depends on nothing but its own signal, so any windows, of whatever signals, can share a
+batch (`encode_batch`, `decode_batch`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
-
-
-def convolutions(module: nn.Module) -> list:
-    """The convolutions of a module, in the order in which a signal meets them."""
-    return [m for m in module.modules() if isinstance(m, (Conv1d, ConvTranspose1d))]
-
-
-def reach(module: nn.Module) -> int:
-    """Input positions to either side that one output position of an encoder or decoder can depend on."""
-    positions = 0
-    for conv in reversed(convolutions(module)):
-        if isinstance(conv, Conv1d):
-            span = conv.dilation * (conv.kernel_size - 1)
-            positions = positions * conv.stride + max(conv.padding, span - conv.padding)
-        else:
-            positions = -(
-                -(positions + max(conv.padding, conv.kernel_size - 1 - conv.padding)) // conv.stride
-            )
-    return positions
+from dac_fast.ops.upload import upload
 
 
 class Window(NamedTuple):
     """What is encoded or decoded at once.
 
     Attributes:
-        codec: the `DAC` that it is for.
-        signal: samples [C, n], or codes [C, N, f]; channels are independent.
-        begin, end: the frames of it whose output is wanted; the others are context.
-        padded: whether convolutions are padded; False: the published package's chunk mode, all output is wanted.
+        codec: that it is for.
+        signal: samples [1, n], or codes [1, N, f].
+        keep: the frames or samples of its output that are wanted; the others are context.
+        padded: whether convolutions are padded; False: as in the published package's chunk mode.
     """
 
-    codec: nn.Module
+    codec: Codec
     signal: Tensor
-    begin: int = 0
-    end: int = 0
+    keep: slice = slice(None)
     padded: bool = True
 
     @property
@@ -60,145 +43,146 @@ class Window(NamedTuple):
         return self.signal.shape[-1] * hop / self.codec.sample_rate
 
 
-def encode(
-    codec, blocks: Iterable[Tensor], chunk_frames: int, n_quantizers: int | None = None
-) -> Iterator[Tensor]:
-    """Codes [C, N, chunk_frames] of a signal, the last ones fewer, equal to those of the whole signal encoded at once.
+def sample_windows(codec: Codec, blocks: Iterable[Tensor], chunk_frames: int) -> Iterator[Window]:
+    """A signal in windows to encode: of each chunk, those of all its channels.
 
     Args:
-        codec, blocks, chunk_frames: as for `sample_windows`.
-        n_quantizers: use the first that many codebooks; None: all.
-    """
-    return (
-        encode_batch([window], n_quantizers)()[0]
-        for window in sample_windows(codec, blocks, chunk_frames)
-    )
-
-
-def decode(codec, codes: Tensor, chunk_frames: int) -> Iterator[Tensor]:
-    """Audio [C, chunk_frames hop_length] of codes [C, N, F], the last one shorter, equal to that of all at once."""
-    return (decode_batch([window])()[0] for window in code_windows(codec, codes, chunk_frames))
-
-
-def sample_windows(codec, blocks: Iterable[Tensor], chunk_frames: int) -> Iterator[Window]:
-    """A signal in windows to encode.
-
-    Args:
-        codec: the `DAC`.
-        blocks: the signal, piece by piece, each [C, n] for any n.
-        chunk_frames: frames that come out per window.
+        codec: that encodes.
+        blocks: the signal, piece by piece, each [C, n] for any n; at least one.
+        chunk_frames: frames that come out per window, fewer of the last chunk.
     """
     hop = codec.hop_length
     context = -(-reach(codec.encoder) // hop)
-    buffer, first, done = (
-        None,
-        0,
-        0,
-    )  # the samples held, the frame that they begin with, the frames already out
-    for block in chain(blocks, [None]):
-        ended = block is None
-        if not ended:
-            buffer = block if buffer is None else torch.cat([buffer, block], dim=1)
-        if buffer is None:
+    tape = _Tape(blocks)
+    for begin in count(0, chunk_frames):
+        first = max(begin - context, 0)
+        signal = tape.part(first * hop, (begin + chunk_frames + context) * hop)
+        end = min(begin + chunk_frames, first - (-signal.shape[1] // hop))
+        if end <= begin:
             return
-        available = first + (-(-buffer.shape[1] // hop) if ended else buffer.shape[1] // hop)
-        while done < available if ended else done + chunk_frames + context <= available:
-            until = min(done + chunk_frames, available)
-            signal = buffer[:, : (min(until + context, available) - first) * hop]
-            yield Window(codec, signal, done - first, until - first)
-            done = until
-            keep = max(done - context, 0)
-            buffer, first = buffer[:, (keep - first) * hop :], keep
+        for channel in torch.split(signal, 1):
+            yield Window(codec, channel, slice(begin - first, end - first))
 
 
-def code_windows(codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
-    """Codes [C, N, F] in windows to decode, `chunk_frames` frames each."""
-    frames, context = codes.shape[-1], reach(codec.decoder)
+def code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
+    """Codes [C, N, F] in windows to decode, `chunk_frames` frames each, like `sample_windows`."""
+    hop = codec.hop_length
+    frames = codes.shape[-1]
+    context = reach(codec.decoder)
     for begin in range(0, frames, chunk_frames):
         end = min(begin + chunk_frames, frames)
-        first, last = max(begin - context, 0), min(end + context, frames)
-        yield Window(codec, codes[..., first:last], begin - first, end - first)
+        first = max(begin - context, 0)
+        keep = slice((begin - first) * hop, (end - first) * hop)
+        for channel in torch.split(codes[..., first : end + context], 1):
+            yield Window(codec, channel, keep)
+
+
+class _Tape:
+    """A signal that comes in blocks [C, n], and of which a part that moves on is held."""
+
+    def __init__(self, blocks: Iterable[Tensor]):
+        self._blocks = iter(blocks)
+        self._held: list[Tensor] = []
+        # The positions in the signal where what is held begins and ends.
+        self._begin = 0
+        self._end = 0
+
+    def part(self, begin: int, end: int) -> Tensor:
+        """Samples [C, end - begin], fewer at the signal's end; what lies before is dropped."""
+        while self._end < end and (block := next(self._blocks, None)) is not None:
+            self._held.append(block)
+            self._end += block.shape[1]
+        signal = torch.cat(self._held, dim=1)[:, begin - self._begin :]
+        self._held, self._begin = [signal], begin
+        return signal[:, : end - begin]
+
+
+def convolutions(module: nn.Module) -> list[Conv1d | ConvTranspose1d]:
+    """The convolutions of a module, in the order in which a signal meets them."""
+    return [m for m in module.modules() if isinstance(m, (Conv1d, ConvTranspose1d))]
+
+
+def reach(module: nn.Module) -> int:
+    """Input positions to either side that an output position of an encoder or decoder can see."""
+    positions = 0
+    for conv in reversed(convolutions(module)):
+        if isinstance(conv, Conv1d):
+            span = conv.dilation * (conv.kernel_size - 1)
+            positions = positions * conv.stride + max(conv.padding, span - conv.padding)
+        else:
+            margin = max(conv.padding, conv.kernel_size - 1 - conv.padding)
+            positions = -(-(positions + margin) // conv.stride)
+    return positions
 
 
 @torch.inference_mode()
 def encode_batch(
     windows: Sequence[Window], n_quantizers: int | None = None
 ) -> Callable[[], list[Tensor]]:
-    """Begin to encode windows of one codec; of any lengths, where they are padded.
+    """Begins to encode windows of one codec; of any lengths, where they are padded.
 
     Returns:
-        a function that waits for the codes, and returns those [C, N, f] of each window, on the CPU.
+        a function that waits for the codes and returns those [1, N, f] of each window, on the CPU.
     """
-    codec, _, _, _, padded = windows[0]
+    codec, padded = windows[0].codec, windows[0].padded
     samples, lengths = _stacked([window.signal for window in windows], codec)
-    if padded:
-        codes = codec.encode(samples, lengths, n_quantizers).codes
-    else:
-        codes = codec.quantizer(codec.run_encoder(samples, padded=False), n_quantizers)[1]
-    return _later(codes, windows, 1)
+    codes = codec.encode(samples, lengths, n_quantizers, padded).codes
+    return _later(codes, windows)
 
 
 @torch.inference_mode()
 def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
-    """Begin to decode windows of one codec and number of codebooks; of any lengths, where they are padded.
+    """Begins to decode windows of one codec and number of codebooks.
+
+    The windows may be of any lengths, where they are padded.
 
     Returns:
-        a function that waits for the audio, and returns that [C, n] of each window, on the CPU.
+        a function that waits for the audio and returns that [1, n] of each window, on the CPU.
     """
-    codec, _, _, _, padded = windows[0]
+    codec, padded = windows[0].codec, windows[0].padded
     codes, lengths = _stacked([window.signal for window in windows], codec)
-    if padded:
-        audio = codec.decode_codes(codes, lengths)
-    else:
-        audio = codec.run_decoder(codec.quantizer.decode(codes), padded=False)
-    return _later(audio[:, 0], windows, codec.hop_length)
+    audio = codec.decode_codes(codes, lengths, padded)
+    return _later(audio[:, 0], windows)
 
 
-def _stacked(signals: Sequence[Tensor], codec) -> tuple[Tensor, Tensor | None]:
-    """Signals as one batch on the codec's device, and the length of each item, None where they are all the same."""
+def _stacked(signals: Sequence[Tensor], codec: Codec) -> tuple[Tensor, Tensor | None]:
+    """Signals as one batch on the codec's device, and the length of each item; None: one length."""
     parameter = next(codec.parameters())
-    on_gpu = parameter.is_cuda
     # samples [C, n] are items of one channel each
     signals = [signal if signal.dim() == 3 else signal[:, None] for signal in signals]
     lengths = torch.tensor([signal.shape[2] for signal in signals for _ in signal])
     longest = int(lengths.max())
     dtype = parameter.dtype if signals[0].is_floating_point() else signals[0].dtype
-    batch = torch.zeros(len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=on_gpu)
+    batch = torch.zeros(
+        len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda
+    )
     item = 0
     for signal in signals:
         batch[item : item + signal.shape[0], :, : signal.shape[2]] = signal
         item += signal.shape[0]
-    if on_gpu:
-        # on a stream of its own, so that it need not wait for what is being computed
-        stream = torch.cuda.Stream(parameter.device)
-        with torch.cuda.stream(stream):
-            batch = batch.to(parameter.device, non_blocking=True)
-        current = torch.cuda.current_stream(parameter.device)
-        current.wait_stream(stream)
-        batch.record_stream(current)
+    batch = upload(batch, parameter.device)
     return batch, lengths if int(lengths.min()) < longest else None
 
 
-def _later(outputs: Tensor, windows: Sequence[Window], hop: int) -> Callable[[], list[Tensor]]:
-    """A function that returns the wanted part of each window, `hop` positions a frame, once the GPU is done."""
+def _later(outputs: Tensor, windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
+    """A function that returns the wanted part of each window's output, once the GPU is done."""
     finished = None
     if outputs.is_cuda:
         device = outputs.device
         outputs = outputs.to("cpu", non_blocking=True)
         finished = torch.cuda.current_stream(device).record_event()
 
-    def collect():
+    def collect() -> list[Tensor]:
         if finished is not None:
             finished.synchronize()
-        parts = outputs.split([window.signal.shape[0] for window in windows])
-        pairs = zip(parts, windows, strict=True)
-        return [part[..., w.begin * hop : w.end * hop] if w.padded else part for part, w in pairs]
+        pairs = zip(torch.split(outputs, 1), windows, strict=True)
+        return [output[..., window.keep] for output, window in pairs]
 
     return collect
 
 
 def survives_unpadded(module: nn.Module, length: int) -> bool:
-    """Whether every convolution of an encoder or decoder gives something out where none is padded."""
+    """Whether every convolution of an encoder or decoder gives something out, none being padded."""
     for conv in convolutions(module):
         length = conv.output_length(length, padded=False)
         if length <= 0:
@@ -206,15 +190,14 @@ def survives_unpadded(module: nn.Module, length: int) -> bool:
     return True
 
 
-def output_samples(codec, samples: int) -> int:
+def output_samples(codec: Codec, samples: int) -> int:
     """Samples that a window of that many gives back where no convolution is padded."""
-    return codec.decoder.output_length(
-        codec.encoder.output_length(samples, padded=False), padded=False
-    )
+    frames = codec.encoder.output_length(samples, padded=False)
+    return int(codec.decoder.output_length(frames, padded=False))
 
 
-def delay(codec) -> int:
-    """Samples by which the unpadded codec's output lags its input, as the published package counts them."""
+def delay(codec: Codec) -> int:
+    """Samples by which the unpadded codec's output lags, as the published package counts them."""
     shortest = length = output_samples(codec, 0)
     for conv in reversed(convolutions(codec.encoder) + convolutions(codec.decoder)):
         if isinstance(conv, Conv1d):
@@ -224,49 +207,82 @@ def delay(codec) -> int:
     return (length - shortest) // 2
 
 
-def unpadded_sample_windows(codec, blocks: Iterable[Tensor], size: int) -> Iterator[Window]:
-    """A signal in windows to encode, as the published package's chunk mode cuts it; each gives as many frames.
+def unpadded_sample_windows(codec: Codec, blocks: Iterable[Tensor], size: int) -> Iterator[Window]:
+    """A signal in windows to encode, as the published package's chunk mode cuts it.
 
     Args:
-        codec: the `DAC`.
-        blocks: the signal, piece by piece, each [C, n].
-        size: samples per window, a multiple of hop_length and long enough for a frame to come out.
+        codec: that encodes.
+        blocks: the signal, piece by piece, each [C, n]; at least one.
+        size: samples per window, a multiple of hop_length, from which a frame must come out.
     Raises:
         ValueError: the window is too short.
     """
+    _require_long_enough(codec, size)
     step, lead = output_samples(codec, size), delay(codec)
+    tape = _Tape(_between_zeros(blocks, lead, lead + size))
+    # A window starts at every `step` before the signal's end, and the last ones reach beyond it.
+    for begin in count(0, step):
+        ahead = tape.part(begin, begin + 2 * lead + size + 1)
+        if ahead.shape[1] <= 2 * lead + size:
+            return
+        for channel in torch.split(ahead[:, :size], 1):
+            yield Window(codec, channel, padded=False)
 
-    def long_enough(samples):
-        frames = codec.encoder.output_length(samples, padded=False)
-        return survives_unpadded(codec.encoder, samples) and survives_unpadded(
-            codec.decoder, frames
-        )
+
+def _between_zeros(blocks: Iterable[Tensor], before: int, after: int) -> Iterator[Tensor]:
+    """A signal in blocks [C, n], with so many zeros before and after it."""
+    blocks = iter(blocks)
+    first = next(blocks)
+    zeros = first.new_zeros(len(first), 1)
+    yield from chain([zeros.expand(-1, before), first], blocks, [zeros.expand(-1, after)])
+
+
+def _require_long_enough(codec: Codec, size: int) -> None:
+    def long_enough(samples: int) -> bool:
+        frames = int(codec.encoder.output_length(samples, padded=False))
+        encoded = survives_unpadded(codec.encoder, samples)
+        return encoded and survives_unpadded(codec.decoder, frames)
 
     if not long_enough(size):
-        shortest = next(n for n in range(size, 1 << 30, codec.hop_length) if long_enough(n))
+        shortest = next(n for n in count(size, codec.hop_length) if long_enough(n))
         raise ValueError(
             f"chunks of {size / codec.sample_rate:g} s; accepted without padding: "
             f"at least {shortest / codec.sample_rate:g} s"
         )
-    buffer, begin, total = (
-        None,
-        0,
-        0,
-    )  # the samples held, where they begin in the signal, its samples so far
-    for block in chain(blocks, [None]):
-        if block is not None:
-            total += block.shape[1]
-            buffer = torch.cat(
-                [block.new_zeros(block.shape[0], lead) if buffer is None else buffer, block], dim=1
-            )
-        elif buffer is not None:
-            # a window starts at every `step` before the end of the signal; the last ones reach beyond it
-            buffer = nn.functional.pad(buffer, (0, lead + size))
-        while buffer is not None and buffer.shape[1] >= size and begin < total:
-            yield Window(codec, buffer[:, :size], padded=False)
-            buffer, begin = buffer[:, step:], begin + step
 
 
-def unpadded_code_windows(codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
-    """Codes [C, N, F] that were made in the published package's chunk mode, `chunk_frames` at a time."""
-    return (Window(codec, part, padded=False) for part in codes.split(chunk_frames, dim=-1))
+def unpadded_code_windows(
+    codec: Codec, codes: Tensor, chunk_frames: int, most_frames: int
+) -> Iterator[Window]:
+    """Codes [C, N, F], made in the published package's chunk mode, in windows to decode.
+
+    Args:
+        codec: that decodes.
+        codes: of all chunks.
+        chunk_frames: frames of a chunk, fewer of the last one.
+        most_frames: a longer chunk is decoded in windows of so many frames and their context.
+    """
+    hop = codec.hop_length
+    before, after = _seen_unpadded(codec.decoder, hop)
+    for chunk in torch.split(codes, chunk_frames, dim=-1):
+        # The samples of the last frames see beyond the chunk, and are missing: the window before
+        # takes these frames too, which are too few to be decoded alone.
+        starts = range(0, max(chunk.shape[-1] - after, 1), most_frames)
+        for begin in starts:
+            end = None if begin == starts[-1] else begin + most_frames
+            first = max(begin - before, 0)
+            keep = slice((begin - first) * hop, end and (end - first) * hop)
+            for channel in torch.split(chunk[..., first : end and end + after], 1):
+                yield Window(codec, channel, keep, padded=False)
+
+
+def _seen_unpadded(decoder: nn.Module, hop: int) -> tuple[int, int]:
+    """Frames before and after frame f that the samples from f * hop to (f + 1) * hop can see."""
+    first, last = 0, hop - 1
+    for conv in reversed(convolutions(decoder)):
+        if isinstance(conv, Conv1d):
+            last += conv.dilation * (conv.kernel_size - 1)
+        else:
+            first = -((conv.kernel_size - 1 - first) // conv.stride)
+            last = last // conv.stride
+    return -first, last

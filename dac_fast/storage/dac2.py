@@ -30,12 +30,13 @@ zeros, is refused, so that files of equal content are equal. (A dac1 file has ma
 depends on the versions of numpy and Python, and each of them is read.)
 """
 
+import io
 import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -180,20 +181,27 @@ class DACFile:
         bits = self.bits_per_code
         return None if bits is None else self.codes.numel() * bits / self.duration
 
-    def save(self, path: str | os.PathLike[str], format: str = "dac2") -> None:
+    def save(
+        self, path: str | os.PathLike[str], format: str = "dac2", replace: bool = True
+    ) -> None:
         """Writes the file, complete or not at all.
 
         Args:
             path: written as it is; the published package expects the suffix .dac.
             format: "dac2" (ours) or "dac1" (the published package's, which has no room for the
                 gains, the codebook size and the model's name and rates).
+            replace: as of `dac_fast.files.atomic_path`.
         Raises:
             DACFileError: the format lacks what this file has, or needs what it lacks.
             OutputError: the file cannot be written there.
         """
+        write_bytes(path, self.to_bytes(format), replace)
+
+    def to_bytes(self, format: str = "dac2") -> bytes:
+        """What `save` writes; raises DACFileError as it does."""
         if format not in FORMATS:
             raise DACFileError(f"format is {format!r}; accepted: {', '.join(FORMATS)}")
-        write_bytes(path, self._to_dac1() if format == "dac1" else self._to_dac2())
+        return self._to_dac1() if format == "dac1" else self._to_dac2()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DACFile":
@@ -208,18 +216,34 @@ class DACFile:
             )
         try:
             with open(path, "rb") as file:
-                # The rest is read only if a file of that size can be one.
-                head, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
-                if head.startswith(MAGIC):
-                    header = _Header.of(head, size)
-                    return _from_dac2(header, head + file.read())
-                if head.startswith(dac1.MAGIC):
-                    if size > 2 * MOST_CODES:
-                        raise DACFileError(f"{size} bytes; accepted: up to {2 * MOST_CODES}")
-                    return cls(**dac1.loads(head + file.read()))
-            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+                return cls._read(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
             raise DACFileError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "DACFile":
+        """Reads what `to_bytes` gives, of either format; nothing in it is ever executed.
+
+        Raises:
+            DACFileError: not a .dac file, damaged, or of a version that is not known here.
+        """
+        try:
+            return cls._read(io.BytesIO(data), len(data))
+        except ValueError as error:
+            raise DACFileError(str(error)) from error
+
+    @classmethod
+    def _read(cls, file: BinaryIO, size: int) -> "DACFile":
+        """Reads a file of that many bytes; its content only if a file of that size can be one."""
+        head = file.read(HEADER.size)
+        if head.startswith(MAGIC):
+            header = _Header.of(head, size)
+            return _from_dac2(header, head + file.read())
+        if not head.startswith(dac1.MAGIC):
+            raise DACFileError("not a .dac file: it starts with neither format's magic bytes")
+        if size > 2 * MOST_CODES:
+            raise DACFileError(f"{size} bytes; accepted: up to {2 * MOST_CODES}")
+        return cls(**dac1.loads(head + file.read()))
 
     def _to_dac1(self) -> bytes:
         return dac1.dumps(
@@ -233,7 +257,9 @@ class DACFile:
         )
 
     def _to_dac2(self) -> bytes:
-        size, model_rate, hop = self.codebook_size, self.model_sample_rate, self.hop_length
+        size = self.codebook_size
+        model_rate = self.model_sample_rate
+        hop = self.hop_length
         if size is None or model_rate is None or hop is None:
             missing = next(name for name in MODEL_NUMBERS if getattr(self, name) is None)
             raise DACFileError(

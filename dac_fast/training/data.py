@@ -1,25 +1,31 @@
-"""Excerpts of audio files in batches: balanced over domains, reproducible, whatever the number of workers.
+"""Excerpts of audio files in batches: balanced over domains and reproducible.
 
-Item i of a run is a function of the seed and i alone: which file, where in it, how it is augmented. A run that goes on
-at step s goes on with item s * batch_size, and processes take consecutive parts of each batch.
+The seed and the number i of an item alone decide its file, its place in the file and how it is
+augmented. A run that goes on at step s goes on with item s * batch_size, and the processes of a run
+take consecutive parts of each batch. The number of workers changes nothing.
 """
 
 import functools
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypedDict, final
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.resample import resampled
+from dac_fast.audio.sources import AudioFile
+from dac_fast.ops.upload import upload
 from dac_fast.training.recipe import DataConfig
-from dac_fast.training.split import AudioFile, DataError
+from dac_fast.training.split import DataError
 
-SALIENT_TRIES = 8  # as published
+# As published.
+SALIENT_TRIES = 8
 FILE_TRIES = 20
 
 
@@ -27,21 +33,42 @@ class UnreadableError(ValueError):
     """An excerpt that cannot be read from its file."""
 
 
-class Excerpts(Dataset):
-    """Item i: {"audio": float32 tensor [1, T], "unreadable": {path: reason} of files that were tried before}.
+@final
+class Batch(TypedDict):
+    """One excerpt, or a batch of them.
 
-    Where nothing could be read it is {"error": why}: an exception would come out of a worker with its traceback.
+    Keys:
+        audio: float32 [1, T]; of a batch [B, 1, T].
+        unreadable: why files that were drawn before could not be read, by their paths.
+    """
+
+    audio: Tensor
+    unreadable: dict[str, str]
+
+
+@final
+class Failure(TypedDict):
+    """An excerpt that could not be had, and why.
+
+    This is a value, since an exception would come out of a worker with its traceback.
+    """
+
+    error: str
+
+
+class Excerpts(Dataset[Batch | Failure]):
+    """Excerpts by their number.
 
     Within a domain, every file is drawn once before any is drawn again.
 
     Args:
         files: to draw from.
         config: how to draw and augment.
-        sample_rate: of the excerpts, in Hz; files of other rates are resampled, channels are averaged.
-        batch_size: items per step over all processes, which decides where the full-band items come.
-        seed: of all that is random.
+        sample_rate: of the excerpts, in Hz; files of other rates are resampled, channels averaged.
+        batch_size: items per step over all processes; it decides where the full-band items come.
+        seed: of everything random.
         seconds: length of an excerpt; None: the configuration's.
-        phase_shift: overrides the configuration's where it is False.
+        phase_shift: False: never shift phases, whatever the configuration says.
     """
 
     def __init__(
@@ -53,16 +80,14 @@ class Excerpts(Dataset):
         seed: int,
         seconds: float | None = None,
         phase_shift: bool = True,
-    ):
-        self.config, self.sample_rate, self.batch_size, self.seed = (
-            config,
-            sample_rate,
-            batch_size,
-            seed,
-        )
+    ) -> None:
+        self.config = config
+        self.sample_rate = sample_rate
+        self.batch_size = batch_size
+        self.seed = seed
         self.samples = int((seconds or config.seconds) * sample_rate)
         self.phase_shift = phase_shift and config.phase_shift
-        domains = defaultdict(list)
+        domains: defaultdict[str, list[AudioFile]] = defaultdict(list)
         for file in files:
             domains[file.domain if config.balanced else ""].append(file)
         self.domains = [domains[name] for name in sorted(domains)]
@@ -70,8 +95,8 @@ class Excerpts(Dataset):
             [file for file in pool if file.full_band and config.balanced] for pool in self.domains
         ]
 
-    def __getitem__(self, i: int) -> dict:
-        unreadable = {}
+    def __getitem__(self, i: int) -> Batch | Failure:
+        unreadable: dict[str, str] = {}
         for attempt in range(FILE_TRIES):
             random = np.random.default_rng([self.seed, i, attempt])
             pool, file = self._choose(i)
@@ -88,7 +113,7 @@ class Excerpts(Dataset):
         }
 
     def _choose(self, i: int) -> tuple[list[AudioFile], AudioFile]:
-        """The pool that item i is drawn from, and its file."""
+        """The files that item i is drawn from, and the one that is drawn."""
         step, position = divmod(i, self.batch_size)
         domain = i % len(self.domains)
         if position == self._full_band_position(step):
@@ -98,7 +123,7 @@ class Excerpts(Dataset):
         return pool, self._drawn(pool, i // len(self.domains), stream=domain)
 
     def _full_band_position(self, step: int) -> int | None:
-        """The first place in a batch whose domain has full-band files; None where nothing is full band."""
+        """The first place in a batch whose domain has full-band files; None: there are none."""
         first = step * self.batch_size
         for position in range(min(self.batch_size, len(self.domains))):
             if self.full_band[(first + position) % len(self.domains)]:
@@ -106,9 +131,9 @@ class Excerpts(Dataset):
         return 0 if any(self.full_band) else None
 
     def _drawn(self, pool: list[AudioFile], number: int, stream: int) -> AudioFile:
-        """The `number`th draw from a pool that is shuffled anew each time it is used up."""
+        """The `number`th draw from a pool, which is shuffled anew each time it is used up."""
         epoch, place = divmod(number, len(pool))
-        return pool[_shuffled(self.seed, stream, epoch, len(pool))[place]]
+        return pool[int(_shuffled(self.seed, stream, epoch, len(pool))[place])]
 
     def _excerpt(self, file: AudioFile, random: np.random.Generator) -> np.ndarray:
         """A random excerpt, augmented: float32 [T]."""
@@ -137,11 +162,12 @@ def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
 def read_excerpt(
     path: str, samples: int, sample_rate: int, random: np.random.Generator
 ) -> np.ndarray:
-    """An excerpt from a random place of a file, mono: float32 [samples], with zeros after a file that is shorter.
+    """An excerpt from a random place of a file, mono: float32 [samples], zero-padded at its end.
 
     Raises:
-        UnreadableError: the file cannot be opened, read, or has samples that are not finite.
+        UnreadableError: the file cannot be opened or read, or has samples that are not finite.
     """
+    # Where training's other parts are tested, soundfile may be missing.
     import soundfile
 
     try:
@@ -155,48 +181,58 @@ def read_excerpt(
         raise UnreadableError("no samples where the file should have some")
     if not np.isfinite(block).all():
         raise UnreadableError("samples that are not finite")
-    audio = np.concatenate(list(resampled([block.mean(axis=1)[None]], rate, sample_rate)), axis=1)[
-        0, :samples
-    ]
+    mono = block.mean(axis=1)[None]
+    audio = np.concatenate(list(resampled([mono], rate, sample_rate)), axis=1)[0, :samples]
     return np.pad(audio, (0, samples - len(audio)))
 
 
 def shift_phase(audio: np.ndarray, angle: float) -> np.ndarray:
-    """Float32 [T] with the phase of every frequency turned by `angle`, in radians."""
+    """Audio, float32 [T], with the phase of every frequency turned by `angle`, in radians."""
     spectrum = np.fft.rfft(audio)
-    # Constant and Nyquist frequency are real and have no phase to turn.
+    # The constant and the Nyquist frequency are real: they have no phase to turn.
     spectrum[1 : (len(audio) + 1) // 2] *= np.exp(1j * angle)
     return np.fft.irfft(spectrum, len(audio)).astype(np.float32)
 
 
 class Batches:
-    """The item numbers of one process's part of every batch, for the steps of a range."""
-
-    def __init__(self, steps: range, batch_size: int, rank: int = 0, processes: int = 1):
-        self.steps, self.batch_size, self.rank, self.processes = steps, batch_size, rank, processes
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[range]:
-        part = self.batch_size // self.processes
-        for step in self.steps:
-            first = step * self.batch_size + self.rank * part
-            yield range(first, first + part)
-
-
-def loader(excerpts: Excerpts, batches, workers: int, pin_memory: bool = False) -> Iterator[dict]:
-    """Yields batches in order: {"audio": float32 [B, 1, T], "unreadable": {path: reason}}.
+    """The item numbers of one process's part of every batch.
 
     Args:
-        excerpts: where items come from.
+        steps: the batches, one per step.
+        batch_size: items of all processes.
+        rank: number of this process, from 0.
+        processes: how many there are.
+    """
+
+    def __init__(self, steps: range, batch_size: int, rank: int = 0, processes: int = 1) -> None:
+        self.steps = steps
+        self.batch_size = batch_size
+        self.rank = rank
+        self.part = batch_size // processes
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = step * self.batch_size + self.rank * self.part
+            yield list(range(first, first + self.part))
+
+
+def loader(
+    excerpts: Excerpts, batches: Iterable[list[int]], workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yields batches in order.
+
+    Args:
+        excerpts: the items.
         batches: the item numbers of each batch.
-        workers: processes that read; 0: this one.
-        pin_memory: for copies to a GPU that nothing waits for.
+        workers: processes that read; 0: this process reads.
+        pin_memory: put audio where a GPU can copy it from without anybody waiting.
     Raises:
         DataError: too many files in a row cannot be read.
     """
-    batches = DataLoader(
+    loaded = DataLoader(
         excerpts,
         batch_sampler=batches,
         num_workers=workers,
@@ -205,38 +241,32 @@ def loader(excerpts: Excerpts, batches, workers: int, pin_memory: bool = False) 
         prefetch_factor=4 if workers else None,
         worker_init_fn=_prepare_worker,
     )
-    for batch in batches:
+    for batch in loaded:
         if "error" in batch:
             raise DataError(batch["error"])
         yield batch
 
 
-def moved(batches: Iterator[dict], device: torch.device) -> Iterator[dict]:
-    """The batches of a `loader` with their audio on the device; a GPU copies it while it still runs the last step."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream = torch.cuda.Stream(device)
+def moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with their audio on the device; a GPU copies it while it still runs a step."""
     for batch in batches:
-        with torch.cuda.stream(stream):
-            audio = batch["audio"].to(device, non_blocking=True)
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        # Allocated for the other stream, it must not be given away while this one uses it.
-        audio.record_stream(current)
-        yield {**batch, "audio": audio}
+        yield {"audio": upload(batch["audio"], device), "unreadable": batch["unreadable"]}
 
 
-def _collated(items: list[dict]) -> dict:
+def _collated(items: list[Batch | Failure]) -> Batch | Failure:
+    audio: list[Tensor] = []
+    unreadable: dict[str, str] = {}
     for item in items:
         if "error" in item:
             return item
-    unreadable = {path: reason for item in items for path, reason in item["unreadable"].items()}
-    return {"audio": torch.stack([item["audio"] for item in items]), "unreadable": unreadable}
+        audio.append(item["audio"])
+        unreadable |= item["unreadable"]
+    return {"audio": torch.stack(audio), "unreadable": unreadable}
 
 
-def _prepare_worker(_):
+def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Sent to all processes of a run, these are for the one that trains: it still needs its workers to finish the step.
+    # These signals reach all processes of a run, but are meant for the one that trains: it still
+    # needs its workers to finish the step.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,23 +1,61 @@
-"""What there is to train on: the readable files of every source, and the part of them that is held out."""
+"""What there is to train on: readable files of every source, and those held out for validation."""
 
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dac_fast.audio.reading import AudioError, Recording
 from dac_fast.audio.sources import AudioFile, SourceError, audio_files
+from dac_fast.training.recipe import DataConfig, Sources
 
 
 class DataError(ValueError):
-    """Nothing to train on; one line that says where."""
+    """There is nothing to train on; one line that says where."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a run.
+
+    Attributes:
+        training, validation: the files to train and validate on.
+        unreadable: why the others cannot be read, by their paths.
+    """
+
+    training: list[AudioFile]
+    validation: list[AudioFile]
+    unreadable: dict[str, str]
+
+
+def split_files(data: DataConfig, sample_rate: int) -> Split:
+    """The files of a recipe's data, for a model of that sample rate in Hz.
+
+    Raises:
+        DataError: a source is missing, a manifest is damaged, or no file is left to train on.
+    """
+    assert data.train is not None
+    files, unreadable = find_files(data.train, sample_rate, data.full_band)
+    if data.validation is None:
+        return Split(files, [], unreadable)
+    if isinstance(data.validation, float):
+        return Split(*hold_out(files, data.validation), unreadable)
+    held, more = find_files(data.validation, sample_rate, data.full_band, "data.validation")
+    paths = {os.path.realpath(file.path) for file in held}
+    files = [file for file in files if os.path.realpath(file.path) not in paths]
+    if not files:
+        raise DataError("data.train: all of its files are those of data.validation")
+    return Split(files, held, unreadable | more)
 
 
 def find_files(
-    sources, sample_rate: int, full_band: Sequence[str] | None = None, key: str = "data.train"
+    sources: Sources | os.PathLike[str],
+    sample_rate: int,
+    full_band: Sequence[str] | None = None,
+    key: str = "data.train",
 ) -> tuple[list[AudioFile], dict[str, str]]:
-    """All readable audio files of the sources, in an order that depends on nothing but their names.
+    """All readable audio files of the sources, in an order that depends on their names alone.
 
     Where a manifest gives "seconds" and "rate", the file is not opened before it is drawn.
 
@@ -27,86 +65,71 @@ def find_files(
         full_band: see `DataConfig.full_band`.
         key: of the recipe, for messages.
     Returns:
-        the files, and why each unreadable one is not among them.
+        the files, and why the other ones cannot be read, by their paths.
     Raises:
         DataError: a source is missing, a manifest is damaged, or no file is left.
     """
     try:
-        files = [
-            file for domain, path in _listed(sources, key) for file in audio_files(path, domain)
-        ]
+        files = [file for domain, path in _listed(sources) for file in audio_files(path, domain)]
     except SourceError as error:
         raise DataError(f"{key}: {error}") from error
     with ThreadPoolExecutor(8) as pool:
         probed = list(pool.map(_probed, files))
-    unreadable = {
-        file.path: result
-        for file, result in zip(files, probed, strict=True)
-        if isinstance(result, str)
-    }
-    readable = [result for result in probed if not isinstance(result, str)]
+    readable = [_with_band(file, sample_rate, full_band) for file, reason in probed if not reason]
+    unreadable = {file.path: reason for file, reason in probed if reason}
     if not readable:
         path, reason = next(iter(unreadable.items()))
         raise DataError(
             f"{key}: none of {len(files)} files can be read, for example {path}: {reason}"
         )
-    return [_with_band(file, sample_rate, full_band) for file in readable], unreadable
+    return readable, unreadable
 
 
 def hold_out(files: list[AudioFile], share: float) -> tuple[list[AudioFile], list[AudioFile]]:
     """Splits files into training and validation, by whole packages, the same way every time.
 
-    Of each domain the smallest packages are held out, until they make up `share` of its seconds; its last one is
-    always left for training.
+    Of each domain the smallest packages are held out until they make up `share` of its seconds. Its
+    last package is always left for training.
     """
-    sizes = defaultdict(lambda: defaultdict(float))
+    domains: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for file in files:
-        sizes[file.domain][file.package] += file.seconds
+        domains[file.domain][file.package] += file.seconds
     held = set()
-    for domain, packages in sizes.items():
-        missing = share * sum(packages.values())
-        for package in sorted(packages, key=lambda p: (packages[p], p))[:-1]:
+    for domain, seconds in domains.items():
+        missing = share * sum(seconds.values())
+        for package in sorted(seconds, key=lambda p: (seconds[p], p))[:-1]:
             if missing <= 0:
                 break
             held.add((domain, package))
-            missing -= packages[package]
+            missing -= seconds[package]
     training = [file for file in files if (file.domain, file.package) not in held]
     return training, [file for file in files if (file.domain, file.package) in held]
 
 
-def _listed(sources, key: str) -> list[tuple[str, str]]:
+def _listed(sources: Sources | os.PathLike[str], domain: str = "") -> list[tuple[str, str]]:
     """(domain or "", path) of every source."""
-    if isinstance(sources, (str, os.PathLike)):
-        return [("", os.fspath(sources))]
-    if isinstance(sources, (list, tuple)):
-        return [pair for source in sources for pair in _listed(source, key)]
     if isinstance(sources, dict):
-        return [
-            (str(domain), path)
-            for domain, value in sources.items()
-            for _, path in _listed(value, key)
-        ]
-    raise DataError(
-        f"{key} is {sources!r}; accepted: a folder or manifest, a list of these, or domains and these"
-    )
+        return [pair for name, value in sources.items() for pair in _listed(value, name)]
+    if isinstance(sources, list):
+        return [(domain, source) for source in sources]
+    return [(domain, os.fspath(sources))]
 
 
-def _probed(file: AudioFile) -> AudioFile | str:
-    """The file with its length and rate, or why it cannot be read."""
+def _probed(file: AudioFile) -> tuple[AudioFile, str]:
+    """The file with its length and rate, and why it cannot be read, or ""."""
     if file.seconds and file.rate:
-        return file if os.path.isfile(file.path) else "no such file"
+        return file, "" if os.path.isfile(file.path) else "no such file"
     try:
         recording = Recording(file.path)
     except (AudioError, OSError) as error:
-        return str(error).removeprefix(f"{file.path}: ")
-    return replace(
-        file, seconds=recording.frames / recording.sample_rate, rate=recording.sample_rate
-    )
+        return file, str(error).removeprefix(f"{file.path}: ")
+    rate = recording.sample_rate
+    return replace(file, seconds=recording.frames / rate, rate=rate), ""
 
 
 def _with_band(file: AudioFile, sample_rate: int, full_band: Sequence[str] | None) -> AudioFile:
+    """The file with `full_band` known; see `DataConfig.full_band`."""
     if file.full_band is not None:
         return file
-    return replace(
-        file, full_band=file.rate >= sample_rate if full_band is None else file.domain in full_band
-    )
+    known = file.rate >= sample_rate if full_band is None else file.domain in full_band
+    return replace(file, full_band=known)

@@ -1,8 +1,10 @@
-"""The files of a run that let it go on: checkpoints written whole or not at all, the newest found again."""
+"""Checkpoints of a run: written whole or not at all, and the newest readable one found again."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,24 +13,33 @@ from dac_fast.training.recipe import Recipe
 
 
 class StateError(ValueError):
-    """A training checkpoint that cannot be read, or that belongs to another architecture; one line."""
+    """A training checkpoint is not readable, or of another architecture; one line."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, the oldest first."""
-    found = [
-        (int(m[1]), path)
-        for path in folder.glob("step_*.pt")
-        if (m := re.fullmatch(r"step_(\d+)", path.stem))
-    ]
+    steps = {path: re.fullmatch(r"step_(\d+)", path.stem) for path in folder.glob("step_*.pt")}
+    found = [(int(match[1]), path) for path, match in steps.items() if match]
     return [path for _, path in sorted(found)]
 
 
 def save(
-    folder: Path, step: int, recipe: Recipe, state: dict, keep_last: int, keep_steps=()
-) -> Path:
-    """Writes the checkpoint after `step` steps, then removes those that are too old.
+    folder: Path,
+    step: int,
+    recipe: Recipe,
+    state: dict[str, Any],
+    keep_last: int,
+    keep_steps: Sequence[int] = (),
+) -> None:
+    """Writes the checkpoint after `step` steps, then removes old ones.
 
+    Args:
+        folder: of the run.
+        step: steps done.
+        recipe: of the run.
+        state: what else the checkpoint holds, beside these.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_steps: steps whose checkpoints are kept besides.
     Raises:
         OSError: it cannot be written; all earlier checkpoints are still there.
     """
@@ -44,39 +55,41 @@ def save(
     for old in checkpoints(folder)[:-keep_last]:
         if old.name not in kept:
             old.unlink(missing_ok=True)
-    return path
 
 
-def load_newest(folder: Path, recipe: Recipe) -> tuple[dict, list[str]] | None:
-    """The newest checkpoint of a run that can be read, and a line on each newer one that cannot; None: no checkpoint.
+def load_newest(folder: Path, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint of a run that can be read.
 
+    Returns:
+        its content (None where the run has no checkpoint), and a line on each newer one that cannot
+        be read.
     Raises:
-        StateError: none of them can be read, or it is of another model or discriminator than the recipe's.
+        StateError: there are checkpoints, but none can be read; or the newest that can is of
+            another model or discriminator than the recipe's.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        # What torch.load raises on damaged files is of many types.
+        # On a damaged file torch.load raises exceptions of many types.
         except Exception as error:
-            damaged.append(
-                f"{path}: not a readable checkpoint: {(str(error).splitlines() or [''])[0]}"
-            )
+            reason = (str(error).splitlines() or [""])[0]
+            damaged.append(f"{path}: not a readable checkpoint: {reason}")
             continue
         _require_same_architecture(path, content["recipe"], recipe.to_dict())
         return content, damaged
     if damaged:
         raise StateError(damaged[0])
-    return None
+    return None, []
 
 
-def remove_leftovers(folder: Path):
-    """Removes what a killed run left half-written."""
+def remove_leftovers(folder: Path) -> None:
+    """Removes the half-written files of a killed run."""
     for path in [*folder.glob(".step_*.pt"), *folder.glob(".*.safetensors")]:
         os.unlink(path)
 
 
-def _require_same_architecture(path: Path, theirs: dict, ours: dict):
+def _require_same_architecture(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for part in ("model", "discriminator"):
         for key in sorted(theirs[part].keys() | ours[part].keys()):
             old, new = theirs[part].get(key), ours[part].get(key)

@@ -1,11 +1,14 @@
-"""One training step: first the discriminator's update, then the generator's (paper, sections 3.4 and 3.5).
+"""A training step: the discriminator's update, then the generator's (paper, sections 3.4, 3.5).
 
-Nothing here waits for the GPU: losses stay tensors, and a step whose gradients are not finite is skipped on the device.
+Nothing here waits for the GPU: losses stay tensors, and a step whose gradients are not finite is
+skipped on the device.
 """
 
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,12 +17,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dac_fast.codec import DAC
 from dac_fast.discriminators import Discriminator
-from dac_fast.losses import GANLoss, L1Loss, MelSpectrogramLoss, MultiScaleSTFTLoss
+from dac_fast.losses import (
+    L1Loss,
+    MelSpectrogramLoss,
+    MultiScaleSTFTLoss,
+    discriminator_loss,
+    feature_matching,
+    generator_loss,
+    halves,
+    total,
+)
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, weights_kept
 from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import full_precision
-from dac_fast.training.recipe import OptimizerConfig, Recipe, RecipeError
+from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
 
 
 class TrainingStep:
@@ -28,40 +40,50 @@ class TrainingStep:
     Args:
         recipe: what to train and how.
         device: to train on.
-        precision: "fp32", or "bf16": autocast in the networks; losses and the quantizer stay in float32.
+        precision: "fp32", or "bf16": autocast in the networks; losses and the quantizer stay in
+            float32.
 
     Attributes:
-        codec, discriminator: the networks (discriminator: None where its losses have no weight).
+        codec, discriminator: the networks; no discriminator (None) where its losses have no weight.
         ema: moving average of the codec, or None.
-        skipped: int64 scalars: "total" steps skipped for gradients that were not finite, and the "longest" row of them.
-        code_counts: int64 [N, K], how often each code was used since somebody zeroed it.
-        mark: called with the name of each part of the step as it begins; does nothing, for a clock to be put there.
+        optimizers: of the "generator" and the "discriminator".
+        weights: of the generator's losses.
+        skipped: int64 scalars: "total" steps skipped for gradients that were not finite, the
+            current "row" of them and the "longest".
+        code_counts: int64 [N, K], uses of each code since somebody zeroed it.
+        mark: called with the name of each part of the step as it begins; for a clock.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, precision: str = "fp32"):
-        self.recipe, self.device, self.precision = recipe, device, precision
-        losses, model = recipe.losses, recipe.model
+    def __init__(self, recipe: Recipe, device: torch.device, precision: str = "fp32") -> None:
+        self.recipe = recipe
+        self.device = device
+        self.precision = precision
+        model = recipe.model
         torch.manual_seed(recipe.trainer.seed)
         self.codec = DAC(**vars(model)).to(device)
-        self.discriminator = None
-        if losses.adversarial or losses.feature:
+        self.discriminator: Discriminator | None = None
+        if recipe.losses.adversarial or recipe.losses.feature:
             self.discriminator = Discriminator(
                 **vars(recipe.discriminator), sample_rate=model.sample_rate
             ).to(device)
-        self.ema = (
-            copy.deepcopy(self.codec).requires_grad_(False).eval() if recipe.trainer.ema else None
-        )
+        self.ema: DAC | None = None
+        if recipe.trainer.ema:
+            self.ema = copy.deepcopy(self.codec).requires_grad_(False).eval()
+        self.networks: dict[str, nn.Module] = {"generator": self.codec}
+        if self.discriminator:
+            self.networks["discriminator"] = self.discriminator
         if device.type == "cuda":
-            for network in filter(None, (self.codec, self.discriminator)):
+            for network in self.networks.values():
                 set_channels_last(network)
         for module in self.codec.modules():
-            # The blocks of encoder and decoder, not what they are made of.
+            # The blocks of encoder and decoder, not their subclasses, which are parts of blocks.
             if type(module) is Block:
                 module.checkpointed = recipe.trainer.gradient_checkpointing
 
+        self.weights = loss_weights(recipe.losses)
         self.mel_loss = MelSpectrogramLoss(
-            losses.mel_bins,
-            losses.mel_windows,
+            recipe.losses.mel_bins,
+            recipe.losses.mel_windows,
             pow=1.0,
             mag_weight=0.0,
             sample_rate=model.sample_rate,
@@ -69,33 +91,35 @@ class TrainingStep:
         self.stft_loss = MultiScaleSTFTLoss().to(device)
         self.waveform_loss = L1Loss()
 
-        # What is called in the forward pass: the same networks, their gradients averaged over processes.
-        self._codec, self._discriminator = self.codec, self.discriminator
+        # The networks to call in a forward pass whose gradients are averaged over processes.
+        self.averaged = self.networks
         if dist.is_initialized():
-            self._codec = distributed(self.codec)
-            self._discriminator = self.discriminator and distributed(self.discriminator)
+            self.averaged = {name: distributed(n) for name, n in self.networks.items()}
         graphed = recipe.trainer.cuda_graph
         if graphed and (device.type != "cuda" or dist.is_initialized()):
             raise RecipeError(
-                f"trainer.cuda_graph is true on {device}; accepted: on one CUDA device, in one process"
+                f"trainer.cuda_graph is true on {device}; "
+                "accepted: on one CUDA device, in one process"
             )
-        self.optimizers = {"generator": adamw(self.codec, recipe.optimizer, graphed)}
-        if self.discriminator:
-            self.optimizers["discriminator"] = adamw(self.discriminator, recipe.optimizer, graphed)
-        self._graphed = GraphedStep(self.update_networks) if graphed else None
-        self.skipped = {
-            name: torch.zeros((), dtype=torch.int64, device=device)
-            for name in ("total", "row", "longest")
+        self.optimizers = {
+            name: adamw(network, recipe.optimizer, graphed)
+            for name, network in self.networks.items()
         }
-        self.code_counts = torch.zeros(
-            model.n_codebooks, model.codebook_size, dtype=torch.int64, device=device
-        )
-        self.mark = lambda part: None
+        self._graphed = GraphedStep(self.update_networks) if graphed else None
+
+        names = ("total", "row", "longest")
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = {name: zero.clone() for name in names}
+        self.code_counts = zero.repeat(model.n_codebooks, model.codebook_size)
+        self.mark: Callable[[str], None] = lambda part: None
 
     def __call__(self, audio: Tensor, step: int) -> dict[str, Tensor]:
-        """Step number `step` (from 0) on audio [B, 1, T]: every loss before its weight, and the gradient norms.
+        """Step number `step` (from 0): every loss before its weight, and the gradient norms.
 
-        With `trainer.cuda_graph` the tensors are the same in every step, and their values those of the last.
+        With `trainer.cuda_graph` every step returns the same tensors, with new values.
+
+        Args:
+            audio: [B, 1, T].
         """
         self.codec.train()
         self.set_learning_rate(step)
@@ -103,100 +127,79 @@ class TrainingStep:
             return self.update_networks(audio, warming_up=True)
         values = (self._graphed or self.update_networks)(audio)
         if self.ema:
-            self.update_ema(step)
+            self.update_ema(self.ema, step)
         return values
 
     def update_networks(self, audio: Tensor, warming_up: bool = False) -> dict[str, Tensor]:
-        """The whole step, but for what changes with its number; warming up, of the discriminator only."""
+        """All of a step that does not depend on its number; warming up: without the generator."""
+        values: dict[str, Tensor] = {}
         self.mark("generator forward")
-        with self.autocast(), torch.no_grad() if warming_up else contextlib.nullcontext():
-            out = self._codec(audio)
+        with self.autocast(), torch.set_grad_enabled(not warming_up):
+            out = self.averaged["generator"](audio)
+        restored = full_precision(out["audio"])
 
-        values, fake, real = {}, None, None
         if self.discriminator:
+            # Each signal is analysed once, for the updates of both networks.
             self.mark("spectrograms")
-            # Every spectrogram is computed once and serves both networks' steps.
             with self.autocast():
-                fake, real = (
-                    self.discriminator.spectra(x) for x in (full_precision(out["audio"]), audio)
-                )
-            values.update(self.discriminator_step(fake, real))
+                fake, real = self.discriminator.spectra(restored), self.discriminator.spectra(audio)
+
+            self.mark("discriminator forward")
+            with self.autocast():
+                both = self.averaged["discriminator"](fake.detach().joined(real))
+            values["discriminator"] = loss = discriminator_loss(*halves(both))
+            del both  # So that the backward pass frees the feature maps as it goes.
+            values["grad_norm/discriminator"] = self.update("discriminator", loss)
+
         if not warming_up:
-            values.update(self.generator_step(out, audio, fake, real))
+            if self.discriminator:
+                self.mark("discriminator forward")
+                with self.autocast(), frozen(self.discriminator):
+                    fakes = self.discriminator(fake)
+                    with torch.no_grad():
+                        reals = self.discriminator(real)
+                values["adversarial"] = generator_loss(fakes)
+                values["feature"] = feature_matching(fakes, reals)
+                del fakes, reals
+
+            self.mark("losses")
+            values["mel"] = self.mel_loss(restored, audio)
+            if "waveform" in self.weights:
+                values["waveform"] = self.waveform_loss(restored, audio)
+            if "stft" in self.weights:
+                values["stft"] = self.stft_loss(restored, audio)
+            values["commitment"] = out["vq/commitment_loss"]
+            values["codebook"] = out["vq/codebook_loss"]
+            values["loss"] = total(weight * values[name] for name, weight in self.weights.items())
+            values["grad_norm/generator"] = self.update("generator", values["loss"])
+
             codes = out["codes"].transpose(0, 1).flatten(1)
             self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
         self.count_skipped(values)
         return {name: value.detach() for name, value in values.items()}
 
-    def discriminator_step(self, fake, real) -> dict[str, Tensor]:
-        """Updates the discriminator on what its `spectra` gave for the generator's output and the real audio."""
-        self.mark("discriminator forward")
-        loss = GANLoss(self._scored(self._discriminator)).discriminator_loss(fake, real)
-        norm = self.update("discriminator", self.discriminator, loss)
-        return {"discriminator": loss, "grad_norm/discriminator": norm}
+    def update(self, name: str, loss: Tensor) -> Tensor:
+        """Backward pass, clipping and optimizer step of a network.
 
-    def generator_step(
-        self, out: dict[str, Tensor], audio: Tensor, fake, real
-    ) -> dict[str, Tensor]:
-        """Updates the generator, from what it returned for the audio and the discriminator's `spectra` of both."""
-        values = self.generator_losses(out, audio, fake, real)
-        values["loss"] = sum(weight * values[name] for name, weight in self.weights().items())
-        values["grad_norm/generator"] = self.update("generator", self.codec, values["loss"])
-        return values
-
-    def generator_losses(
-        self, out: dict[str, Tensor], audio: Tensor, fake, real
-    ) -> dict[str, Tensor]:
-        """The generator's losses by their name in `LossConfig`, those without weight left out (mel always there)."""
-        values, weights = {}, self.weights()
-        if self.discriminator:
-            self.mark("discriminator forward")
-            # Its own gradients would not be used, and should not be averaged over processes.
-            self.discriminator.requires_grad_(False)
-            with weights_kept(self.discriminator):
-                loss = GANLoss(self._scored(self.discriminator)).generator_loss(fake, real)
-            self.discriminator.requires_grad_(True)
-            values["adversarial"], values["feature"] = loss
-        self.mark("losses")
-        reconstruction = full_precision(out["audio"])
-        values["mel"] = self.mel_loss(reconstruction, audio)
-        if "waveform" in weights:
-            values["waveform"] = self.waveform_loss(reconstruction, audio)
-        if "stft" in weights:
-            values["stft"] = self.stft_loss(reconstruction, audio)
-        values["commitment"], values["codebook"] = (
-            out["vq/commitment_loss"],
-            out["vq/codebook_loss"],
-        )
-        return values
-
-    def weights(self) -> dict[str, float]:
-        """The generator's losses that are summed, and their weights."""
-        names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
-        weights = {name: getattr(self.recipe.losses, name) for name in names}
-        # The quantizer's stay, so that every parameter has a gradient, which averaging over processes waits for.
-        return {
-            name: weight
-            for name, weight in weights.items()
-            if weight or name in ("codebook", "commitment")
-        }
-
-    def update(self, name: str, network: nn.Module, loss: Tensor) -> Tensor:
-        """Backward pass, clipping and optimizer step of a network; returns the norm of its gradients, unclipped."""
-        optimizer = self.optimizers[name]
+        Returns:
+            the norm of the gradients before clipping.
+        """
+        optimizer, network = self.optimizers[name], self.networks[name]
         optimizer.zero_grad()
         self.mark(f"{name} backward")
         loss.backward()
         self.mark("optimizers")
         parameters = [p for p in network.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(parameters, getattr(self.recipe.optimizer, f"clip_{name}"))
-        # How loss scaling tells a fused optimizer, on the device, to leave everything as it is.
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        # As a gradient scaler would, this tells a fused optimizer, on the device, to change nothing
+        # where the gradients are not finite.
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         return norm
 
-    def set_learning_rate(self, step: int):
-        """That of step number `step`, which decays with every one."""
+    def set_learning_rate(self, step: int) -> None:
+        """Sets the learning rate of step number `step`."""
         rate = self.recipe.optimizer.learning_rate * self.recipe.optimizer.decay**step
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -205,25 +208,23 @@ class TrainingStep:
                 else:
                     group["lr"] = rate
 
-    def count_skipped(self, values: dict[str, Tensor]):
+    def count_skipped(self, values: dict[str, Tensor]) -> None:
         """Counts the step as skipped if a gradient norm is not finite."""
-        norms = torch.stack(
-            [norm for name, norm in values.items() if name.startswith("grad_norm/")]
-        )
-        failed = ~norms.isfinite().all()
+        norms = [norm for name, norm in values.items() if name.startswith("grad_norm/")]
+        failed = ~torch.stack(norms).isfinite().all()
         self.skipped["total"] += failed
         self.skipped["row"].add_(1).mul_(failed)
         self.skipped["longest"].copy_(torch.maximum(self.skipped["longest"], self.skipped["row"]))
 
     @torch.no_grad()
-    def update_ema(self, step: int):
-        """Moves the average towards the codec, faster in the first steps, while it is still its initialisation."""
+    def update_ema(self, ema: DAC, step: int) -> None:
+        """Moves the average towards the codec, faster in the first steps: it starts untrained."""
         decay = min(self.recipe.trainer.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.codec.parameters()), 1 - decay)
-        for average, current in zip(self.ema.buffers(), self.codec.buffers(), strict=True):
+        torch._foreach_lerp_(list(ema.parameters()), list(self.codec.parameters()), 1 - decay)
+        for average, current in zip(ema.buffers(), self.codec.buffers(), strict=True):
             average.copy_(current)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """Half precision inside, where the run asks for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -231,40 +232,29 @@ class TrainingStep:
         """The codec to validate and to keep: the average where there is one."""
         return self.ema or self.codec
 
-    def _scored(self, discriminator):
-        """The discriminator under autocast, with scores in float32: their squares are summed to the loss."""
-
-        def run(x):
-            with self.autocast():
-                return [[*maps[:-1], full_precision(maps[-1])] for maps in discriminator(x)]
-
-        return run
-
-    def state_dict(self) -> dict:
-        """All that a run needs to go on, as tensors and plain values."""
-        networks = {"generator": self.codec, "discriminator": self.discriminator, "ema": self.ema}
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on, as tensors and plain values."""
+        networks = self.networks | ({"ema": self.ema} if self.ema else {})
         return {
-            "networks": {
-                name: network.state_dict() for name, network in networks.items() if network
-            },
-            "optimizers": {
-                name: optimizer.state_dict() for name, optimizer in self.optimizers.items()
-            },
+            "networks": {name: network.state_dict() for name, network in networks.items()},
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "skipped": self.skipped,
             "code_counts": self.code_counts,
         }
 
-    def load_state_dict(self, state: dict):
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        A network that was switched on between two parts of a run starts as it is, the average as
+        the codec.
+        """
         networks, optimizers = state["networks"], state["optimizers"]
-        self.codec.load_state_dict(networks["generator"])
-        # What was switched on between two parts of a run starts from here.
-        if self.discriminator and "discriminator" in networks:
-            self.discriminator.load_state_dict(networks["discriminator"])
+        for name in self.networks.keys() & networks.keys():
+            self.networks[name].load_state_dict(networks[name])
         if self.ema:
             self.ema.load_state_dict(networks.get("ema", networks["generator"]))
         for name in self.optimizers.keys() & optimizers.keys():
-            # Its settings are the recipe's.
+            # The settings of an optimizer are the recipe's.
             own = self.optimizers[name].state_dict()
             self.optimizers[name].load_state_dict(own | {"state": optimizers[name]["state"]})
         for name, count in state["skipped"].items():
@@ -272,14 +262,36 @@ class TrainingStep:
         self.code_counts.copy_(state["code_counts"])
 
 
-def adamw(network: nn.Module, config: OptimizerConfig, graphed: bool = False) -> torch.optim.AdamW:
-    """The optimizer of a network; its learning rate is a tensor where its steps are to be captured in a CUDA graph."""
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Inside, the network's weights get no gradients, and are normed only once."""
+    network.requires_grad_(False)
+    try:
+        with weights_kept(network):
+            yield
+    finally:
+        network.requires_grad_(True)
+
+
+def loss_weights(losses: LossConfig) -> dict[str, float]:
+    """The weights of the generator's losses, without those that are 0.
+
+    The quantizer's losses stay: they give every parameter a gradient, which averaging over
+    processes waits for.
+    """
+    names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
+    weights = {name: float(getattr(losses, name)) for name in names}
+    kept = ("codebook", "commitment")
+    return {name: weight for name, weight in weights.items() if weight or name in kept}
+
+
+def adamw(network: nn.Module, config: OptimizerConfig, graphed: bool) -> torch.optim.AdamW:
+    """The optimizer of a network; graphed: its steps can be captured in a CUDA graph."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    rate = (
-        torch.tensor(config.learning_rate, device=parameters[0].device)
-        if graphed
-        else config.learning_rate
-    )
+    rate: float | Tensor = config.learning_rate
+    if graphed:
+        # A captured step reads the learning rate from this tensor.
+        rate = torch.tensor(rate, device=parameters[0].device)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=rate,
@@ -288,13 +300,16 @@ def adamw(network: nn.Module, config: OptimizerConfig, graphed: bool = False) ->
         fused=True,
         capturable=graphed,
     )
-    # That the first steps, before the capture, are slower than they could be.
+    # PyTorch would warn that the first steps, before the capture, could be faster.
     optimizer._warned_capturable_if_run_uncaptured = True
     return optimizer
 
 
-def distributed(network: nn.Module) -> DistributedDataParallel:
-    """The network with gradients averaged over processes. Buffers agree by themselves (see `EMACodebook`)."""
+def distributed(network: nn.Module) -> nn.Module:
+    """The network, with its gradients averaged over processes.
+
+    Buffers need no averaging, see `EMACodebook`.
+    """
     with warnings.catch_warnings():
         # PyTorch 2.13 has another name for broadcast_buffers, which 2.10 does not know.
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,1 +1,1 @@
-"""GPU and CPU kernels of neural audio codecs, usable with any model: import the module of the op you need."""
+"""GPU and CPU kernels of neural audio codecs, for any model: import the module of the op needed."""

@@ -1,35 +1,42 @@
-# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
-"""Convolutions with channels innermost in memory, in Triton: one kernel for dilated, strided and transposed ones.
+# ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
+"""Convolutions with channels innermost in memory, in Triton: one kernel for every kind of them.
 
-In this layout an item x [C, T] is a flat array, time by time, and the inputs of one output position are runs of
-consecutive elements: without dilation one run of K C elements that starts at (t stride - padding) C, else K runs of C
-elements, `dilation C` apart. What lies outside the item reads as zero. So a convolution is one matrix product
+In this layout an item x [C, T] is a flat array, time by time, and the inputs of one output position
+are runs of consecutive elements: without dilation one run of K C elements that starts at
+(t stride - padding) C, else K runs of C elements, `dilation C` apart. Outside the item x reads as
+zero. So a convolution is one matrix product
 
-    c[t, n] = sum over runs r and elements k of  x[(t stride - padding) C + r dilation C + k]  weight[n, r, k]
+    c[t, n] = sum over runs r and elements k of
+              x[(t stride - padding) C + r dilation C + k]  weight[n, r, k]
 
-and a transposed one, whose kernel is two strides, as well: input t reaches the `stride` outputs of block t by the
-first half of the taps, and those of block t + 1 by the second. That is a convolution with runs (t - 1, t), padding 1
-and stride * out columns, n = (tap, channel), whose row t is flat too: it begins `padding` positions before position
-t stride of the output.
+A transposed convolution whose kernel is two strides is one as well: input t reaches the `stride`
+outputs of block t by the first half of the taps, and those of block t + 1 by the second half. That
+is a convolution with runs (t - 1, t), padding 1 and stride * out columns, n = (tap, channel). Its
+row t is flat too: it begins `padding` positions before position t stride of the output.
 
-The epilogue works in float32 on the accumulators: c + bias, tanh, zero past the item's length, + residual; it stores
-c, or snake(c) for the layer that follows, or both, so that Snake is neither computed once per tap nor costs a pass.
-Rows of all items are tiled together: short items (streaming) share tiles.
+The epilogue works in float32 on the accumulators: c + bias, tanh, zero past the item's length,
++ residual. It stores c, or snake(c) for the layer that follows, or both, so that Snake is neither
+computed once per tap nor costs a pass. Rows of all items are tiled together: short items
+(streaming) share tiles.
 """
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import jit, launch, tl, tuned
+from dac_kernels.launch import Config, jit, launch, tl, tuned
 from dac_kernels.tiles import (
     GROUP,
+    Tile,
     alignment,
     any_valid,
     channels_innermost,
     dense,
+    existing,
     factors,
     finish,
     output_length,
@@ -42,9 +49,9 @@ from dac_kernels.tiles import (
     windows,
 )
 
-# Tiles of M rows and N columns, K elements at a time, warps, stages. All sum in the same order; on sm_90 none spills
-# (tests/test_aot.py has the table). They fit in 99 KiB of shared memory, which GPUs from sm_80 on have.
-TILES = {
+# All tiles sum in the same order; on sm_90 none spills (tests/test_aot.py has the table). They fit
+# in 99 KiB of shared memory, which GPUs from sm_80 on have.
+TILES: dict[str, tuple[Tile, ...]] = {
     "half": (
         (128, 64, 64, 4, 4),
         (128, 128, 64, 8, 3),
@@ -59,20 +66,25 @@ TILES = {
 }
 
 
-# Of the sizes that differ from call to call.
+# The sizes named here differ from call to call.
 @jit(any_value=("rows", "M", "T"))
+@no_type_check
 def _conv1d_kernel(
-    x, weight, bias, alpha, residual, lengths, y, snaked, rows, M, size, x_b, step, first, runs, run, run_step,
-    w_run, w_k, w_tap, w_n, N, CHANNELS, T, skip, y_b, r_b,
-    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, alpha, residual, lengths, y, snaked, rows, M, size, stride_x_batch,
+    step, first, runs, run, run_step,
+    stride_weight_run, stride_weight_in, stride_weight_tap, stride_weight_out,
+    N, CHANNELS, T, skip, stride_y_batch, stride_residual_batch,
+    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Items of `size` elements give M rows each, `rows` together. A row's first run of `run` elements starts at
-    # row * step - first, the next ones `run_step` apart.
+    # Items of `size` elements give M rows each, `rows` together. A row's first run of `run`
+    # elements starts at row * step - first, the next ones `run_step` apart.
     m_block, n_block = tile_of(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    known, item, m = row < rows, row // M, row % M
-    x_at, low, high = windows(x, item, m, known, size, x_b, step, first, ALIGN)
+    known = row < rows
+    item = row // M
+    m = row % M
+    x_at, low, high = windows(x, item, m, known, size, stride_x_batch, step, first, ALIGN)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     n_known = n < N
     inside = known[:, None] & n_known[None, :]
@@ -80,10 +92,11 @@ def _conv1d_kernel(
         tap, channel = n // CHANNELS, n % CHANNELS
         position = (m * (N // CHANNELS))[:, None] + (tap - skip)[None, :]
         inside = inside & (position >= 0) & (position < T)
-        w_at = weight + (tap.to(tl.int64) * w_tap + channel.to(tl.int64) * w_n)[None, :]
+        column = tap.to(tl.int64) * stride_weight_tap + channel.to(tl.int64) * stride_weight_out
     else:
         channel, position = n, m[:, None]
-        w_at = weight + (n.to(tl.int64) * w_n)[None, :]
+        column = n.to(tl.int64) * stride_weight_out
+    weight_at = weight + column[None, :]
 
     run_blocks = tl.cdiv(run, BLOCK_K)
     blocks = runs * run_blocks
@@ -95,13 +108,13 @@ def _conv1d_kernel(
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (r * run_step + k)[None, :]
         a = tl.load(x_at + at, mask=(at >= low) & (at < high) & (k < run)[None, :], other=0.0)
-        w_offset = (r.to(tl.int64) * w_run + k.to(tl.int64) * w_k)[:, None]
-        w = tl.load(w_at + w_offset, mask=n_known[None, :] & (k < run)[:, None], other=0.0)
+        offset = (r.to(tl.int64) * stride_weight_run + k.to(tl.int64) * stride_weight_in)[:, None]
+        w = tl.load(weight_at + offset, mask=n_known[None, :] & (k < run)[:, None], other=0.0)
         c = tl.dot(a, w, c, input_precision=PRECISION)
     at = (m.to(tl.int64) * N - skip * CHANNELS)[:, None] + n[None, :]
     finish(
-        c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, n_known, at, inside,
-        y_b, r_b, TANH,
+        c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, n_known, at,
+        inside, stride_y_batch, stride_residual_batch, TANH,
     )  # fmt: skip
 
 
@@ -110,32 +123,30 @@ def _product(
 ) -> dict[str, int]:
     """The convolution as a matrix product: the integers of `_conv1d_kernel` that describe it."""
     _, channels, size = x.shape
-    time = output_length(size, weight.shape[2], stride, padding, dilation, transposed)
-    if transposed:
-        inputs, out, taps = weight.stride()
-        shape = {
-            "M": size + 1,
-            "N": stride * weight.shape[1],
-            "CHANNELS": weight.shape[1],
-            "T": time,
-            "skip": padding,
-        }
-        runs = {
-            "step": channels,
-            "first": channels,
-            "runs": 2,
-            "run": channels,
-            "run_step": channels,
-        }
-        return shape | runs | {"w_run": -stride * taps, "w_k": inputs, "w_tap": taps, "w_n": out}
-    out, inputs, taps = weight.stride()
     kernel = weight.shape[2]
-    shape = {"M": time, "N": weight.shape[0], "CHANNELS": weight.shape[0], "T": time, "skip": 0}
-    runs = {"step": stride * channels, "first": padding * channels, "run_step": dilation * channels}
-    strides = {"w_run": taps, "w_k": taps if channels == 1 else inputs, "w_tap": 0, "w_n": out}
-    if dilation == 1 and (channels == 1 or kernel == 1 or taps == channels * inputs):
-        return shape | runs | strides | {"runs": 1, "run": kernel * channels}
-    return shape | runs | strides | {"runs": kernel, "run": channels}
+    time = output_length(size, kernel, stride, padding, dilation, transposed)
+    if transposed:
+        stride_in, stride_out, stride_tap = weight.stride()
+        out = weight.shape[1]
+        return {
+            "M": size + 1, "N": stride * out, "CHANNELS": out, "T": time, "skip": padding,
+            "step": channels, "first": channels, "runs": 2, "run": channels, "run_step": channels,
+            "stride_weight_run": -stride * stride_tap, "stride_weight_in": stride_in,
+            "stride_weight_tap": stride_tap, "stride_weight_out": stride_out,
+        }  # fmt: skip
+    stride_out, stride_in, stride_tap = weight.stride()
+    out = weight.shape[0]
+    # Runs are one where they follow each other in x and in the weight.
+    one_run = dilation == 1 and (channels == 1 or kernel == 1 or stride_tap == channels * stride_in)
+    return {
+        "M": time, "N": out, "CHANNELS": out, "T": time, "skip": 0,
+        "step": stride * channels, "first": padding * channels,
+        "runs": 1 if one_run else kernel, "run": kernel * channels if one_run else channels,
+        "run_step": dilation * channels,
+        "stride_weight_run": stride_tap,
+        "stride_weight_in": stride_tap if channels == 1 else stride_in,
+        "stride_weight_tap": 0, "stride_weight_out": stride_out,
+    }  # fmt: skip
 
 
 @torch.library.custom_op("dac_kernels::conv1d", mutates_args=())
@@ -164,63 +175,80 @@ def _conv1d(
     residual = None if residual is None else channels_innermost(residual)
     weight = weight[..., stride:] if transposed else weight
     tensors = (x, weight, dense(bias), dense(alpha), residual, dense(lengths), y, snaked)
-    product |= {
+    integers = product | {
         "rows": rows,
         "size": size * channels,
-        "x_b": x.stride(0),
-        "y_b": product["T"] * product["CHANNELS"],
+        "stride_x_batch": x.stride(0),
+        "stride_y_batch": product["T"] * product["CHANNELS"],
+        "stride_residual_batch": 0 if residual is None else residual.stride(0),
     }
-    product["r_b"] = 0 if residual is None else residual.stride(0)
     align, aligned = alignment(channels, x, weight)
     precision = precision_of(x, tf32)
+    constants = {
+        "TRANSPOSED": transposed,
+        "ALIGN": align,
+        "TANH": tanh,
+        "PRECISION": precision,
+        "GROUP": GROUP,
+    }
 
-    def run(config):
+    def run(config: Config) -> None:
         programs = -(-rows // config["BLOCK_M"]) * -(-product["N"] // config["BLOCK_N"])
-        constants = {
-            "TRANSPOSED": transposed,
-            "ALIGN": align,
-            "TANH": tanh,
-            "PRECISION": precision,
-            "GROUP": GROUP,
-        }
-        launch(_conv1d_kernel, programs, *tensors, **product, **constants, **config)
+        launch(_conv1d_kernel, programs, *tensors, **integers, **constants, **config)
 
-    parts = [name for name, tensor in zip("xwbarlys", tensors, strict=True) if tensor is not None]
+    parts = [tensor is not None for tensor in tensors]
     shape = (channels, product["N"], product["runs"], product["run"], stride, rows.bit_length())
     key = "conv1d", x.device, x.dtype, precision, align, aligned, weight.stride(), *parts, *shape
     run(tuned(key, tiles(TILES, x, precision, aligned, product["N"], product["run"]), run))
-    return [tensor for tensor in (y, snaked) if tensor is not None]
+    return existing(y, snaked)
 
 
 @_conv1d.register_fake
 def _(
-    x,
-    weight,
-    bias,
-    alpha,
-    residual,
-    lengths,
-    stride,
-    padding,
-    dilation,
-    transposed,
-    tanh,
-    keep,
-    tf32,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alpha: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    transposed: bool,
+    tanh: bool,
+    keep: bool,
+    tf32: bool,
+) -> list[Tensor]:
     product = _product(x, weight, stride, padding, dilation, transposed)
-    made = outputs(x, x.dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
-    return [tensor for tensor in made if tensor is not None]
+    return existing(
+        *outputs(x, x.dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
+    )
 
 
 def _unsupported(
-    x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, transposed
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    alpha: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+    transposed: bool,
 ) -> str | None:
     if x.dim() != 3 or weight.dim() != 3:
-        return f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; accepted: [B, C, T] and three axes"
+        return (
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            "accepted: [B, C, T] and three axes"
+        )
     kernel = weight.shape[2]
     if min(stride, dilation, kernel) < 1 or padding < 0:
-        return f"stride {stride}, padding {padding}, dilation {dilation}, kernel {kernel}; accepted: 1, 0, 1, 1 or more"
+        return (
+            f"stride {stride}, padding {padding}, dilation {dilation}, kernel {kernel}; "
+            "accepted: 1, 0, 1, 1 or more"
+        )
     if transposed and kernel != 2 * stride:
         return f"a kernel of {kernel} at stride {stride}; accepted: {2 * stride}"
     if alpha is None and not keep:
@@ -228,7 +256,10 @@ def _unsupported(
     items, channels, size = x.shape
     time = output_length(size, kernel, stride, padding, dilation, transposed)
     if time < 1 or items * (time + 1) >= 1 << 30:
-        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^30"
+        return (
+            f"there would be {items} x {time} output positions; "
+            "accepted: at least 1 and fewer than 2^30"
+        )
     out = weight.shape[1 if transposed else 0]
     shapes = {
         "weight": (weight, (channels, out, kernel) if transposed else (out, channels, kernel)),
@@ -241,9 +272,20 @@ def _unsupported(
 
 
 def conv1d_unsupported(
-    x, weight, bias, stride=1, padding=0, dilation=1, *, alpha=None, residual=None, lengths=None, tanh=False,
-    keep=True, tf32=False,
-) -> str | None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    *,
+    alpha: Tensor | None = None,
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    tanh: bool = False,
+    keep: bool = True,
+    tf32: bool = False,
+) -> str | None:
     """Why `conv1d` cannot run on these arguments, or None."""
     return _unsupported(
         x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False
@@ -251,7 +293,16 @@ def conv1d_unsupported(
 
 
 def conv_transpose1d_unsupported(
-    x, weight, bias, stride, padding=0, *, alpha=None, lengths=None, keep=True, tf32=False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int = 0,
+    *,
+    alpha: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: bool = True,
+    tf32: bool = False,
 ) -> str | None:
     """Why `conv_transpose1d` cannot run on these arguments, or None."""
     return _unsupported(x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True)
@@ -272,11 +323,15 @@ def conv1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c = [tanh](conv(x) + bias), zero past lengths, + residual; and snake(c). For inference: no gradients.
+    """c = [tanh](conv(x) + bias), zero past lengths, + residual; and snake(c). For inference.
+
+    Gradients are refused.
 
     Args:
-        x: [B, in, T], float32, float16 or bfloat16; copied unless its channels lie innermost in memory, densely.
-        weight: [out, in, K], of x's dtype, any strides; fast with memory [out, K, in], and 16 dividing `in` and `out`.
+        x: [B, in, T], float32, float16 or bfloat16; copied unless its channels lie innermost in
+            memory, densely.
+        weight: [out, in, K], of x's dtype, any strides; fast with memory [out, K, in], and 16
+            dividing `in` and `out`.
         bias: [out], of x's dtype or float32.
         alpha: [1, out, 1], of x's dtype or float32: of the Snake that follows.
         residual: [B, out, T'], of x's dtype: added at the end. Copied as x is.
@@ -284,8 +339,9 @@ def conv1d(
         keep: whether c itself is wanted.
         tf32: float32 may be rounded to TF32 for the products.
     Returns:
-        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without `alpha`. Both of x's
-        dtype, with channels innermost in memory. Sums and epilogue are float32.
+        c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
+        `alpha`. Both of x's dtype, with channels innermost in memory. Sums and epilogue are
+        float32.
     Raises:
         ValueError: `conv1d_unsupported` has a reason.
     """
@@ -294,7 +350,8 @@ def conv1d(
     ):
         raise ValueError(reason)
     made = _conv1d(
-        x, weight, bias, alpha, residual, lengths, stride, padding, dilation, False, tanh, keep, tf32
+        x, weight, bias, alpha, residual, lengths, stride, padding, dilation, False, tanh, keep,
+        tf32,
     )  # fmt: skip
     return pair(made, keep)
 
@@ -311,10 +368,13 @@ def conv_transpose1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c = conv_transpose(x) + bias with a kernel of two strides, zero past lengths; and snake(c). For inference.
+    """c = conv_transpose(x) + bias, kernel of two strides, zero past lengths; and snake(c).
+
+    For inference: gradients are refused.
 
     Args:
-        weight: [in, out, 2 stride], of x's dtype, any strides; fast with `in` or `out` innermost in memory.
+        weight: [in, out, 2 stride], of x's dtype, any strides; fast with `in` or `out` innermost in
+            memory.
         x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
     Returns:
         c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
@@ -325,7 +385,7 @@ def conv_transpose1d(
         x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True
     ):
         raise ValueError(reason)
-    return pair(
-        _conv1d(x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32),
-        keep,
+    made = _conv1d(
+        x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32
     )
+    return pair(made, keep)

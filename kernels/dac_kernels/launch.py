@@ -1,38 +1,45 @@
-"""What every Triton op here shares: an optional Triton, reasons not to run, launches, and the choice of tile sizes."""
+"""What every Triton op here shares: an optional Triton, launches, and the choice of tile sizes."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
     import triton
-    from triton import language as tl
+    import triton.language as tl
 except ImportError:
-    # The modules stay importable, so that a caller can ask `*_unsupported` and take another backend.
+    # Modules of kernels stay importable, so that a caller can ask why an op cannot run.
     triton = tl = None
+
+__all__ = ["DTYPES", "INTERPRETED", "Config", "device_unsupported", "jit", "launch", "tl", "tuned"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Triton decides between compiler and interpreter when a kernel is defined, which the modules that
+# import this one are about to do.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
-def jit(kernel: Callable | None = None, *, any_value: Sequence[str] = ()):
-    """`triton.jit`, or the plain function where there is no Triton (nobody can launch it then).
+# Tile sizes, and compiler options such as `num_warps`, by name.
+Config = dict[str, int]
 
-    any_value: integer arguments of which no value is compiled for apart, as Triton does for 1 and multiples of 16.
+
+def jit(
+    kernel: Callable[..., Any] | None = None, *, any_value: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """`triton.jit`; without Triton the plain function, which nobody can launch then.
+
+    Kernels are not Python, so they are also marked `no_type_check`.
+
+    Args:
+        any_value: integer arguments that change from call to call. By default Triton compiles a
+            kernel anew where an integer is 1 or a multiple of 16; for these it does not.
     """
     if kernel is None:
         return functools.partial(jit, any_value=any_value)
     return triton.jit(kernel, do_not_specialize=any_value) if triton else kernel
-
-
-@jit
-def _probe():
-    pass
-
-
-# Triton decides between compiler and interpreter when a kernel is defined, so this holds for every kernel here.
-INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
 
 
 def device_unsupported(x: Tensor) -> str | None:
@@ -46,27 +53,27 @@ def device_unsupported(x: Tensor) -> str | None:
     return f"the tensor is on {x.device.type!r}; accepted: cuda"
 
 
-def launch(kernel, programs: int, *args, **options) -> None:
-    """Run `programs` instances of the kernel on the device of its first argument, a tensor; none if there are none."""
+def launch(kernel: Any, programs: int, first: Tensor, /, *rest: Any, **options: Any) -> None:
+    """Run that many programs of a kernel on the device of its first argument."""
     if programs:
-        with torch.cuda.device_of(args[0]):
-            kernel[(programs,)](*args, **options)
+        with torch.cuda.device(first.get_device()):
+            kernel[(programs,)](first, *rest, **options)
 
 
-def clear_choices() -> None:
-    """Forget every tuned configuration, so that the next calls time them again."""
-    _choices.clear()
+_choices: dict[Hashable, Config] = {}
 
 
-_choices: dict[Hashable, dict] = {}
+def tuned(key: Hashable, configs: Sequence[Config], run: Callable[[Config], object]) -> Config:
+    """The fastest configuration for a shape class: timed the first time, remembered afterwards.
 
+    Only for kernels whose result does not depend on the configuration, to the bit. The first one is
+    the default: it is taken in the interpreter, and during the capture of a CUDA graph where none
+    was chosen before (so call `warmup` first).
 
-def tuned(key: Hashable, configs: Sequence[dict], run: Callable[[dict], object]) -> dict:
-    """The fastest of `configs` for shape class `key`: timed with `run` the first time, remembered afterwards.
-
-    Only for kernels whose result does not depend on the configuration, to the bit. The first configuration is the
-    default: it is taken in the interpreter, and during CUDA graph capture where nothing was chosen before it
-    (call `warmup` first).
+    Args:
+        key: names the op, the device, and all that the choice may depend on.
+        configs: the configurations, the default first.
+        run: launches the kernel with a configuration.
     """
     if INTERPRETED or len(configs) == 1:
         return configs[0]

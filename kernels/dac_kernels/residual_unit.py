@@ -1,29 +1,35 @@
-# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
-"""The codec's residual unit in one Triton kernel (Descript Audio Codec, arXiv 2306.06546, appendix A).
+# ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
+"""The codec's residual unit in one Triton kernel (arXiv 2306.06546, appendix A).
 
     c = conv1(snake(conv7(snake(x)))) + x
 
-with a dilated convolution of 7 and one of 1. The first Snake was applied by whoever made x (the epilogues here and in
-`conv1d.py` do), so the unit begins with seven matrix products on shifted rows. A program holds its rows of all C
-channels: the hidden activation stays in its registers, where the second convolution multiplies it, and the residual
-is added at the end. Beside the weights, memory sees snaked, x and the outputs once each.
+with a dilated convolution of 7 and one of 1. Whoever made x also applied the first Snake (the
+epilogues here and in `conv1d.py` do), so the unit begins with seven matrix products on shifted
+rows. A program holds its rows of all C channels: the hidden activation stays in its registers,
+where the second convolution multiplies it, and the residual is added at the end. Beside the
+weights, memory sees snaked, x and the outputs once each.
 
-C = 96 and 192 are not powers of two, which a tile's sides must be: C is cut in parts of equal, possible width, each an
-accumulator of its own (3 of 32, 3 of 64), so that no product is wasted on padding.
+C = 96 and 192 are not powers of two, which a tile's sides must be. So C is cut in parts of equal
+width that is one (3 of 32, 3 of 64), each with an accumulator of its own, and no product is wasted
+on padding.
 """
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
 from __future__ import annotations
 
+from typing import Any, no_type_check
+
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import jit, launch, tl, tuned
+from dac_kernels.launch import Config, jit, launch, tl, tuned
 from dac_kernels.tiles import (
+    Tile,
     alignment,
     any_valid,
     channels_innermost,
     dense,
+    existing,
     factors,
     finish,
     output_length,
@@ -41,9 +47,10 @@ KERNEL = 7
 # Beyond, the sums of a useful number of rows do not fit in an SM's registers.
 MAX_CHANNELS = 192
 
-# As in `conv1d.py`; the columns are those of a part. In TF32 they need 180 KiB of shared memory, else 99 KiB.
+# As in `conv1d.py`; the columns are those of a part. The tiles of TF32 need 180 KiB of shared
+# memory, the others 99 KiB.
 SHARED_TF32 = 180 << 10
-TILES = {
+TILES: dict[str, tuple[Tile, ...]] = {
     "half": ((128, 64, 32, 8, 3), (128, 32, 32, 8, 3), (64, 64, 64, 8, 2), (64, 32, 32, 4, 3)),
     "tf32": ((64, 64, 32, 8, 2), (64, 32, 32, 8, 2)),
     "ieee": ((64, 32, 16, 8, 2), (32, 32, 16, 4, 2)),
@@ -51,18 +58,25 @@ TILES = {
 }
 
 
-# Of the sizes that differ from call to call.
+# The sizes named here differ from call to call.
 @jit(any_value=("rows", "M"))
+@no_type_check
 def _residual_unit_kernel(
-    x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked, rows, M, size, s_b, first, C,
-    run_step, w1_run, w1_k, w1_n, w2_k, w2_n, y_b, x_b,
+    x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked, rows, M, size,
+    stride_snaked_batch, first, C, run_step,
+    stride_weight1_run, stride_weight1_in, stride_weight1_out, stride_weight2_in,
+    stride_weight2_out, stride_y_batch, stride_x_batch,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Items of `size` elements give M rows each, `rows` together.
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    known, item, m = row < rows, row // M, row % M
-    s_at, low, high = windows(snaked, item, m, known, size, s_b, C, first, ALIGN)
+    known = row < rows
+    item = row // M
+    m = row % M
+    snaked_at, low, high = windows(
+        snaked, item, m, known, size, stride_snaked_batch, C, first, ALIGN
+    )
 
     sums = ()
     for _ in tl.static_range(PARTS):
@@ -75,13 +89,13 @@ def _residual_unit_kernel(
         tap = block // run_blocks
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (tap * run_step + k)[None, :]
-        a = tl.load(s_at + at, mask=(at >= low) & (at < high) & (k < C)[None, :], other=0.0)
+        a = tl.load(snaked_at + at, mask=(at >= low) & (at < high) & (k < C)[None, :], other=0.0)
+        w_row = tap.to(tl.int64) * stride_weight1_run + k.to(tl.int64) * stride_weight1_in
         added = ()
         for part in tl.static_range(PARTS):
             n = part * BLOCK_N + tl.arange(0, BLOCK_N)
-            w_at = weight1 + (tap.to(tl.int64) * w1_run + k.to(tl.int64) * w1_k)[:, None]
-            w_mask = (n < C)[None, :] & (k < C)[:, None]
-            w = tl.load(w_at + n.to(tl.int64)[None, :] * w1_n, mask=w_mask, other=0.0)
+            w_at = weight1 + w_row[:, None] + n.to(tl.int64)[None, :] * stride_weight1_out
+            w = tl.load(w_at, mask=(n < C)[None, :] & (k < C)[:, None], other=0.0)
             added = added + (tl.dot(a, w, sums[part], input_precision=PRECISION),)  # noqa: RUF005
         sums = added
 
@@ -89,7 +103,8 @@ def _residual_unit_kernel(
     for part in tl.static_range(PARTS):
         n = part * BLOCK_N + tl.arange(0, BLOCK_N)
         h = sums[part] + tl.load(bias1 + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
-        hidden = hidden + (snake_of(h, alpha1, n, n < C).to(snaked.dtype.element_ty),)  # noqa: RUF005
+        h = snake_of(h, alpha1, n, n < C).to(snaked.dtype.element_ty)
+        hidden = hidden + (h,)  # noqa: RUF005
 
     # In the three stages of the loop above Triton 3.6 runs out of registers.
     for column in tl.range(0, PARTS, num_stages=2):
@@ -97,14 +112,15 @@ def _residual_unit_kernel(
         c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
             k = part * BLOCK_N + tl.arange(0, BLOCK_N)
-            w_at = weight2 + k.to(tl.int64)[:, None] * w2_k + n.to(tl.int64)[None, :] * w2_n
+            w_row = k.to(tl.int64) * stride_weight2_in
+            w_at = weight2 + w_row[:, None] + n.to(tl.int64)[None, :] * stride_weight2_out
             w = tl.load(w_at, mask=(n < C)[None, :] & (k < C)[:, None], other=0.0)
             c = tl.dot(hidden[part], w, c, input_precision=PRECISION)
         at = (m.to(tl.int64) * C)[:, None] + n[None, :]
         inside = known[:, None] & (n < C)[None, :]
         finish(
-            c, bias2, alpha, x, lengths, y, y_snaked, item, known, m[:, None], n, n < C, at, inside,
-            y_b, x_b, False,
+            c, bias2, alpha, x, lengths, y, y_snaked, item, known, m[:, None], n, n < C, at,
+            inside, stride_y_batch, stride_x_batch, False,
         )  # fmt: skip
 
 
@@ -130,19 +146,31 @@ def _residual_unit(
     y, y_snaked = outputs(x, x.dtype, channels, time, keep, alpha is not None)
     crop = (size - time) // 2
     x, snaked = channels_innermost(x)[..., crop : crop + time], channels_innermost(snaked)
-    bias1, alpha1, bias2, alpha, lengths = map(dense, (bias1, alpha1, bias2, alpha, lengths))
     snaked, weight1, weight2 = factors(snaked, weight1, weight2)
-    tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked)
+    tensors = (
+        x, snaked, weight1, dense(bias1), dense(alpha1), weight2, dense(bias2), dense(alpha),
+        dense(lengths), y, y_snaked,
+    )  # fmt: skip
     integers = {
-        "rows": items * time, "M": time, "size": size * channels, "s_b": snaked.stride(0), "first": padding * channels,
-        "C": channels, "run_step": dilation * channels, "y_b": time * channels, "x_b": x.stride(0),
-        "w1_run": weight1.stride(2), "w1_k": weight1.stride(1), "w1_n": weight1.stride(0),
-        "w2_k": weight2.stride(1), "w2_n": weight2.stride(0),
-    }  # fmt: skip
+        "rows": items * time,
+        "M": time,
+        "size": size * channels,
+        "first": padding * channels,
+        "C": channels,
+        "run_step": dilation * channels,
+        "stride_snaked_batch": snaked.stride(0),
+        "stride_weight1_run": weight1.stride(2),
+        "stride_weight1_in": weight1.stride(1),
+        "stride_weight1_out": weight1.stride(0),
+        "stride_weight2_in": weight2.stride(1),
+        "stride_weight2_out": weight2.stride(0),
+        "stride_y_batch": time * channels,
+        "stride_x_batch": x.stride(0),
+    }
     align, aligned = alignment(channels, snaked, weight1, weight2)
     precision = precision_of(x, tf32)
 
-    def run(config):
+    def run(config: Config) -> None:
         constants = {
             "ALIGN": align,
             "PRECISION": precision,
@@ -157,22 +185,45 @@ def _residual_unit(
     strides = weight1.stride(), weight2.stride()
     key = "residual_unit", x.device, x.dtype, precision, aligned, *strides, *parts, *shape
     run(tuned(key, tiles(TILES, x, precision, aligned, channels, channels), run))
-    return [tensor for tensor in (y, y_snaked) if tensor is not None]
+    return existing(y, y_snaked)
 
 
 @_residual_unit.register_fake
 def _(
-    x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, dilation, padding, keep, tf32
-):
+    x: Tensor,
+    snaked: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    alpha1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    alpha: Tensor | None,
+    lengths: Tensor | None,
+    dilation: int,
+    padding: int,
+    keep: bool,
+    tf32: bool,
+) -> list[Tensor]:
     time = output_length(x.shape[2], KERNEL, 1, padding, dilation, False)
-    made = outputs(x, x.dtype, x.shape[1], time, keep, alpha is not None)
-    return [tensor for tensor in made if tensor is not None]
+    return existing(*outputs(x, x.dtype, x.shape[1], time, keep, alpha is not None))
 
 
 def residual_unit_unsupported(
-    x, snaked, weight1, bias1, alpha1, weight2, bias2, dilation, padding, *, alpha=None, lengths=None, keep=True,
-    tf32=False,
-) -> str | None:  # fmt: skip
+    x: Tensor,
+    snaked: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    alpha1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    dilation: int,
+    padding: int,
+    *,
+    alpha: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep: bool = True,
+    tf32: bool = False,
+) -> str | None:
     """Why `residual_unit` cannot run on these arguments, or None."""
     if x.dim() != 3:
         return f"x has shape {tuple(x.shape)}; accepted: [B, C, T]"
@@ -180,18 +231,23 @@ def residual_unit_unsupported(
     if channels > MAX_CHANNELS:
         return f"x has {channels} channels; accepted: up to {MAX_CHANNELS}"
     if dilation < 1 or padding not in (0, 3 * dilation):
-        return (
-            f"dilation {dilation} and padding {padding}; accepted: a padding of 3 dilation, or of 0"
-        )
+        return f"dilation {dilation}, padding {padding}; accepted: padding of 3 dilation, or of 0"
     if alpha is None and not keep:
         return "neither keep nor alpha, so there would be no output"
     if tf32 and x.is_cuda and x.dtype == torch.float32:
-        available = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(x.device)
+        available = properties.shared_memory_per_block_optin
         if available < SHARED_TF32:
-            return f"the device has {available >> 10} KiB of shared memory; accepted for TF32: {SHARED_TF32 >> 10} KiB"
+            return (
+                f"the device has {available >> 10} KiB of shared memory; "
+                f"accepted for TF32: {SHARED_TF32 >> 10} KiB"
+            )
     time = output_length(size, KERNEL, 1, padding, dilation, False)
     if time < 1 or items * time >= 1 << 30:
-        return f"there would be {items} x {time} output positions; accepted: at least 1 and fewer than 2^30"
+        return (
+            f"there would be {items} x {time} output positions; "
+            "accepted: at least 1 and fewer than 2^30"
+        )
     shapes = {
         "snaked": (snaked, tuple(x.shape)),
         "weight1": (weight1, (channels, channels, KERNEL)),
@@ -221,39 +277,30 @@ def residual_unit(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c = conv1(snake(conv7(snaked))) + x, zero past lengths before x is added; and snake(c). For inference.
+    """c = conv1(snake(conv7(snaked))) + x, zero past lengths before x is added; and snake(c).
+
+    For inference: gradients are refused.
 
     Args:
-        x: [B, C, T], C up to 192; float32, float16 or bfloat16; copied unless its channels lie innermost, densely.
+        x: [B, C, T], C up to 192; float32, float16 or bfloat16; copied unless its channels lie
+            innermost in memory, densely.
         snaked: [B, C, T], Snake of x by the unit's first alpha.
-        weight1, bias1, alpha1: [C, C, 7], [C] and [1, C, 1]; the weight in any strides, fast as for `conv1d`.
+        weight1, bias1, alpha1: [C, C, 7], [C] and [1, C, 1]; the weight in any strides, fast as for
+            `conv1d`.
         weight2, bias2: [C, C, 1] and [C].
-        padding: 3 dilation, or 0: then the result is shorter than x, which is cropped alike on both sides.
+        padding: 3 dilation, or 0: then the result is shorter than x, which is cropped alike on both
+            sides.
         alpha: [1, C, 1], of the Snake that follows.
-        lengths, keep, tf32, dtypes: as for `conv1d`. The Snake in the middle is rounded to x's dtype.
+        lengths, keep, tf32, dtypes: as for `conv1d`. The Snake in the middle is rounded to x's
+            dtype.
     Returns:
         c and snake(c), as for `conv1d`.
     Raises:
         ValueError: `residual_unit_unsupported` has a reason.
     """
+    tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2)
     if reason := residual_unit_unsupported(
-        x, snaked, weight1, bias1, alpha1, weight2, bias2, dilation, padding,
-        alpha=alpha, lengths=lengths, keep=keep, tf32=tf32,
-    ):  # fmt: skip
+        *tensors, dilation, padding, alpha=alpha, lengths=lengths, keep=keep, tf32=tf32
+    ):
         raise ValueError(reason)
-    made = _residual_unit(
-        x,
-        snaked,
-        weight1,
-        bias1,
-        alpha1,
-        weight2,
-        bias2,
-        alpha,
-        lengths,
-        dilation,
-        padding,
-        keep,
-        tf32,
-    )
-    return pair(made, keep)
+    return pair(_residual_unit(*tensors, alpha, lengths, dilation, padding, keep, tf32), keep)

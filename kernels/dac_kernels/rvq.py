@@ -1,19 +1,19 @@
-"""Residual vector quantisation with factorised codes in Triton (Descript Audio Codec, arXiv 2306.06546, section 3.2).
+"""Residual vector quantisation with factorised codes, in Triton (arXiv 2306.06546, section 3.2).
 
-The residual of stage i is r_i = z - sum_{j<i} (W_out,j q_j + b_out,j), and all that a stage needs of it are its d
-numbers W_in,i r_i + b_in,i. Those follow from the stages before without ever forming r_i:
+The residual of stage i is r_i = z - sum_{j<i} (W_out,j q_j + b_out,j). A stage needs only d numbers
+of it, W_in,i r_i + b_in,i, and these follow from the stages before without ever forming r_i:
 
     latent_i = P_i - sum_{j<i} M_ij q_j
     P_i      = W_in,i z + b_in,i - sum_{j<i} W_in,i b_out,j      one GEMM for all stages
     M_ij     = W_in,i W_out,j                                    d x d, once per set of weights
 
-so one kernel, that holds a block of frames, runs all N searches. The quantised output is one GEMM over the chosen
-entries. Everything that decides a code is fp32 arithmetic of our own kernels: a GEMM of torch's would follow the
-user's TF32 switches, whose rounding changes codes.
+so one kernel, which holds a block of frames, runs all N searches. The quantised output is one GEMM
+over the chosen entries. Everything that decides a code is fp32 arithmetic of our own kernels: a
+GEMM of torch's would follow the user's TF32 switches, whose rounding changes codes.
 
-Backward: the latents solve the block-triangular system (I + L) latent = P with L the blocks M_ij, j < i, and each
-chosen entry passes its gradient straight to its latent; so the gradient of P is one solve with (I + L)^T and
-everything else are GEMMs on [N d, B F].
+Backward: the latents solve the block-triangular system (I + L) latent = P, where L are the blocks
+M_ij, j < i. Each chosen entry passes its gradient straight to its latent, so the gradient of P is
+one solve with (I + L)^T; everything else are GEMMs on [N d, B F].
 
 Shapes: B items, F frames, N stages of K entries with d dimensions, D latent channels; R = N d.
 """
@@ -49,7 +49,9 @@ class _EncodeTables:
     half_norms: Tensor  # [N, K]
 
 
-def _build_decode_tables(codebooks, out_weights, out_biases) -> _DecodeTables:
+def _build_decode_tables(
+    codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
+) -> _DecodeTables:
     return _DecodeTables(
         torch.stack(list(codebooks)).float(),
         torch.cat(list(out_weights), dim=1).float(),
@@ -58,7 +60,11 @@ def _build_decode_tables(codebooks, out_weights, out_biases) -> _DecodeTables:
 
 
 def _build_encode_tables(
-    in_weights, in_biases, codebooks, out_weights, out_biases
+    in_weights: Sequence[Tensor],
+    in_biases: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
 ) -> _EncodeTables:
     tables = _build_decode_tables(codebooks, out_weights, out_biases)
     stages, _, dim = tables.codebooks.shape
@@ -70,8 +76,14 @@ def _build_encode_tables(
     earlier = earlier_stages(stages, dim, cross.device)[:, ::dim]
     bias = torch.cat(list(in_biases)).float() - (shifts * earlier).sum(1)
     unit = F.normalize(tables.codebooks.detach(), dim=2)
-    units, half_norms = unit.transpose(1, 2).contiguous(), 0.5 * unit.square().sum(2)
-    return _EncodeTables(tables, in_weight, bias, cross.contiguous(), units, half_norms)
+    return _EncodeTables(
+        decode=tables,
+        in_weight=in_weight,
+        bias=bias,
+        cross=cross.contiguous(),
+        units=unit.transpose(1, 2).contiguous(),
+        half_norms=0.5 * unit.square().sum(2),
+    )
 
 
 _decode_tables = PerVersion(_build_decode_tables)
@@ -80,20 +92,27 @@ _encode_tables = PerVersion(_build_encode_tables)
 
 def _weights_unsupported(x: Tensor, depth: int | None, *groups: Sequence[Tensor]) -> str | None:
     """Why codebooks, projections and biases do not fit one search, or None."""
-    names = ("codebooks", "out_weights", "out_biases", "in_weights", "in_biases")
-    stages, first = len(groups[0]), groups[0][0] if groups[0] else None
-    if first is None or first.dim() != 2:
+    stages = len(groups[0])
+    if not stages or groups[0][0].dim() != 2:
         return "there is no codebook [K, d]"
-    (size, dim), depth = first.shape, depth or groups[1][0].shape[0]
+    size, dim = groups[0][0].shape
+    depth = depth or groups[1][0].shape[0]
     if dim > MAX_DIM or size > MAX_SIZE:
-        return f"codebooks are {size} x {dim}; accepted: up to {MAX_SIZE} entries of up to {MAX_DIM} dimensions"
+        return (
+            f"codebooks are {size} x {dim}; "
+            f"accepted: up to {MAX_SIZE} entries of up to {MAX_DIM} dimensions"
+        )
+    names = ("codebooks", "out_weights", "out_biases", "in_weights", "in_biases")
     shapes = ((size, dim), (depth, dim), (depth,), (dim, depth), (dim,))
     for name, shape, group in zip(names, shapes, groups, strict=False):
         if len(group) != stages:
             return f"{len(group)} {name} for {stages} codebooks"
         for tensor in group:
             if tensor.shape != shape:
-                return f"{name} of shape {tuple(tensor.shape)} and {shape} together; accepted: one for all stages"
+                return (
+                    f"{name} of shape {tuple(tensor.shape)} and {shape} together; "
+                    "accepted: one for all stages"
+                )
             if tensor.dtype not in DTYPES:
                 return f"{name} are {tensor.dtype}; accepted: float32, float16, bfloat16"
             if tensor.device != x.device:
@@ -102,7 +121,14 @@ def _weights_unsupported(x: Tensor, depth: int | None, *groups: Sequence[Tensor]
 
 
 def rvq_encode_unsupported(
-    z, in_weights, in_biases, codebooks, out_weights, out_biases, counts=None, lengths=None
+    z: Tensor,
+    in_weights: Sequence[Tensor],
+    in_biases: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
+    counts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> str | None:
     """Why `rvq_encode` cannot run on these arguments, or None."""
     if reason := device_unsupported(z):
@@ -129,16 +155,19 @@ def rvq_encode(
     """Residual vector quantisation; gradients pass each search straight through.
 
     Args:
-        z: [B, D, F], float32, float16 or bfloat16. The search computes in float32 in any case.
+        z: [B, D, F], float32, float16 or bfloat16. The search always computes in float32.
         in_weights, in_biases: per stage [d, D] and [d].
         codebooks: per stage [K, d], with K <= 4096 and d <= 32 the same for all.
         out_weights, out_biases: per stage [D, d] and [D].
-        counts: int64 [B], codebooks each item keeps; None: all. What it leaves out still lowers the residual.
-        lengths: int64 [B], valid frames of each item; None: all. Past them outputs are zero and losses see nothing.
+        counts: int64 [B], codebooks each item keeps; None: all. The others still lower the
+            residual.
+        lengths: int64 [B], valid frames of each item; None: all. Past them outputs are zero and
+            losses see nothing.
     Returns:
-        quantised z [B, D, F]; codes int64 [B, N, F], the first of equally near entries; latents [B, N d, F];
-        commitment loss and codebook loss, scalars: per item the mean squared error over (d, F), mean over the
-        batch, summed over the kept stages. All but the codes have z's dtype.
+        quantised z [B, D, F]; codes int64 [B, N, F], the first of equally near entries; latents
+        [B, N d, F]; commitment loss and codebook loss, scalars: per item the mean squared error
+        over (d, F), mean over the batch, summed over the kept stages. All but the codes have z's
+        dtype.
     Raises:
         ValueError: `rvq_encode_unsupported` has a reason.
     """
@@ -147,7 +176,8 @@ def rvq_encode(
         raise ValueError(reason)
     encoding = _encode_tables(*weights)
     decoding = encoding.decode
-    (items, _, size), (stages, _, dim) = z.shape, decoding.codebooks.shape
+    items, _, size = z.shape
+    stages, _, dim = decoding.codebooks.shape
 
     projections = project(encoding.in_weight, z, encoding.bias)
     latents, entries, codes = search(
@@ -182,13 +212,21 @@ def rvq_encode(
         codebook_loss = ((rows - latents.detach()).square() * share).sum()
     else:
         codebook_loss = commitment.detach().clone()
-    quantised, latents, commitment, codebook_loss = (
-        t.to(z.dtype) for t in (quantised, latents, commitment, codebook_loss)
+    return (
+        quantised.to(z.dtype),
+        codes,
+        latents.to(z.dtype),
+        commitment.to(z.dtype),
+        codebook_loss.to(z.dtype),
     )
-    return quantised, codes, latents, commitment, codebook_loss
 
 
-def rvq_decode_unsupported(codes, codebooks, out_weights, out_biases) -> str | None:
+def rvq_decode_unsupported(
+    codes: Tensor,
+    codebooks: Sequence[Tensor],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor],
+) -> str | None:
     """Why `rvq_decode` cannot run on these arguments, or None."""
     if reason := device_unsupported(codes):
         return reason
@@ -205,10 +243,11 @@ def rvq_decode(
     out_weights: Sequence[Tensor],
     out_biases: Sequence[Tensor],
 ) -> Tensor:
-    """Codes back to the quantised latent: the sum of every stage's projected entry, in fp32 arithmetic.
+    """Codes back to the quantised latent: the sum, in fp32, of every stage's projected entry.
 
     Args:
-        codes: int64 [B, N, F]; of more codebooks than N the first N are used. A code outside its codebook gives NaN.
+        codes: int64 [B, N, F]; of more codebooks than N the first N are used. A code outside its
+            codebook gives NaN.
         codebooks, out_weights, out_biases: per stage [K, d], [D, d] and [D], as for `rvq_encode`.
     Returns:
         [B, D, F], of the codebooks' dtype.
@@ -220,7 +259,10 @@ def rvq_decode(
     tables = _decode_tables(codebooks, out_weights, out_biases)
     stages, dim = codes.shape[1], tables.codebooks.shape[2]
     weight, bias = tables.out_weight[:, : stages * dim], tables.out_bias[:stages].sum(0)
-    return decode(codes.contiguous(), tables.codebooks[:stages], weight, bias, codebooks[0].dtype)
+    z: Tensor = decode(
+        codes.contiguous(), tables.codebooks[:stages], weight, bias, codebooks[0].dtype
+    )
+    return z
 
 
 def warmup(
@@ -231,13 +273,20 @@ def warmup(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cuda",
 ) -> None:
-    """Compile and tune `rvq_encode` and `rvq_decode` for inputs [B, D, F] of these shapes, before a graph's capture."""
+    """Compile and tune `rvq_encode` and `rvq_decode`, before a CUDA graph's capture.
+
+    Args:
+        shapes: of the latents z, [B, D, F].
+    """
     for items, depth, frames in shapes:
-        groups = [
+        in_weights, in_biases, codebooks, out_weights, out_biases = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(stages)]
             for shape in ((dim, depth), (dim,), (size, dim), (depth, dim), (depth,))
-        ]
+        )
         z = torch.zeros((items, depth, frames), dtype=dtype, device=device)
-        codes = rvq_encode(z, *groups)[1]
-        rvq_encode(z, *groups, lengths=torch.full((items,), frames, device=device))
-        rvq_decode(codes, *groups[2:])
+        full = torch.full((items,), frames, device=device)
+        for lengths in (None, full):
+            _, codes, *_ = rvq_encode(
+                z, in_weights, in_biases, codebooks, out_weights, out_biases, lengths=lengths
+            )
+        rvq_decode(codes, codebooks, out_weights, out_biases)

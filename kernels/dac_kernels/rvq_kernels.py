@@ -1,22 +1,25 @@
-# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
-"""The three Triton kernels of residual vector quantisation and their registered ops: project, search, decode.
+# ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
+"""The three Triton kernels of residual vector quantisation, and their registered ops.
 
-`rvq.py` has the formulas and puts them together.
+They are `project`, `search` and `decode`; `rvq.py` has the formulas and puts them together.
 """
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
 from __future__ import annotations
 
+from typing import Any, no_type_check
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dac_kernels.launch import jit, launch, tl, tuned
+from dac_kernels.launch import Config, jit, launch, tl, tuned
 
 
 @jit
+@no_type_check
 def _project_kernel(
-    weight, x, bias, y, R, D, frames, size, x_b, x_d, x_f,
+    weight, x, bias, y, R, D, frames, size, stride_x_batch, stride_x_depth, stride_x_frame,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # y [B, R, F] = weight [R, D] x [B, D, F] + bias [R] in fp32; `frames` is B F, `size` is F.
@@ -25,32 +28,32 @@ def _project_kernel(
     row = pid % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     frame = pid // blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     item, time = frame // size, frame % size
-    x_at = x + item * x_b + time * x_f
+    row_known, frame_known = (row < R)[:, None], (frame < frames)[None, :]
+    x_at = (x + item * stride_x_batch + time * stride_x_frame)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        w = tl.load(
-            weight + row[:, None] * D + d[None, :],
-            mask=(row < R)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        inside = (d < D)[:, None] & (frame < frames)[None, :]
-        v = tl.load(x_at[None, :] + d.to(tl.int64)[:, None] * x_d, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        w_at = weight + row[:, None] * D + d[None, :]
+        w = tl.load(w_at, mask=row_known & (d < D)[None, :], other=0.0)
+        v_at = x_at + d.to(tl.int64)[:, None] * stride_x_depth
+        v = tl.load(v_at, mask=(d < D)[:, None] & frame_known, other=0.0).to(tl.float32)
         total = tl.dot(w, v, total, input_precision="ieee")
     total += tl.load(bias + row, mask=row < R, other=0.0)[:, None]
-    at = y + (item[None, :] * R + row[:, None]) * size + time[None, :]
-    tl.store(at, total, mask=(row < R)[:, None] & (frame < frames)[None, :])
+    y_at = y + (item[None, :] * R + row[:, None]) * size + time[None, :]
+    tl.store(y_at, total, mask=row_known & frame_known)
 
 
 @jit
+@no_type_check
 def _search_kernel(
-    projections, cross, codebooks, units, half_norms, lengths, codes, latents, entries, N, K, frames, size,
-    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    projections, cross, codebooks, units, half_norms, lengths, codes, latents, entries,
+    N, K, frames, size,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # projections, latents, entries [B, N, DIM, F]; codes [B, N, F]; cross [N, DIM, N, DIM]; codebooks [N, K, DIM];
-    # units [N, DIM, K], the entries normalised; half_norms [N, K], half their squared lengths (of 1 or 0).
+    # projections, latents, entries [B, N, DIM, F]; codes [B, N, F]; cross [N, DIM, N, DIM];
+    # codebooks [N, K, DIM]; units [N, DIM, K], the entries normalised; half_norms [N, K], half
+    # their squared lengths (of 1 or 0).
     frame = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = frame < frames
     item, time = frame // size, frame % size
@@ -71,32 +74,31 @@ def _search_kernel(
             code = tl.load(codes_at + j * size, mask=inside, other=0)
             for k in tl.static_range(DIM):
                 entry = tl.load(codebooks + (j * K + code) * DIM + k)
-                column = tl.load(
-                    cross + ((i * DIM + dim) * N + j) * DIM + k, mask=dim < DIM, other=0.0
-                )
+                column_at = cross + ((i * DIM + dim) * N + j) * DIM + k
+                column = tl.load(column_at, mask=dim < DIM, other=0.0)
                 latent = tl.fma(-column[None, :], entry[:, None], latent)
 
-        # Smallest squared distance of unit vectors a, e: largest a e - |e|^2 / 2. One vector per dimension, held in
-        # registers, makes the search plain fp32 multiply-adds with no shared memory.
+        # The smallest squared distance of unit vectors a and e is the largest a e - |e|^2 / 2. With
+        # one vector per dimension, held in registers, the search is plain fp32 multiply-adds
+        # without shared memory.
         length = tl.sqrt(tl.sum(latent * latent, axis=1))
         unit = latent / tl.maximum(length, 1e-12)[:, None]
-        parts = ()
+        components = ()
         for k in tl.static_range(DIM):
+            component = tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None]
             # Triton knows no unpacking into a tuple.
-            parts = parts + (tl.sum(tl.where(dim[None, :] == k, unit, 0.0), axis=1)[:, None],)  # noqa: RUF005
+            components = components + (component,)  # noqa: RUF005
         column = tl.arange(0, BLOCK_K)
         best = tl.full((BLOCK_F, BLOCK_K), float("-inf"), tl.float32)
         index = tl.zeros((BLOCK_F, BLOCK_K), tl.int32) + column[None, :]
         for start in range(0, K, BLOCK_K):
             entry = start + column
             known = entry < K
-            score = (
-                tl.zeros_like(best)
-                - tl.load(half_norms + i * K + entry, mask=known, other=float("inf"))[None, :]
-            )
+            norm = tl.load(half_norms + i * K + entry, mask=known, other=float("inf"))
+            score = tl.zeros_like(best) - norm[None, :]
             for k in tl.static_range(DIM):
                 part = tl.load(units + (i * DIM + k) * K + entry, mask=known, other=0.0)
-                score = tl.fma(parts[k], part[None, :], score)
+                score = tl.fma(components[k], part[None, :], score)
             # Strictly better only: the first of equals stays, and so it does in every column.
             better = score > best
             best = tl.where(better, score, best)
@@ -104,9 +106,8 @@ def _search_kernel(
         top = tl.max(best, axis=1)
         code = tl.min(tl.where(best == top[:, None], index, K), axis=1)
 
-        chosen = tl.load(
-            codebooks + (i * K + code)[:, None] * DIM + dim[None, :], mask=used, other=0.0
-        )
+        chosen_at = codebooks + (i * K + code)[:, None] * DIM + dim[None, :]
+        chosen = tl.load(chosen_at, mask=used, other=0.0)
         mask = inside[:, None] & used
         tl.store(codes_at + i * size, tl.where(valid, code, 0).to(tl.int64), mask=inside)
         tl.store(latents + at + i * stage, tl.where(valid[:, None], latent, 0.0), mask=mask)
@@ -115,62 +116,63 @@ def _search_kernel(
 
 
 @jit
+@no_type_check
 def _decode_kernel(
-    codes, codebooks, weight, bias, y, N, K, D, frames, size, weight_row,
+    codes, codebooks, weight, bias, y, N, K, D, frames, size, stride_weight_row,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # y [B, D, F] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks [N, K, DIM].
+    # y [B, D, F] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks
+    # [N, K, DIM].
     blocks = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
     d = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     frame = pid // blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     item, time = frame // size, frame % size
+    d_known, frame_known = (d < D)[:, None], (frame < frames)[None, :]
     total = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     for start in range(0, N * DIM, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         stage = (r // DIM)[:, None]
-        inside = (r < N * DIM)[:, None] & (frame < frames)[None, :]
-        code = tl.load(
-            codes + (item[None, :] * N + stage) * size + time[None, :], mask=inside, other=0
-        )
+        inside = (r < N * DIM)[:, None] & frame_known
+        code_at = codes + (item[None, :] * N + stage) * size + time[None, :]
+        code = tl.load(code_at, mask=inside, other=0)
         # A code that does not exist must be seen, not read from somewhere else.
         known = (code >= 0) & (code < K)
-        entry = tl.load(
-            codebooks + (stage * K + code) * DIM + (r % DIM)[:, None],
-            mask=inside & known,
-            other=0.0,
-        )
+        entry_at = codebooks + (stage * K + code) * DIM + (r % DIM)[:, None]
+        entry = tl.load(entry_at, mask=inside & known, other=0.0)
         entry = tl.where(known, entry, float("nan"))
-        w_mask = (d < D)[:, None] & (r < N * DIM)[None, :]
-        w = tl.load(weight + d[:, None] * weight_row + r[None, :], mask=w_mask, other=0.0)
+        w_at = weight + d[:, None] * stride_weight_row + r[None, :]
+        w = tl.load(w_at, mask=d_known & (r < N * DIM)[None, :], other=0.0)
         total = tl.dot(w, entry, total, input_precision="ieee")
     total += tl.load(bias + d, mask=d < D, other=0.0)[:, None]
-    at = y + (item[None, :] * D + d[:, None]) * size + time[None, :]
-    tl.store(at, total.to(y.dtype.element_ty), mask=(d < D)[:, None] & (frame < frames)[None, :])
+    y_at = y + (item[None, :] * D + d[:, None]) * size + time[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=d_known & frame_known)
 
 
 @torch.library.custom_op("dac_kernels::rvq_project", mutates_args=())
 def project(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     """fp32 [B, R, F] = weight [R, D] x [B, D, F] + bias [R], whatever torch's TF32 switches say."""
-    (rows, depth), (items, _, size) = weight.shape, x.shape
+    rows, depth = weight.shape
+    items, _, size = x.shape
     y = x.new_empty((items, rows, size), dtype=torch.float32)
     frames = items * size
     programs = -(-rows // 32) * -(-frames // 32)
-    args = (weight, x, bias, y, rows, depth, frames, size, *x.stride())
-    launch(_project_kernel, programs, *args, BLOCK_R=32, BLOCK_F=32, BLOCK_D=32, num_warps=4)
+    integers = (rows, depth, frames, size, *x.stride())
+    blocks = {"BLOCK_R": 32, "BLOCK_F": 32, "BLOCK_D": 32}
+    launch(_project_kernel, programs, weight, x, bias, y, *integers, **blocks, num_warps=4)
     return y
 
 
 @project.register_fake
-def _(weight, x, bias):
+def _(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]), dtype=torch.float32)
 
 
-def _save_project(ctx, inputs, output):
+def _save_project(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
-def _project_gradients(ctx, g):
+def _project_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     weight, x = ctx.saved_tensors
     d_weight = torch.matmul(_flat(g), _flat(x.float()).t()) if ctx.needs_input_grad[0] else None
     d_x = torch.matmul(weight.t(), g).to(x.dtype) if ctx.needs_input_grad[1] else None
@@ -200,78 +202,83 @@ def search(
     half_norms: Tensor,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """latents [B, R, F] and entries [B, R, F], fp32, the latter straight-through, and codes int64 [B, N, F].
+    """All N searches of every frame. Past an item's length everything is zero.
 
-    From projections [B, R, F], cross [R, R] (of which the blocks below the diagonal count), codebooks [N, K, d],
-    units [N, d, K] and half_norms [N, K]; all fp32. Past an item's length everything is zero.
+    Args:
+        projections: [B, R, F], like all but lengths fp32.
+        cross: [R, R], of which the blocks below the diagonal count.
+        codebooks: [N, K, d].
+        units: [N, d, K], the entries normalised.
+        half_norms: [N, K], half the squared lengths of the units.
+        lengths: int64 [B], or None: all frames are valid.
+    Returns:
+        latents [B, R, F] and chosen entries [B, R, F], fp32, the latter straight-through; codes
+        int64 [B, N, F].
     """
-    (items, _, size), (stages, entries, dim) = projections.shape, codebooks.shape
+    items, _, size = projections.shape
+    stages, entries, dim = codebooks.shape
     latents, chosen = torch.empty_like(projections), torch.empty_like(projections)
     codes = projections.new_empty((items, stages, size), dtype=torch.int64)
     frames = items * size
-    tensors = (
-        projections,
-        cross,
-        codebooks,
-        units,
-        half_norms,
-        codes if lengths is None else lengths,
-    )
+    ragged = lengths if lengths is not None else codes
+    tensors = (projections, cross, codebooks, units, half_norms, ragged, codes, latents, chosen)
+    integers = (stages, entries, frames, size)
+    constants = {
+        "DIM": dim,
+        "DIM_PADDED": 1 << (dim - 1).bit_length(),
+        "RAGGED": lengths is not None,
+    }
 
-    def run(config):
-        options = {
-            "DIM": dim,
-            "DIM_PADDED": 1 << (dim - 1).bit_length(),
-            "RAGGED": lengths is not None,
-            **config,
-        }
-        args = (*tensors, codes, latents, chosen, stages, entries, frames, size)
-        launch(_search_kernel, -(-frames // config["BLOCK_F"]), *args, **options)
+    def run(config: Config) -> None:
+        programs = -(-frames // config["BLOCK_F"])
+        launch(_search_kernel, programs, *tensors, *integers, **constants, **config)
 
     key = "rvq_search", projections.device, stages, entries, dim, frames.bit_length()
     run(tuned(key, _search_configs(dim), run))
     return latents, chosen, codes
 
 
-def _search_configs(dim: int) -> tuple[dict, ...]:
+def _search_configs(dim: int) -> list[Config]:
     """The rows that a thread holds cost `dim` registers each, so wide codes take few."""
     sizes = ((16, 128), (32, 64)) if dim <= 8 else ((8 if dim <= 16 else 4, 64),)
-    return tuple({"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes)
+    return [{"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes]
 
 
 @search.register_fake
-def _(projections, cross, codebooks, units, half_norms, lengths):
-    codes = projections.new_empty(
-        (projections.shape[0], codebooks.shape[0], projections.shape[2]), dtype=torch.int64
-    )
+def _(
+    projections: Tensor,
+    cross: Tensor,
+    codebooks: Tensor,
+    units: Tensor,
+    half_norms: Tensor,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (projections.shape[0], codebooks.shape[0], projections.shape[2])
+    codes = projections.new_empty(shape, dtype=torch.int64)
     return torch.empty_like(projections), torch.empty_like(projections), codes
 
 
-def _save_search(ctx, inputs, output):
+def _save_search(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, cross, codebooks, _, _, lengths = inputs
     ctx.save_for_backward(cross, output[1], lengths)
     ctx.stages, _, ctx.dim = codebooks.shape
 
 
-def _search_gradients(ctx, g_latents, g_entries, _):
+def _search_gradients(
+    ctx: Any, g_latents: Tensor, g_entries: Tensor, _: None
+) -> tuple[Tensor | None, ...]:
     cross, entries, lengths = ctx.saved_tensors
     g = g_latents + g_entries
     if lengths is not None:
         g = g * valid_mask(lengths, g.shape[2])
     lower = earlier_stages(ctx.stages, ctx.dim, g.device)
     # Strictly triangular, so the implied diagonal of ones makes it I + L^T.
-    d_projections = torch.linalg.solve_triangular(
+    d_flat = torch.linalg.solve_triangular(
         (cross * lower).t(), _flat(g), upper=True, unitriangular=True
     )
-    d_cross = -torch.matmul(d_projections, _flat(entries).t()) * lower
-    return (
-        d_projections.unflatten(1, (g.shape[0], -1)).transpose(0, 1),
-        d_cross,
-        None,
-        None,
-        None,
-        None,
-    )
+    d_cross = -torch.matmul(d_flat, _flat(entries).t()) * lower
+    d_projections = d_flat.view(g.shape[1], g.shape[0], g.shape[2]).transpose(0, 1)
+    return d_projections, d_cross, None, None, None, None
 
 
 search.register_autograd(_search_gradients, setup_context=_save_search)
@@ -293,45 +300,39 @@ def gather(codes: Tensor, codebooks: Tensor) -> Tensor:
 def decode(
     codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """[B, D, F] from codes [B, N, F], fp32 codebooks [N, K, d], weight [D, N d] with unit stride, and bias [D]."""
-    (items, stages, size), (_, entries, dim), depth = codes.shape, codebooks.shape, weight.shape[0]
+    """[B, D, F] from codes [B, N, F] and, in fp32, codebooks [N, K, d], weight [D, N d], bias [D].
+
+    The rows of the weight are contiguous.
+    """
+    items, stages, size = codes.shape
+    _, entries, dim = codebooks.shape
+    depth = weight.shape[0]
     y = codes.new_empty((items, depth, size), dtype=dtype)
     frames = items * size
     programs = -(-depth // 64) * -(-frames // 32)
-    args = (
-        codes,
-        codebooks,
-        weight,
-        bias,
-        y,
-        stages,
-        entries,
-        depth,
-        frames,
-        size,
-        weight.stride(0),
-    )
-    launch(
-        _decode_kernel, programs, *args, DIM=dim, BLOCK_D=64, BLOCK_F=32, BLOCK_R=16, num_warps=4
-    )
+    tensors = (codes, codebooks, weight, bias, y)
+    integers = (stages, entries, depth, frames, size, weight.stride(0))
+    blocks = {"DIM": dim, "BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_R": 16}
+    launch(_decode_kernel, programs, *tensors, *integers, **blocks, num_warps=4)
     return y
 
 
 @decode.register_fake
-def _(codes, codebooks, weight, bias, dtype):
+def _(codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((codes.shape[0], weight.shape[0], codes.shape[2]), dtype=dtype)
 
 
-def _save_decode(ctx, inputs, output):
+def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _decode_gradients(ctx, g):
+def _decode_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebooks, weight = ctx.saved_tensors
     g = g.float()
     stages, size, dim = codebooks.shape
+    items, _, frames = g.shape
     d_weight = torch.matmul(_flat(g), _flat(gather(codes, codebooks)).t())
-    d_entries = torch.matmul(weight.t(), g).unflatten(1, (stages, dim)).transpose(2, 3)
+    d_entries = torch.matmul(weight.t(), g).view(items, stages, dim, frames).transpose(2, 3)
     rows = codes + torch.arange(stages, device=codes.device)[:, None] * size
     d_codebooks = torch.ops.aten.embedding_dense_backward(d_entries, rows, stages * size, -1, False)
     return None, d_codebooks.view(codebooks.shape), d_weight, g.sum((0, 2)), None

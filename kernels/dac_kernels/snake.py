@@ -1,8 +1,8 @@
-# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
+# ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
 """Snake activations in Triton: one pass over the tensor forward, one backward.
 
-    snake       y = x + sin(alpha x)^2 / (alpha + 1e-9)       arXiv 2006.08195; Descript Audio Codec
-    snake_beta  y = x + sin(alpha x)^2 / (beta + 1e-9)        BigVGAN, arXiv 2206.04658
+    snake       y = x + sin(alpha x)^2 / (alpha + 1e-9)     arXiv 2006.08195; Descript Audio Codec
+    snake_beta  y = x + sin(alpha x)^2 / (beta + 1e-9)      BigVGAN, arXiv 2206.04658
 
 The backward pass keeps only x: with s = sin(alpha x) and c = cos(alpha x),
 
@@ -10,16 +10,18 @@ The backward pass keeps only x: with s = sin(alpha x) and c = cos(alpha x),
     dalpha = sum of g 2 s c x / (beta + 1e-9)
     dbeta  = sum of -g s^2 / (beta + 1e-9)^2
 
-and for `snake`, where alpha is beta too, the last two are added. Each program writes its own fp32 partial sums and a
-second reduction adds them in a fixed order: no atomics, the same bits on every run.
+and for `snake`, where alpha is beta too, the last two are added. Each program writes its own fp32
+partial sums, and a second reduction adds them in a fixed order: no atomics, the same bits on every
+run.
 
-Sine and cosine. sin^2 and sin cos have period pi, so alpha x is reduced to r in [-pi/2, pi/2] by the nearest multiple
-of pi, which is subtracted in two pieces (Cody and Waite), the first one exactly and from the unrounded product by a
-fused multiply-add; the pieces are pi to 5e-12. On r, sin is an odd polynomial of degree 9 (relative error 5e-9 before
-rounding) and cos an even one of degree 8 (error 6e-8). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma
-fuses, as on every GPU; where it rounds the product first, 1.2e-7 |alpha x| comes on top, as in PyTorch's own fp32.
-Beyond, the error grows with |alpha x| but sin^2 stays in [0, 1], so y is off by at most 1 / beta. The compiler's own
-sine is not used: its full-range path spills to local memory.
+Sine and cosine: sin^2 and sin cos have period pi, so alpha x is reduced to r in [-pi/2, pi/2] by
+the nearest multiple of pi. That multiple is subtracted in two pieces (Cody and Waite), the first
+one exactly, and from the unrounded product by a fused multiply-add; the pieces are pi to 5e-12. On
+r, sin is an odd polynomial of degree 9 (relative error 5e-9 before rounding) and cos an even one of
+degree 8 (error 6e-8). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma fuses, as on
+every GPU; where fma rounds the product first, 1.2e-7 |alpha x| is added, as in PyTorch's own fp32.
+For larger |alpha x| the error grows, but sin^2 stays in [0, 1], so y is off by at most 1 / beta.
+The compiler's own sine is not used: its full-range path spills to local memory.
 """
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
@@ -27,27 +29,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import DTYPES, device_unsupported, jit, launch, tl, tuned
+from dac_kernels.launch import DTYPES, Config, device_unsupported, jit, launch, tl, tuned
 
-# Elements of a tile and warps that share it; the backward pass takes the first one always, because its partial sums,
-# hence its bits, depend on the tile.
-CONFIGS = tuple({"elements": e, "num_warps": w} for e, w in ((2048, 4), (4096, 8), (4096, 4)))
+# Elements of a tile and the warps that share it. The backward pass always takes the first one,
+# because its partial sums, hence its bits, depend on the tile.
+CONFIGS: tuple[Config, ...] = tuple(
+    {"elements": elements, "num_warps": warps}
+    for elements, warps in ((2048, 4), (4096, 8), (4096, 4))
+)
 
 
 @jit
+@no_type_check
 def _reduced(x, alpha):
-    # alpha x minus the nearest multiple of pi. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer;
-    # 3.140625 has 8 significant bits, so its product with that integer is exact.
+    # alpha x minus the nearest multiple of pi. Adding and subtracting 1.5 * 2^23 rounds to the
+    # nearest integer; 3.140625 has 8 significant bits, so its product with that integer is exact.
     k = tl.fma(x, alpha * 0.3183098861837907, 12582912.0) - 12582912.0
     r = tl.fma(x, alpha, k * -3.140625)
     return tl.fma(k, -0.0009676535846665502, r)
 
 
 @jit
+@no_type_check
 def _sine(r):
     u = r * r
     p = tl.fma(u, 2.6089039693033556e-06, -0.00019811101083178073)
@@ -57,6 +65,7 @@ def _sine(r):
 
 
 @jit
+@no_type_check
 def _cosine(r):
     u = r * r
     p = tl.fma(u, 2.319407394679729e-05, -0.001385591458529234)
@@ -66,12 +75,24 @@ def _cosine(r):
 
 
 @jit
+@no_type_check
+def activated(x, alpha, gain):
+    """x + gain sin(alpha x)^2, in float32."""
+    sine = _sine(_reduced(x, alpha))
+    # Where the reduction has lost all precision the polynomial leaves [-1, 1]; NaN must pass.
+    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.fma(square, gain, x)
+
+
+@jit
+@no_type_check
 def _tile(
     C, T, ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    # This program's item, first channel and first time, in int64, its row of partial sums, and which of its elements
-    # exist. Neighbouring programs are neighbours in memory. Divisions are in int32 where T is (in int64 each costs as
-    # much as several elements), and so are the mask's comparisons, one per element.
+    # This program's item, first channel and first time, in int64; its row of partial sums; which of
+    # its channels and elements exist. Neighbouring programs are neighbours in memory. Divisions are
+    # in int32 where T is (one in int64 costs as much as several elements), and so are the mask's
+    # comparisons, of which there is one per element.
     c_blocks = tl.cdiv(C, BLOCK_C)
     t_blocks = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
@@ -95,51 +116,72 @@ def _tile(
 
 
 @jit
+@no_type_check
 def _pointers(
-    x, b, c_start, t_start, x_b, x_c, x_t,
+    x, item, c_start, t_start, stride_batch, stride_channel, stride_time,
     ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    # Of the tile [BLOCK_C, BLOCK_T] of x. ALIGN divides what lies between two runs of consecutive elements, so that
-    # they are loaded in vectors; Triton itself notices divisibility by 16 only.
-    x_b = tl.multiple_of(x_b, ALIGN)
+    # To the tile [BLOCK_C, BLOCK_T] of x. ALIGN divides the distances between runs of consecutive
+    # elements, so that these are loaded in vectors; Triton itself notices only multiples of 16.
+    stride_batch = tl.multiple_of(stride_batch, ALIGN)
     if C_FAST:
-        x_t = tl.multiple_of(x_t, ALIGN)
+        stride_time = tl.multiple_of(stride_time, ALIGN)
     else:
-        x_c = tl.multiple_of(x_c, ALIGN)
-    first = x + b * x_b + c_start * x_c + t_start * x_t
+        stride_channel = tl.multiple_of(stride_channel, ALIGN)
+    first = x + item * stride_batch + c_start * stride_channel + t_start * stride_time
     c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
     t = tl.arange(0, BLOCK_T)[None, :].to(tl.int64)
-    return first + c * x_c + t * x_t
+    return first + c * stride_channel + t * stride_time
 
 
 @jit
+@no_type_check
 def _forward_kernel(
-    x, alpha, beta, y, C, T, x_b, x_c, x_t, y_b, y_c, y_t,
+    x, alpha, beta, y, C, T,
+    stride_x_batch, stride_x_channel, stride_x_time,
+    stride_y_batch, stride_y_channel, stride_y_time,
     ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    b, c_start, t_start, _, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
-    x_at = _pointers(x, b, c_start, t_start, x_b, x_c, x_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
-    y_at = _pointers(y, b, c_start, t_start, y_b, y_c, y_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    item, c_start, t_start, _, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    x_at = _pointers(
+        x, item, c_start, t_start, stride_x_batch, stride_x_channel, stride_x_time,
+        ALIGN, C_FAST, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
+    y_at = _pointers(
+        y, item, c_start, t_start, stride_y_batch, stride_y_channel, stride_y_time,
+        ALIGN, C_FAST, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
     c = c_start + tl.arange(0, BLOCK_C)[:, None]
     frequency = tl.load(alpha + c, mask=c_inside, other=1.0).to(tl.float32)
     gain = 1.0 / (tl.load(beta + c, mask=c_inside, other=1.0).to(tl.float32) + 1e-9)
-
     value = tl.load(x_at, mask=inside).to(tl.float32)
-    sine = _sine(_reduced(value, frequency))
-    # Where the reduction has lost all precision the polynomial leaves [-1, 1]; NaN must pass.
-    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_at, tl.fma(square, gain, value).to(y.dtype.element_ty), mask=inside)
+    tl.store(y_at, activated(value, frequency, gain).to(y.dtype.element_ty), mask=inside)
 
 
 @jit
+@no_type_check
 def _backward_kernel(
-    x, alpha, beta, g, dx, partials, C, T, x_b, x_c, x_t, g_b, g_c, g_t, dx_b, dx_c, dx_t,
-    ALIGN: tl.constexpr, C_FAST: tl.constexpr, SHARED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    x, alpha, beta, g, dx, partials, C, T,
+    stride_x_batch, stride_x_channel, stride_x_time,
+    stride_g_batch, stride_g_channel, stride_g_time,
+    stride_dx_batch, stride_dx_channel, stride_dx_time,
+    ALIGN: tl.constexpr, C_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
-    b, c_start, t_start, row, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
-    x_at = _pointers(x, b, c_start, t_start, x_b, x_c, x_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
-    g_at = _pointers(g, b, c_start, t_start, g_b, g_c, g_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
-    dx_at = _pointers(dx, b, c_start, t_start, dx_b, dx_c, dx_t, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    # SHARED: alpha is beta too, so there is one sum for both.
+    item, c_start, t_start, row, c_inside, inside = _tile(C, T, ALIGN, C_FAST, BLOCK_C, BLOCK_T)
+    x_at = _pointers(
+        x, item, c_start, t_start, stride_x_batch, stride_x_channel, stride_x_time,
+        ALIGN, C_FAST, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
+    g_at = _pointers(
+        g, item, c_start, t_start, stride_g_batch, stride_g_channel, stride_g_time,
+        ALIGN, C_FAST, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
+    dx_at = _pointers(
+        dx, item, c_start, t_start, stride_dx_batch, stride_dx_channel, stride_dx_time,
+        ALIGN, C_FAST, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
     c = c_start + tl.arange(0, BLOCK_C)[:, None]
     frequency = tl.load(alpha + c, mask=c_inside, other=1.0).to(tl.float32)
     gain = 1.0 / (tl.load(beta + c, mask=c_inside, other=1.0).to(tl.float32) + 1e-9)
@@ -147,46 +189,45 @@ def _backward_kernel(
     value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     r = _reduced(value, frequency)
-    # Where the reduction has lost all precision, sine and cosine must still be bounded; NaN must pass.
+    # Where the reduction has lost all precision, sine and cosine must still be bounded; NaN must
+    # pass.
     r = tl.clamp(r, -1.6, 1.6, propagate_nan=tl.PropagateNan.ALL)
     sine = _sine(r)
     double = 2.0 * sine * _cosine(r)
-    tl.store(
-        dx_at, (grad * tl.fma(double, frequency * gain, 1.0)).to(dx.dtype.element_ty), mask=inside
-    )
+    d_x = grad * tl.fma(double, frequency * gain, 1.0)
+    tl.store(dx_at, d_x.to(dx.dtype.element_ty), mask=inside)
 
     d_alpha = double * value
     d_beta = sine * sine * -gain
-    out = partials + row * C + c
+    sums = partials + row * C + c
     if SHARED:
-        tl.store(
-            out, gain * tl.sum(grad * (d_alpha + d_beta), axis=1, keep_dims=True), mask=c_inside
-        )
+        d_both = gain * tl.sum(grad * (d_alpha + d_beta), axis=1, keep_dims=True)
+        tl.store(sums, d_both, mask=c_inside)
     else:
         rows = tl.num_programs(0).to(tl.int64) // tl.cdiv(C, BLOCK_C)
-        tl.store(out, gain * tl.sum(grad * d_alpha, axis=1, keep_dims=True), mask=c_inside)
-        tl.store(
-            out + rows * C, gain * tl.sum(grad * d_beta, axis=1, keep_dims=True), mask=c_inside
-        )
+        d_alpha = gain * tl.sum(grad * d_alpha, axis=1, keep_dims=True)
+        d_beta = gain * tl.sum(grad * d_beta, axis=1, keep_dims=True)
+        tl.store(sums, d_alpha, mask=c_inside)
+        tl.store(sums + rows * C, d_beta, mask=c_inside)
 
 
-def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict]:
-    """Programs, rows of partial sums, and constants of a launch over tensors [B, C, T], the first of which decides."""
+def _geometry(elements: int, *tensors: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Programs, rows of partial sums, and constants of a launch over tensors [B, C, T].
+
+    The first tensor decides along which axis the tiles are long.
+    """
     b, c, t = tensors[0].shape
     c_fast = tensors[0].stride(1) == 1 and (t == 1 or tensors[0].stride(2) != 1)
     fast, slow = (c, t) if c_fast else (t, c)
     # The largest extent along the fast axis that wastes little more of the tile than the best one.
     extents = [32 << i for i in range(6)]
-    padded = {e: -(-fast // e) * e for e in extents}
+    padded = {extent: -(-fast // extent) * extent for extent in extents}
     fast_block = max(e for e in extents if padded[e] <= 1.125 * min(padded.values()))
     slow_block = min(elements // fast_block, 1 << (slow - 1).bit_length())
     block_c, block_t = (fast_block, slow_block) if c_fast else (slow_block, fast_block)
     # What is known to divide every row's start: the width of the vector loads.
-    strides = [
-        stride
-        for tensor in tensors
-        for stride in (tensor.stride(0), tensor.stride(2 if c_fast else 1))
-    ]
+    slow_axis = 2 if c_fast else 1
+    strides = [tensor.stride(axis) for tensor in tensors for axis in (0, slow_axis)]
     align = math.gcd(16, fast, *strides)
     rows = b * -(-t // block_t)
     constants = {"ALIGN": align, "C_FAST": c_fast, "BLOCK_C": block_c, "BLOCK_T": block_t}
@@ -198,38 +239,23 @@ def _snake(x: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
     """beta: None where it is alpha."""
     y = torch.empty_like(x)
     _, channels, time = x.shape
+    tensors = (x, alpha, alpha if beta is None else beta, y)
+    integers = (channels, time, *x.stride(), *y.stride())
 
-    def run(config):
+    def run(config: Config) -> None:
         programs, _, constants = _geometry(config["elements"], x, y)
-        args = (
-            x,
-            alpha,
-            alpha if beta is None else beta,
-            y,
-            channels,
-            time,
-            *x.stride(),
-            *y.stride(),
-        )
-        launch(_forward_kernel, programs, *args, num_warps=config["num_warps"], **constants)
+        warps = config["num_warps"]
+        launch(_forward_kernel, programs, *tensors, *integers, **constants, num_warps=warps)
 
     if x.numel():
         _, _, constants = _geometry(1024, x, y)
-        key = (
-            "snake",
-            x.device,
-            x.dtype,
-            constants["ALIGN"],
-            constants["C_FAST"],
-            channels,
-            time.bit_length(),
-        )
-        run(tuned(key, CONFIGS, run))
+        layout = constants["ALIGN"], constants["C_FAST"]
+        run(tuned(("snake", x.device, x.dtype, *layout, channels, time.bit_length()), CONFIGS, run))
     return y
 
 
 @_snake.register_fake
-def _(x, alpha, beta):
+def _(x: Tensor, alpha: Tensor, beta: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -245,27 +271,24 @@ def _snake_backward(
         return dx, x.new_zeros(sums, channels, dtype=torch.float32)
     programs, rows, constants = _geometry(CONFIGS[0]["elements"], x, g, dx)
     partials = x.new_empty(sums, rows, channels, dtype=torch.float32)
-    args = (x, alpha, alpha if beta is None else beta, g, dx, partials, channels, time)
-    strides = (*x.stride(), *g.stride(), *dx.stride())
-    constants["SHARED"] = beta is None
-    launch(
-        _backward_kernel, programs, *args, *strides, num_warps=CONFIGS[0]["num_warps"], **constants
-    )
+    tensors = (x, alpha, alpha if beta is None else beta, g, dx, partials)
+    integers = (channels, time, *x.stride(), *g.stride(), *dx.stride())
+    options = constants | {"SHARED": beta is None, "num_warps": CONFIGS[0]["num_warps"]}
+    launch(_backward_kernel, programs, *tensors, *integers, **options)
     return dx, partials.sum(1)
 
 
 @_snake_backward.register_fake
-def _(g, x, alpha, beta):
-    return torch.empty_like(x), x.new_empty(
-        1 if beta is None else 2, x.shape[1], dtype=torch.float32
-    )
+def _(g: Tensor, x: Tensor, alpha: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    sums = 1 if beta is None else 2
+    return torch.empty_like(x), x.new_empty(sums, x.shape[1], dtype=torch.float32)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, g):
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     x, alpha, beta = ctx.saved_tensors
     dx, sums = _snake_backward(g, x, alpha, beta)
     d_alpha = sums[0].view(alpha.shape).to(alpha.dtype)
@@ -299,25 +322,24 @@ def snake_beta_unsupported(
     return snake_unsupported(x, alpha) or (reason and reason.replace("alpha", "beta"))
 
 
-def _checked(reason: str | None) -> None:
-    if reason:
-        raise ValueError(reason)
-
-
 def snake(x: Tensor, alpha: Tensor) -> Tensor:
     """`x + sin(alpha x)^2 / (alpha + 1e-9)`, one frequency per channel; differentiable once.
 
     Args:
-        x: [B, C, T], float32, float16 or bfloat16, any strides without a copy; contiguous or channels-last are fast.
+        x: [B, C, T], float32, float16 or bfloat16; any strides without a copy, but contiguous and
+            channels-last tensors are fast.
         alpha: [1, C, 1], one of those dtypes (float32 with a half-precision x is fine).
     Returns:
-        as x: shape, dtype, and strides where x is dense (otherwise contiguous). Computed in float32 from the exact
-        product, so alpha = 0 gives x in every dtype, and a finite x whose alpha x overflows gives x, not NaN.
+        of x's shape and dtype, and its strides where x is dense (otherwise contiguous). Computed in
+        float32 from the exact product: alpha = 0 gives x in every dtype, and a finite x whose
+        alpha x overflows gives x, not NaN.
     Raises:
         ValueError: `snake_unsupported` has a reason.
     """
-    _checked(snake_unsupported(x, alpha))
-    return _snake(x, alpha.contiguous(), None)
+    if reason := snake_unsupported(x, alpha):
+        raise ValueError(reason)
+    y: Tensor = _snake(x, alpha.contiguous(), None)
+    return y
 
 
 def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> Tensor:
@@ -330,10 +352,12 @@ def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) 
     Raises:
         ValueError: `snake_beta_unsupported` has a reason.
     """
-    _checked(snake_beta_unsupported(x, alpha, beta))
+    if reason := snake_beta_unsupported(x, alpha, beta):
+        raise ValueError(reason)
     if log_scale:
         alpha, beta = alpha.float().exp(), beta.float().exp()
-    return _snake(x, alpha.contiguous(), beta.contiguous())
+    y: Tensor = _snake(x, alpha.contiguous(), beta.contiguous())
+    return y
 
 
 def warmup(
@@ -343,10 +367,10 @@ def warmup(
     channels_last: bool = False,
     backward: bool = False,
 ) -> None:
-    """Compile and tune `snake` for tensors of these shapes [B, C, T], as a CUDA graph's capture needs beforehand."""
+    """Compile and tune `snake` for tensors [B, C, T] of these shapes, before a graph's capture."""
     for b, c, t in shapes:
         x = torch.zeros((b, t, c), dtype=dtype, device=device).transpose(1, 2)
         x = (x if channels_last else x.contiguous()).requires_grad_(backward)
         y = snake(x, torch.ones(1, c, 1, dtype=dtype, device=device))
         if backward:
-            y.backward(torch.zeros_like(y))
+            torch.autograd.backward(y, torch.zeros_like(y))

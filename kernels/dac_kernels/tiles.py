@@ -1,24 +1,35 @@
-# ruff: noqa: N803 (sizes and strides of a kernel are named as in its formulas)
-"""What the fused convolution kernels share: rows of a tile, loads of windows, the epilogue, the choice of tiles."""
+# ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
+"""What `conv1d` and `residual_unit` share: parts of their kernels, then parts of their launchers.
+
+In the kernels c [M, N] are the sums of a tile: M rows, which are positions of the output across all
+items, by N columns, which are channels. All tensors have their channels innermost in memory.
+"""
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import no_type_check
 
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import DTYPES, INTERPRETED, device_unsupported, jit, tl
-from dac_kernels.snake import _reduced, _sine
+from dac_kernels.launch import DTYPES, INTERPRETED, Config, device_unsupported, jit, tl
+from dac_kernels.snake import activated
 
-# Blocks of rows that take turns on the same columns, so that weights are read from L2 rather than from memory.
+# Blocks of rows that take turns on the same columns: weights are then read from L2, not from
+# memory.
 GROUP = 8
+
+# BLOCK_M, BLOCK_N, BLOCK_K (elements of the sum at a time), num_warps, num_stages.
+Tile = tuple[int, int, int, int, int]
 
 
 @jit
+@no_type_check
 def tile_of(m_blocks, n_blocks, GROUP: tl.constexpr):
-    """This program's block of rows and of columns: GROUP blocks of rows by all columns, then the next GROUP."""
+    """This program's block of rows and of columns: GROUP blocks of rows by all columns in turn."""
     pid = tl.program_id(0)
     first = pid // (GROUP * n_blocks) * GROUP
     size = tl.minimum(m_blocks - first, GROUP)
@@ -27,38 +38,43 @@ def tile_of(m_blocks, n_blocks, GROUP: tl.constexpr):
 
 
 @jit
-def windows(x, item, m, known, size, x_b, step, first, ALIGN: tl.constexpr):
-    """Pointers [M, 1] to where each row's runs start, and the offsets from there between which the item lies."""
+@no_type_check
+def windows(x, item, m, known, size, stride_batch, step, first, ALIGN: tl.constexpr):
+    """Pointers [M, 1] to where each row's inputs start, and between which offsets its item lies.
+
+    Row m of an item of `size` elements starts at its element m step - first.
+    """
     start = (m.to(tl.int64) * step - first)[:, None]
     # Offsets are small, so what is far away may as well be 2^30 away.
     low = tl.maximum(-start, 0).to(tl.int32)
     high = tl.where(known[:, None], tl.minimum(size - start, 1 << 30), 0).to(tl.int32)
-    at = x + item.to(tl.int64)[:, None] * x_b + start
+    at = x + item.to(tl.int64)[:, None] * stride_batch + start
     return at, tl.multiple_of(low, (ALIGN, ALIGN)), tl.multiple_of(high, (ALIGN, ALIGN))
 
 
 @jit
+@no_type_check
 def any_valid(lengths, item, known, position):
-    """1 if any of these positions lies before its item's length, else 0: nothing needs to be summed."""
+    """1 if any of these positions lies before its item's length; 0 if nothing must be summed."""
     length = tl.load(lengths + item, mask=known, other=0)
     return tl.max((position < length).to(tl.int32), axis=0)
 
 
 @jit
+@no_type_check
 def snake_of(c, alpha, channel, known):
     """Snake of c [M, N] with the frequencies of channels [N]."""
     frequency = tl.load(alpha + channel, mask=known, other=1.0).to(tl.float32)[None, :]
-    sine = _sine(_reduced(c, frequency))
-    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.fma(square, 1.0 / (frequency + 1e-9), c)
+    return activated(c, frequency, 1.0 / (frequency + 1e-9))
 
 
 @jit
+@no_type_check
 def finish(
-    c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, channel_known, at, inside, y_b, r_b,
-    TANH: tl.constexpr,
+    c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, channel_known, at,
+    inside, stride_y_batch, stride_residual_batch, TANH: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue on sums c [M, N]: `at` are their offsets in the item, which exist where `inside`."""
+    """The epilogue on sums c [M, N]; `at` are their offsets in the item, valid where `inside`."""
     c += tl.load(bias + channel, mask=channel_known, other=0.0).to(tl.float32)[None, :]
     if TANH:
         c = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * c))
@@ -67,16 +83,14 @@ def finish(
         length = tl.load(lengths + item, mask=known[:, None], other=0)
         c = tl.where(position < length, c, 0.0)
     if residual is not None:
-        c += tl.load(residual + item * r_b + at, mask=inside, other=0.0).to(tl.float32)
-    at += item * y_b
+        residual_at = residual + item * stride_residual_batch + at
+        c += tl.load(residual_at, mask=inside, other=0.0).to(tl.float32)
+    at += item * stride_y_batch
     if y is not None:
         tl.store(y + at, c.to(y.dtype.element_ty), mask=inside)
     if alpha is not None:
-        tl.store(
-            snaked + at,
-            snake_of(c, alpha, channel, channel_known).to(snaked.dtype.element_ty),
-            mask=inside,
-        )
+        c = snake_of(c, alpha, channel, channel_known)
+        tl.store(snaked + at, c.to(snaked.dtype.element_ty), mask=inside)
 
 
 def channels_innermost(x: Tensor) -> Tensor:
@@ -93,19 +107,31 @@ def dense(vector: Tensor | None) -> Tensor | None:
 
 
 def factors(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as the kernel multiplies them. Triton's interpreter would take bfloat16's bits for integers."""
+    """The tensors as kernels multiply them: the interpreter would take bfloat16 for integers."""
     return [t.float() if INTERPRETED and t.dtype == torch.bfloat16 else t for t in tensors]
 
 
 def outputs(
     x: Tensor, dtype: torch.dtype, channels: int, time: int, keep: bool, snaked: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for c and snake(c), with channels innermost, where they are wanted."""
-    shape = (x.shape[0], time, channels)
-    return tuple(
-        x.new_empty(shape, dtype=dtype).transpose(1, 2) if wanted else None
-        for wanted in (keep, snaked)
-    )
+    """Memory for c and for snake(c), where they are wanted, with channels innermost."""
+
+    def made(wanted: bool) -> Tensor | None:
+        shape = (x.shape[0], time, channels)
+        return x.new_empty(shape, dtype=dtype).transpose(1, 2) if wanted else None
+
+    return made(keep), made(snaked)
+
+
+def existing(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that are not None: an op returns c and snake(c) as such a list."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def pair(made: Sequence[Tensor], keep: bool) -> tuple[Tensor | None, Tensor | None]:
+    """c and snake(c), or None, from the list that an op returns."""
+    c, *rest = made if keep else [None, *made]
+    return c, rest[0] if rest else None
 
 
 def precision_of(x: Tensor, tf32: bool) -> str:
@@ -114,23 +140,31 @@ def precision_of(x: Tensor, tf32: bool) -> str:
 
 
 def alignment(channels: int, x: Tensor, *weights: Tensor) -> tuple[int, bool]:
-    """What is known to divide every offset in x, 16 or 1, and whether x and the weights are loaded in vectors."""
+    """What divides every offset in x, 16 or 1, and whether x and weights are loaded in vectors."""
     align = 16 if channels % 16 == 0 else 1
-    strides = [
-        x.stride(0),
-        *(stride for weight in weights for stride in weight.stride() if stride != 1),
-    ]
+    strides = [stride for weight in weights for stride in weight.stride() if stride != 1]
     innermost = all(1 in weight.stride()[:2] for weight in weights)
-    return align, align == 16 and innermost and math.gcd(16, *strides) == 16
+    return align, align == 16 and innermost and math.gcd(16, x.stride(0), *strides) == 16
 
 
 def tiles(
-    kinds: dict[str, tuple], x: Tensor, precision: str, aligned: bool, columns: int, run: int
-) -> list[dict]:
-    """The tiles for such tensors, no wider than the product needs."""
+    kinds: dict[str, tuple[Tile, ...]],
+    x: Tensor,
+    precision: str,
+    aligned: bool,
+    columns: int,
+    run: int,
+) -> list[Config]:
+    """The configurations for such tensors, with tiles no wider than the product needs.
+
+    Args:
+        kinds: the tiles of "half" precision, "tf32", "ieee", and of "unaligned" tensors.
+        columns: the product's N.
+        run: elements of its sum that lie next to each other.
+    """
     kind = "unaligned" if not aligned else precision if x.dtype == torch.float32 else "half"
 
-    def needed(block, extent):
+    def needed(block: int, extent: int) -> int:
         return min(block, max(16, 1 << (extent - 1).bit_length()))
 
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -150,25 +184,28 @@ def output_length(
 
 
 def tensors_unsupported(
-    x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple]], single: tuple = ()
+    x: Tensor,
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]],
+    single: Sequence[str] = (),
 ) -> str | None:
-    """Why no kernel can run on x and the named tensors, of these shapes; those of `single` may be float32 too."""
+    """Why no kernel can run on x and other tensors, or None.
+
+    Args:
+        shapes: by name, each other tensor and the shape that it must have.
+        single: names of those that may be float32 whatever x is.
+    """
     if reason := device_unsupported(x):
         return reason
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; accepted: float32, float16, bfloat16"
-    for name, (tensor, shape) in {"x": (x, x.shape), **shapes}.items():
+    for name, (tensor, shape) in {"x": (x, tuple(x.shape)), **shapes}.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}; accepted: {shape}"
-        accepted = (
-            {torch.int64}
-            if name == "lengths"
-            else {x.dtype, torch.float32}
-            if name in single
-            else {x.dtype}
-        )
+        accepted = {torch.float32, x.dtype} if name in single else {x.dtype}
+        if name == "lengths":
+            accepted = {torch.int64}
         if tensor.dtype not in accepted:
             return f"{name} is {tensor.dtype}; accepted: {' or '.join(sorted(map(str, accepted)))}"
         if tensor.device != x.device:
@@ -176,9 +213,3 @@ def tensors_unsupported(
         if tensor.requires_grad and torch.is_grad_enabled():
             return f"{name} needs a gradient, and this op is for inference"
     return None
-
-
-def pair(made: list[Tensor], keep: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The list that an op returns as (c, snake(c))."""
-    made = made if keep else [None, *made]
-    return made[0], made[1] if len(made) > 1 else None

@@ -1,0 +1,122 @@
+"""The command `evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.options import Device, Model, WhenExisting, load_codec
+from dac_fast.cli.terminal import err, fail, out, progress_bar
+from dac_fast.evaluation.outcome import Evaluation
+from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
+from dac_fast.files import make_folder
+
+
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Argument(help="A folder (its first-level folders are the domains), or a manifest."),
+    ],
+    restored: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure this folder of reconstructions, matched by name, in place of a model."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for CSV, JSON and PNG.")
+    ] = Path("evaluation"),
+    model: Model = "tiny",
+    device: Device = "auto",
+    codebooks: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of codebooks: 1,2,4,9. Default: all, and half as many, down to one."
+        ),
+    ] = None,
+    sample_rate: Annotated[
+        int | None,
+        typer.Option(help="Compare at this rate, Hz. Default: the model's, or each reference's."),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Only the beginning of each file.")] = None,
+    visqol: Annotated[
+        bool | None,
+        typer.Option(
+            "--visqol/--no-visqol", help="Slow. Default: where visqol-python is installed."
+        ),
+    ] = None,
+    plot: Annotated[bool, typer.Option(help="Draw rate-distortion curves.")] = True,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU."),
+    ] = None,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Measure how near a model, or a folder of reconstructions, comes to the originals."""
+    picture = output / "rate_distortion.png"
+    tables = (output / name for name in ("files.csv", "summary.csv", "evaluation.json"))
+    if not may_write(existing, *tables, picture):
+        return
+    make_folder(output)
+    counts = _counts(codebooks)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with progress_bar(*columns) as bar:
+        task = bar.add_task("measured", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if restored:
+            evaluation = evaluate_folders(
+                data,
+                restored,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                visqol=visqol,
+                jobs=jobs,
+                progress=show,
+            )
+        else:
+            evaluation = evaluate_codec(
+                load_codec(model, device),
+                data,
+                counts,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                visqol=visqol,
+                jobs=jobs,
+                progress=show,
+            )
+    _report(evaluation)
+    # One of an earlier evaluation would not be of these numbers.
+    picture.unlink(missing_ok=True)
+    evaluation.save(output, plot)
+    out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+def _counts(codebooks: str | None) -> list[int] | None:
+    try:
+        return None if codebooks is None else [int(part) for part in codebooks.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9"
+        ) from error
+
+
+def _report(evaluation: Evaluation) -> None:
+    for failure in evaluation.failures:
+        fail(ValueError(failure["problem"]), failure["file"])
+    for name in evaluation.without_reference:
+        err.print(f"without a reference: {name}")
+    out.print(evaluation.table())
+    for note in evaluation.notes:
+        out.print(note)

@@ -1,0 +1,242 @@
+"""Commands that make files of files: `encode`, `decode`, `reconstruct`."""
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.table import Table
+
+from dac_fast import DAC, metrics, plots
+from dac_fast.audio import writing
+from dac_fast.audio.reading import AUDIO_SUFFIXES, read
+from dac_fast.audio.resample import Samples
+from dac_fast.cli.jobs import Advance, Existing, Job, Kind, attempt, by_size, one_by_one, plan, run
+from dac_fast.cli.options import (
+    BatchSeconds,
+    ChunkSeconds,
+    Codebooks,
+    Device,
+    Format,
+    Inputs,
+    Model,
+    NoNormalize,
+    NormalizeDb,
+    Output,
+    Precision,
+    Tune,
+    WhenExisting,
+    batching,
+    load_codec,
+)
+from dac_fast.cli.terminal import out
+from dac_fast.config import PRESETS
+from dac_fast.recordings.compress import check_options, compress_all, decompress_all, use_engine
+from dac_fast.storage.dac2 import DACFile
+
+
+def encode(
+    inputs: Inputs,
+    output: Output = None,
+    model: Model = "tiny",
+    device: Device = "auto",
+    n_quantizers: Codebooks = None,
+    chunk_seconds: ChunkSeconds = None,
+    normalize_db: NormalizeDb = -16.0,
+    no_normalize: NoNormalize = False,
+    format: Annotated[Format, typer.Option(help="dac1 is the published package's.")] = Format.dac2,
+    no_padding: Annotated[
+        bool,
+        typer.Option(
+            "--no-padding",
+            help="The published package's chunk mode: chunks stand alone. For dac1 files.",
+        ),
+    ] = False,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the encoder. Default: fp32, which gives the published codes."),
+    ] = None,
+    batch_seconds: BatchSeconds = None,
+    tune: Tune = False,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Compress recordings to .dac files."""
+    if no_padding and format is not Format.dac1:
+        raise ValueError(
+            "--no-padding makes files for the published package; accepted: with --format dac1"
+        )
+    normalize = None if no_normalize else normalize_db
+    jobs = plan(inputs, output, Kind(AUDIO_SUFFIXES, ".dac", (".dac",)))
+    codec = load_codec(model, device)
+    check_options(codec, chunk_seconds, n_quantizers, normalize)
+    batches = batching(device, batch_seconds)
+    use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
+
+    def save(job: Job, file: DACFile) -> float:
+        file.save(job.target, format=format.value)
+        return file.duration
+
+    def work(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
+        jobs = by_size(jobs)
+        compressed = compress_all(
+            codec,
+            [job.source for job in jobs],
+            chunk_seconds,
+            n_quantizers,
+            normalize,
+            not no_padding,
+            batch_seconds=batches.seconds,
+            threads=batches.threads,
+            progress=advance,
+        )
+        for number, file in compressed:
+            job = jobs[number]
+            yield job, file if isinstance(file, Exception) else attempt(save, job, file)
+
+    run(jobs, work, "encoded", existing)
+
+
+def decode(
+    inputs: Inputs,
+    output: Output = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model that the file names.")
+    ] = None,
+    device: Device = "auto",
+    suffix: Annotated[
+        str, typer.Option(help="Audio format, where the output is a folder.")
+    ] = ".wav",
+    subtype: Annotated[
+        str, typer.Option(help="Sample format: PCM_16, PCM_24, FLOAT, … as soundfile names it.")
+    ] = "",
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the decoder. Default: fp16 on a GPU, fp32 on the CPU."),
+    ] = None,
+    batch_seconds: BatchSeconds = None,
+    tune: Tune = False,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Restore recordings from .dac files."""
+    suffix = f".{suffix.lower().removeprefix('.')}"
+    if suffix not in writing.WRITABLE:
+        raise ValueError(f"--suffix is {suffix!r}; accepted: {', '.join(writing.WRITABLE)}")
+    jobs = plan(inputs, output, Kind((".dac",), suffix, AUDIO_SUFFIXES))
+    batches = batching(device, batch_seconds)
+    codecs: dict[str, DAC] = {}
+    loading = threading.Lock()
+
+    def load(path: Path) -> tuple[DAC, DACFile]:
+        file = DACFile.load(path)
+        # A file names a preset at most: it is not to choose which path is opened.
+        if not model and file.model not in PRESETS:
+            named = f"names the model {file.model!r}" if file.model else "does not name its model"
+            raise ValueError(f"the file {named}; give it by --model")
+        name = model or file.model
+        with loading:
+            if name not in codecs:
+                codec = load_codec(name, device)
+                use_engine(codec, "decode", _name(precision), batches.seconds if tune else 0)
+                codecs[name] = codec
+            return codecs[name], file
+
+    def save(job: Job, file: DACFile, blocks: Iterator[Samples], advance: Advance) -> float:
+        rate = file.sample_rate
+        with writing.AudioWriter(job.target, rate, file.channels, subtype or None) as writer:
+            for block in blocks:
+                writer.write(block)
+                advance(block.shape[1] / rate)
+        return file.duration
+
+    def work(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
+        jobs = by_size(jobs)
+        decompressed = decompress_all(
+            load,
+            [job.source for job in jobs],
+            batch_seconds=batches.seconds,
+            threads=batches.threads,
+        )
+        for number, result in decompressed:
+            job = jobs[number]
+            if isinstance(result, Exception):
+                yield job, result
+            else:
+                yield job, attempt(save, job, *result, advance)
+
+    run(jobs, work, "decoded", existing)
+
+
+def _name(precision: Precision | None) -> str | None:
+    return None if precision is None else precision.value
+
+
+def reconstruct(
+    inputs: Inputs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder (subfolders are kept), or a file.")
+    ],
+    model: Model = "tiny",
+    device: Device = "auto",
+    n_quantizers: Codebooks = None,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also a PNG of both spectrograms beside each output.")
+    ] = False,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Compress and restore recordings, and say what it cost and how near they come."""
+    kind = Kind(AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
+    jobs = plan(inputs, output, kind)
+    codec = load_codec(model, device)
+    check_options(codec, n_quantizers=n_quantizers)
+    use_engine(codec, "decode", None, 0)
+    # What is imported and set up at the first call is not the codec's speed.
+    codec.decompress(
+        codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate))
+    )
+    columns = ("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance")
+    table = Table(*columns, title=f"model {model}")
+
+    def work(job: Job, advance: Advance) -> float:
+        audio, rate = read(job.source)
+        start = time.perf_counter()
+        file = codec.compress((audio, rate), n_quantizers=n_quantizers)
+        restored, _ = codec.decompress(file)
+        elapsed = time.perf_counter() - start
+        writing.write(job.target, restored, rate)
+        if plot:
+            plots.spectrograms(job.target.with_suffix(".png"), audio, restored, rate)
+        table.add_row(job.source.name, *_report(file, audio, restored, elapsed))
+        advance(file.duration)
+        return file.duration
+
+    try:
+        run(jobs, one_by_one(work), "reconstructed", existing)
+    finally:
+        out.print(table)
+
+
+def _report(file: DACFile, audio: Samples, restored: Samples, elapsed: float) -> tuple[str, ...]:
+    """What a reconstruction cost, and how near it comes, by the columns of the table.
+
+    Args:
+        file: of the codes.
+        audio, restored: [C, T].
+        elapsed: seconds that encoding and decoding took.
+    """
+    x, y = torch.from_numpy(audio)[None], torch.from_numpy(restored)[None]
+    bitrate = file.bitrate or math.nan
+    distance = "too short"
+    if audio.shape[1] > 1024:
+        distance = f"{metrics.mel_distance(x, y, file.sample_rate):.3f}"
+    return (
+        f"{bitrate / 1000:.2f}",
+        f"{16 * file.sample_rate * file.channels / bitrate:.0f}",
+        f"{file.duration / elapsed:.1f}",
+        f"{metrics.si_sdr(x, y):.2f}",
+        distance,
+    )

@@ -1,0 +1,91 @@
+"""Commands about models: `convert`, `export`, `download`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+from dac_fast import inference, load
+from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.options import Codebooks, Model, Program, WhenExisting
+from dac_fast.cli.terminal import out, progress_bar
+from dac_fast.files import atomic_path, make_folder
+from dac_fast.storage import download as storage
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint, or the name of a model.")],
+    target: Annotated[
+        Path, typer.Argument(help=".safetensors, .pth (published), or a folder (Hugging Face).")
+    ],
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Store folded weights (.safetensors): for inference.")
+    ] = False,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Convert a checkpoint to another format."""
+    if fold and target.suffix != ".safetensors":
+        raise ValueError(f"--fold with {target}; accepted: with a target that ends in .safetensors")
+    if not may_write(existing, target):
+        return
+    make_folder(target.parent)
+    codec = load(source)
+    (codec.fold_weight_norm() if fold else codec).save(target)
+    out.print(f"wrote {target}")
+
+
+def export(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Where encoder and decoder are written; made where it is missing."),
+    ],
+    model: Model = "tiny",
+    n_quantizers: Codebooks = None,
+    format: Annotated[Program, typer.Option(help="pt2 is torch.export's.")] = Program.onnx,
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Write encoder (audio to codes) and decoder (codes to audio) for other runtimes.
+
+    Both take any batch and length.
+    """
+    paths = [folder / f"{part}.{format.value}" for part in ("encoder", "decoder")]
+    if not may_write(existing, *paths):
+        return
+    make_folder(folder)
+    codec = load(model)
+    if format is Program.onnx:
+        inference.export_onnx(codec, folder, n_quantizers)
+    else:
+        for path in paths:
+            with atomic_path(path) as temporary:
+                torch.export.save(inference.export(codec, path.stem, n_quantizers), temporary)
+    out.print(f"wrote {paths[0]} and {paths[1]}")
+
+
+def download(
+    names: Annotated[list[str], typer.Argument(help="Models: 44khz, 44khz_16kbps, 24khz, 16khz.")],
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            help="Address or folder laid out as the published releases, also DAC_FAST_MIRROR."
+        ),
+    ] = None,
+) -> None:
+    """Download published weights into the cache; a download that broke off is continued."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    for name in names:
+        with progress_bar(*columns) as bar:
+            task = bar.add_task(name, total=None)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)  # noqa: B023
+
+            path = storage.download(name, mirror, show)
+        out.print(f"{name}: {path}")

@@ -1,0 +1,41 @@
+"""Commands about training runs: `train`, `curves`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dac_fast import plots, training
+from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.options import WhenExisting
+from dac_fast.cli.terminal import out
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as data.train=FOLDER.")
+    ] = None,
+) -> None:
+    """Train a codec by a recipe, or go on with the run in its folder.
+
+    Several processes: under torchrun.
+    """
+    summary = training.train(recipe, overrides or [])
+    best = "" if summary.best is None else f", best mel distance on validation {summary.best:.4f}"
+    out.print(f"{summary.folder}: step {summary.step}{best}")
+    if summary.signal is not None:
+        raise typer.Exit(128 + summary.signal)
+
+
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, a PNG.")] = Path(
+        "curves.png"
+    ),
+    existing: WhenExisting = Existing.error,
+) -> None:
+    """Draw the training and validation curves of runs, to compare them."""
+    if may_write(existing, output):
+        plots.training_curves(output, runs)
+        out.print(f"wrote {output}")

@@ -1,0 +1,1 @@
+"""How near restored audio comes to the original, over a set of files."""

@@ -1,0 +1,123 @@
+"""Snake on the CPU: csrc/snake.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dac_kernels.native.compiled import call, differs, extension, require, unsupported
+
+DTYPES = {"cpu": (torch.float32, torch.float64)}
+
+
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    """Snake activation `x + sin(alpha x)^2 / (alpha + 1e-9)` (arXiv 2006.08195), on the CPU.
+
+    Runs without a copy where time or the channels are contiguous; any other layout is copied once.
+    The backward pass keeps x and alpha only, and its results do not depend on the number of
+    threads.
+
+    Args:
+        x: [B, C, T], float32 or float64.
+        alpha: [1, C, 1], same dtype.
+    Raises:
+        RuntimeError: see `snake_unsupported`.
+    """
+    y: Tensor = _snake(x, alpha)
+    return y
+
+
+def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
+    """Why `snake` cannot run on these tensors, or None."""
+    if reason := unsupported(x, DTYPES):
+        return reason
+    if x.ndim != 3 or alpha.shape != (1, x.shape[1], 1):
+        return (
+            f"x and alpha have shapes {list(x.shape)} and {list(alpha.shape)}, "
+            "not [B, C, T] and [1, C, 1]"
+        )
+    return differs("alpha", alpha, alpha.shape, x)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of x [B, C, T], and not time, lie next to each other."""
+    return x.stride(1) == 1 and (x.stride(2) != 1 or x.shape[2] == 1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    if not _channels_last(x):
+        return x.new_empty(x.shape)
+    batch, channels, time = x.shape
+    return x.new_empty(batch, time, channels).transpose(1, 2)
+
+
+def _with_runs(x: Tensor, channels_last: bool) -> Tensor:
+    """x [B, C, T] with contiguous channels or contiguous time: a copy only where they are not."""
+    if channels_last:
+        return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor, channels_last: bool) -> extension.Rows:
+    return extension.Rows(x.data_ptr(), x.stride(0), x.stride(2 if channels_last else 1))
+
+
+def _snake_shape(x: Tensor, channels_last: bool) -> extension.SnakeShape:
+    batch, channels, time = x.shape
+    rows, size = (time, channels) if channels_last else (channels, time)
+    return extension.SnakeShape(batch, rows, size, channels_last)
+
+
+def _output(x: Tensor, alpha: Tensor) -> Tensor:
+    """Room for what `_snake` returns, once its arguments are checked."""
+    require("snake", snake_unsupported(x, alpha))
+    return _empty_like(x)
+
+
+@torch.library.custom_op("dac_native::snake", mutates_args=())
+def _snake(x: Tensor, alpha: Tensor) -> Tensor:
+    y, last = _output(x, alpha), _channels_last(x)
+    x, alpha = _with_runs(x, last), alpha.contiguous()
+    tensors = _rows(x, last), alpha.data_ptr(), _rows(y, last)
+    call("snake_forward", x, [x.dtype], _snake_shape(x, last), *tensors)
+    return y
+
+
+_snake.register_fake(_output)
+
+
+def _gradients(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `_snake_backward` returns, once its arguments are checked."""
+    reason = snake_unsupported(x, alpha) or differs("the gradient", grad, x.shape, x)
+    require("snake_backward", reason)
+    return _empty_like(x), alpha.new_empty(alpha.shape)
+
+
+@torch.library.custom_op("dac_native::snake_backward", mutates_args=())
+def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_alpha = _gradients(grad, x, alpha)
+    last = _channels_last(x)
+    grad = _with_runs(grad, last)
+    x = _with_runs(x, last)
+    alpha = alpha.contiguous()
+    inputs = _rows(grad, last), _rows(x, last), alpha.data_ptr()
+    outputs = _rows(grad_x, last), grad_alpha.data_ptr()
+    call("snake_backward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
+    return grad_x, grad_alpha
+
+
+_snake_backward.register_fake(_gradients)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = _snake_backward(grad, *ctx.saved_tensors)
+    return gradients
+
+
+_snake.register_autograd(_backward, setup_context=_save)
