@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
             config, state = _read_safetensors(file)
         else:
             config, state = _read_published(file)
-        return config, unfolded(_checked(state, file.stat().st_size))
+        return config, _finite(unfolded(_owned(state, file.stat().st_size)))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     # Parsers raise errors of many types on damaged input.
@@ -211,6 +211,9 @@ def _config(values: object) -> Config:
         raise CheckpointError(f"its configuration is a {type(values).__name__}")
     for name, value in values.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
+        # Python's True is a 1; the published package says False for a dropout of 0.
+        if name != "quantizer_dropout" and any(isinstance(number, bool) for number in numbers):
+            raise CheckpointError(f"{name} is {value!r:.80}; accepted: numbers")
         big = any(isinstance(number, int) and abs(number) > MOST_NUMBER for number in numbers)
         if big or len(numbers) > MOST_CODEBOOKS:
             accepted = f"numbers up to {MOST_NUMBER}, and up to {MOST_CODEBOOKS} of them"
@@ -230,7 +233,7 @@ def _config(values: object) -> Config:
     return config
 
 
-def _checked(state: Mapping[str, object], size: int) -> dict[str, Tensor]:
+def _owned(state: Mapping[str, object], size: int) -> dict[str, Tensor]:
     """The tensors as float32 in memory of their own, if a file of that many bytes can hold them."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -247,12 +250,19 @@ def _checked(state: Mapping[str, object], size: int) -> dict[str, Tensor]:
         raise CheckpointError(f"its tensors claim {claimed} bytes of the file's {size}")
     for key, tensor in tensors.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        tensors[key] = own = tensor.to(dtype, copy=True).contiguous()
-        if not own.isfinite().all():
-            raise CheckpointError(f"{printable(key)} holds a value that is not finite")
-        if key.endswith("weight_v") and not _row_norms(own).all():
-            raise CheckpointError(f"{printable(key)} has a row of zeros, which has no direction")
+        tensors[key] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return tensors
+
+
+def _finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same state dict, if its weights can be computed with."""
+    for key, tensor in state.items():
+        numbers = _row_norms(tensor) if key.endswith("weight_v") else tensor
+        if not numbers.isfinite().all():
+            raise CheckpointError(f"{printable(key)} holds a value that is not finite")
+        if key.endswith("weight_v") and not numbers.all():
+            raise CheckpointError(f"{printable(key)} has a row of zeros, which has no direction")
+    return state
 
 
 def _read_safetensors(file: Path) -> tuple[Config, Mapping[str, object]]:

@@ -139,7 +139,7 @@ class _Machine(Machine):
 
     def filled(self, target: object, state: object) -> None:
         match target, state:
-            case _DType(), (_, str(order), *_):
+            case _DType(), (_, "<" | ">" | "|" | "=" as order, *_):
                 target.order = order
             case (
                 _Array(),

@@ -14,6 +14,7 @@ LITERALS = {
     *("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
 
+PROTOCOLS = range(6)
 MOST_DIMENSIONS = 8
 
 
@@ -57,8 +58,9 @@ class Machine:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
+        # The values since the last mark, and the lists of those before it.
         self.stack: list[object] = []
-        self.marks: list[int] = []
+        self.below: list[list[object]] = []
         self.memo: dict[object, object] = {}
 
     def made(self, name: object, arguments: object) -> object:
@@ -85,7 +87,7 @@ class Machine:
                 end = (position or 0) + 1
                 if operation.name != "STOP":
                     self.step(operation.name, argument)
-            if end != len(data) or len(self.stack) != 1:
+            if end != len(data) or len(self.stack) != 1 or self.below:
                 raise RefusedError("more than one value")
             return self.stack[0]
         except RefusedError:
@@ -96,37 +98,41 @@ class Machine:
 
     def step(self, operation: str, argument: object) -> None:
         """Carries out one operation, under its name in `pickletools`."""
-        stack = self.stack
         match operation:
-            case "PROTO" | "FRAME":
+            case "PROTO" if argument in PROTOCOLS:
+                pass
+            # Frames say how much to read ahead.
+            case "FRAME":
                 pass
             case _ if operation in LITERALS:
                 # The product of longer numbers would take time.
                 if isinstance(argument, int) and argument.bit_length() > 64:
                     raise RefusedError("a number of more than 64 bits")
-                stack.append(argument)
+                self.stack.append(argument)
             case "NONE":
-                stack.append(None)
+                self.stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
-                stack.append(operation == "NEWTRUE")
+                self.stack.append(operation == "NEWTRUE")
             case "EMPTY_TUPLE":
-                stack.append(())
+                self.stack.append(())
             case "EMPTY_LIST":
-                stack.append([])
+                self.stack.append([])
             case "EMPTY_DICT":
-                stack.append({})
+                self.stack.append({})
             case "MARK":
-                self.marks.append(len(stack))
+                self.below.append(self.stack)
+                self.stack = []
             case "TUPLE":
-                stack.append(tuple(self.since_mark()))
+                values = tuple(self.since_mark())
+                self.stack.append(values)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self.pop(int(operation[-1]))))
+                self.stack.append(tuple(self.pop(int(operation[-1]))))
             case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
+                self.memo[len(self.memo)] = self.stack[-1]
             case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
+                self.memo[argument] = self.stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
+                self.stack.append(self.memo[argument])
             case "APPEND":
                 self.extend(self.pop(1))
             case "APPENDS":
@@ -136,17 +142,17 @@ class Machine:
             case "SETITEMS":
                 self.update(self.since_mark())
             case "GLOBAL":
-                stack.append(self.named(str(argument)))
+                self.stack.append(self.named(str(argument)))
             case "STACK_GLOBAL":
                 module, name = self.pop(2)
-                stack.append(self.named(f"{module} {name}"))
+                self.stack.append(self.named(f"{module} {name}"))
             case "REDUCE":
-                stack.append(self.made(*self.pop(2)))
+                self.stack.append(self.made(*self.pop(2)))
             case "BUILD":
                 (state,) = self.pop(1)
-                self.filled(stack[-1], state)
+                self.filled(self.stack[-1], state)
             case "BINPERSID":
-                stack.append(self.persistent(*self.pop(1)))
+                self.stack.append(self.persistent(*self.pop(1)))
             case _:
                 raise RefusedError(f"the operation {operation}")
 
@@ -160,9 +166,7 @@ class Machine:
 
     def since_mark(self) -> list[object]:
         """The values since the last mark, taken off the stack."""
-        start = self.marks.pop()
-        values = self.stack[start:]
-        del self.stack[start:]
+        values, self.stack = self.stack, self.below.pop()
         return values
 
     def extend(self, values: list[object]) -> None:

@@ -40,7 +40,9 @@ def load(path: Path) -> object:
         records = archive.infolist()
         # As torch.save writes them, and so that none can become larger than the file.
         for record in records:
-            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & ENCRYPTED:
+            stored = record.compress_type == zipfile.ZIP_STORED
+            plain = stored and record.compress_size == record.file_size
+            if not plain or record.flag_bits & ENCRYPTED:
                 raise ValueError(f"its record {record.filename[:80]!r} is compressed or encrypted")
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records claim more bytes than the file has")

@@ -1,0 +1,1 @@
+"""Hostile input of every kind, by seeded mutation of good input; see `trials`."""
