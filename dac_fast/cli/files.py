@@ -77,8 +77,10 @@ def encode(
     batches = batching(device, batch_seconds)
     use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
 
+    replace = existing is Existing.overwrite
+
     def save(job: Job, file: DACFile) -> float:
-        file.save(job.target, format=format.value)
+        file.save(job.target, format.value, replace)
         return file.duration
 
     def work(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
@@ -146,8 +148,10 @@ def decode(
             return codecs[name], file
 
     def save(job: Job, file: DACFile, blocks: Iterator[Samples], advance: Advance) -> float:
-        rate = file.sample_rate
-        with writing.AudioWriter(job.target, rate, file.channels, subtype or None) as writer:
+        rate, replace = file.sample_rate, existing is Existing.overwrite
+        with writing.AudioWriter(
+            job.target, rate, file.channels, subtype or None, replace
+        ) as writer:
             for block in blocks:
                 writer.write(block)
                 advance(block.shape[1] / rate)
@@ -207,7 +211,7 @@ def reconstruct(
         file = codec.compress((audio, rate), n_quantizers=n_quantizers)
         restored, _ = codec.decompress(file)
         elapsed = time.perf_counter() - start
-        writing.write(job.target, restored, rate)
+        writing.write(job.target, restored, rate, replace=existing is Existing.overwrite)
         if plot:
             plots.spectrograms(job.target.with_suffix(".png"), audio, restored, rate)
         table.add_row(job.source.name, *_report(file, audio, restored, elapsed))

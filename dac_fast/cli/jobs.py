@@ -1,6 +1,5 @@
 """Many files through one command: which becomes which, progress, and the faults of single files."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from dac_fast.cli.terminal import fail, out, progress_bar
+from dac_fast.cli.report import SKIPPED, Report
+from dac_fast.cli.stopping import Stop, Stopped
+from dac_fast.cli.terminal import out
 from dac_fast.files import files_below, make_folder
 from dac_fast.recordings.pipeline import FAULTS
 
@@ -162,51 +162,38 @@ def attempt(
 
 
 def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
-    """Does every job, under a progress bar, and reports failures in a line each.
+    """Does every job, shows how it goes, and reports failures in a line each.
 
     Raises:
-        typer.Exit: with code 1, there were failures.
+        typer.Exit: with code 1, there were failures; 130 or 143, Ctrl-C or SIGTERM came.
     """
-    ended: Counter[str] = Counter()
-    seconds = 0.0
-    start = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[audio]}"),
-    )
-    with progress_bar(*columns) as progress:
-        task = progress.add_task(verb, total=len(jobs), audio="")
+    code = 0
+    report = Report(verb, len(jobs))
+    try:
+        with Stop() as stop, report:
+            to_do = []
+            for job in jobs:
+                ready = attempt(_prepare, job, existing)
+                if ready is True:
+                    to_do.append(job)
+                else:
+                    report.end(job.source, ready or SKIPPED)
+            report.begin([job.source for job in to_do])
 
-        def advance(more: float) -> None:
-            nonlocal seconds
-            seconds += more
-            progress.update(task, audio=f"{seconds:.0f} s of audio")
+            def advance(seconds: float) -> None:
+                report.advance(seconds)
+                stop.check()
 
-        def end(job: Job, outcome: str | Exception) -> None:
-            if isinstance(outcome, Exception):
-                fail(outcome, job.source)
-                outcome = "failed"
-            ended[outcome] += 1
-            progress.advance(task)
-
-        to_do = []
-        for job in jobs:
-            ready = attempt(_prepare, job, existing)
-            if ready is True:
-                to_do.append(job)
-            else:
-                end(job, ready or "skipped")
-        for job, result in work(to_do, advance) if to_do else ():
-            end(job, result if isinstance(result, Exception) else "done")
-    elapsed = time.perf_counter() - start
-    counts = [f"{verb} {ended['done']} of {len(jobs)}"]
-    counts += [f"{ended[what]} {what}" for what in ("skipped", "failed") if ended[what]]
-    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time"
-    out.print(", ".join(counts) + (speed if ended["done"] else ""))
-    if ended["failed"]:
-        raise typer.Exit(1)
+            for job, outcome in work(to_do, advance) if to_do else ():
+                # An output that came into being after it was looked for.
+                late = isinstance(outcome, FileExistsError) and existing is Existing.skip
+                report.end(job.source, SKIPPED if late else outcome)
+                stop.check()
+    except Stopped as stopped:
+        code = 128 + stopped.number
+    out.print(report.summary())
+    if code or report.failed:
+        raise typer.Exit(code or 1)
 
 
 def _prepare(job: Job, existing: Existing) -> bool:
