@@ -389,14 +389,68 @@ def test_stopped_in_the_middle(dac_fast_cli, tmp_path, command, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Decoding has a half-written file most of the time; encoding a file after some of it.
-    while not (made.exists() and any(made.iterdir())):
+    # A decoded file takes a while to be written; codes are written at once.
+    awaited = "*" if command == "decode" else "[0-9]*"
+    while not any(made.glob(awaited)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (128 + number, "")
     done = len(list(made.iterdir()))
-    assert re.match(rf"{command}d {done} of 8, {8 - done} left", out)
+    assert re.search(rf"^{command}d {done} of 8, {8 - done} left", out, re.MULTILINE)
     assert not any(path.name.startswith(".") for path in made.iterdir())
     assert 0 <= done < 8
+
+
+def test_standard_input_and_output(folder, tmp_path):
+    """`-` in a pipeline: nothing but the file goes through it."""
+    script = "from dac_fast.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+    def call(data, *arguments):
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            input=data,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+        )
+
+    encoded = call((folder / "a.wav").read_bytes(), "encode", "-", "--codebooks", "2")
+    assert (encoded.returncode, b"encoded 1 of 1" in encoded.stderr) == (0, True)
+    (tmp_path / "x.dac").write_bytes(encoded.stdout)
+    assert DACFile.load(tmp_path / "x.dac").codes.shape == (1, 2, 40)
+    decoded = call(encoded.stdout, "decode", "-", "-o", "-", "--suffix", "flac")
+    (tmp_path / "x.flac").write_bytes(decoded.stdout)
+    assert read(tmp_path / "x.flac")[0].shape == (1, 20000)
+    failed = call(b"no audio", "encode", "-", "-o", "y.dac")
+    assert failed.returncode == 1
+    assert b"standard input: not an audio file that can be read" in failed.stderr
+    several = call(b"", "encode", "-", "x.flac")
+    assert (several.returncode, b"accepted: a single input" in several.stderr) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x.dac", "x.flac"]
+
+
+def test_other_settings_are_not_mixed(dac_fast_cli, folder, tmp_path):
+    """What is there is skipped where it is what would be made."""
+    made = ("encode", folder / "a.wav", "-o", tmp_path / "a.dac", "--existing", "skip")
+    code, out, _ = dac_fast_cli(*made, "--codebooks", 3)
+    assert (code, "model tiny: bundled" in out) == (0, True)
+    code, out, _ = dac_fast_cli(*made, "--codebooks", 3)
+    assert (code, "encoded 0 of 1, 1 skipped" in out) == (0, True)
+    code, out, err = dac_fast_cli(*made)
+    assert (code, "encoded 0 of 1, 1 failed" in out) == (1, True)
+    assert "a.dac is there with other settings: codebooks 3, now 9; accepted: the same" in err
+    code, _, err = dac_fast_cli(*made, "--codebooks", 3, "--format", "dac1")
+    assert (code, "settings: format 'dac2', now 'dac1'; accepted" in err) == (1, True)
+    assert DACFile.load(tmp_path / "a.dac").n_codebooks == 3
+
+
+def test_audio_that_is_not_read_is_named(dac_fast_cli, folder, tmp_path):
+    for name in ("1.m4a", "deep/2.AAC", "3.wma", "4.m4a", ".5.m4a"):
+        (folder / name).touch()
+    _, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
+    assert "encoded 2 of 4, 2 failed" in out
+    names = "1.m4a, 3.wma, 4.m4a, …"
+    assert f"left out 4 files, whose formats are not read: {names}\n" in err

@@ -11,7 +11,7 @@ import typer
 
 from dac_fast.cli.report import SKIPPED, Report
 from dac_fast.cli.stopping import Stop, Stopped
-from dac_fast.cli.terminal import out
+from dac_fast.cli.terminal import err, out
 from dac_fast.files import files_below, make_folder
 from dac_fast.recordings.pipeline import FAULTS
 
@@ -64,12 +64,14 @@ class Kind:
         suffix: of the outputs.
         targets: suffixes that an output named by the user may have.
         extra: suffixes of what is written beside each output.
+        unread: suffixes of files in folders that the user may expect to be taken.
     """
 
     sources: tuple[str, ...]
     suffix: str
     targets: tuple[str, ...]
     extra: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
@@ -90,6 +92,7 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             unreadable: list[OSError] = []
             found = files_below(item, kind.sources, unreadable.append)
             jobs += [Job(item, item, problem=str(error)) for error in unreadable]
+            _say_unread(files_below(item, kind.unread, lambda error: None))
             if not found and not unreadable:
                 raise ValueError(f"{item} holds no file that ends in {', '.join(kind.sources)}")
         above = item if item.is_dir() else item.parent
@@ -100,6 +103,12 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             jobs.append(Job(source, target, extra))
     claims = Counter(job.target for job in jobs)
     return [_checked(job, claims[job.target]) for job in jobs]
+
+
+def _say_unread(files: list[Path]) -> None:
+    if files:
+        names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
+        err.print(f"left out {len(files)} files, whose formats are not read: {names}")
 
 
 def _is_file(output: Path | None, inputs: list[Path], kind: Kind) -> bool:
@@ -161,9 +170,22 @@ def attempt(
         return error
 
 
-def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
+def run(
+    jobs: list[Job],
+    work: Work,
+    verb: str,
+    existing: Existing,
+    difference: Callable[[Path], str] = lambda target: "",
+) -> None:
     """Does every job, shows how it goes, and reports failures in a line each.
 
+    Args:
+        jobs: what there is to do.
+        work: does it.
+        verb: what is done to the files, in the past tense.
+        existing: what to do where an output is there already.
+        difference: says in what the settings of an output that is there differ from those that it
+            would be made with; "": in nothing.
     Raises:
         typer.Exit: with code 1, there were failures; 130 or 143, Ctrl-C or SIGTERM came.
     """
@@ -173,7 +195,7 @@ def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
         with Stop() as stop, report:
             to_do = []
             for job in jobs:
-                ready = attempt(_prepare, job, existing)
+                ready = attempt(_prepare, job, existing, difference)
                 if ready is True:
                     to_do.append(job)
                 else:
@@ -196,11 +218,16 @@ def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
         raise typer.Exit(code or 1)
 
 
-def _prepare(job: Job, existing: Existing) -> bool:
+def _prepare(job: Job, existing: Existing, difference: Callable[[Path], str]) -> bool:
     """Whether the job is to be done; then its output's folder is there."""
     if job.problem:
         raise ValueError(job.problem)
-    if not may_write(existing, job.target, *job.extra):
-        return False
-    make_folder(job.target.parent)
-    return True
+    if may_write(existing, job.target, *job.extra):
+        make_folder(job.target.parent)
+        return True
+    if job.target.exists() and (other := difference(job.target)):
+        raise ValueError(
+            f"{job.target} is there with other settings: {other}; accepted: the same, "
+            "--existing overwrite, or another --output"
+        )
+    return False
