@@ -1,6 +1,9 @@
 """Many recordings at once: windows of all in common batches, read ahead by threads."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -112,7 +115,7 @@ def taken(jobs, threads):
 def test_threads_keep_the_order_and_end(codec):
     jobs = [Counting(codec, tuple(range(1, n + 1))) for n in (5, 0, 40, 3)]
     expected = [(k, i) for k, n in enumerate((5, 0, 40, 3)) for i in range(1, n + 1)]
-    before = threading.active_count()
+    others = set(threading.enumerate())
     for threads in (0, 1, 2, 9):
         assert taken(jobs, threads) == expected
     left = read_ahead([Counting(codec, (1,) * 1000) for _ in range(2)], 2)
@@ -123,10 +126,31 @@ def test_threads_keep_the_order_and_end(codec):
     assert taken([Counting(codec, (1,), bad), jobs[0]], 2)[:3] == [(0, 1), (0, bad), (1, 1)]
     with pytest.raises(ZeroDivisionError):
         taken([Counting(codec, (1,), ZeroDivisionError())], 1)
-    for thread in threading.enumerate():
-        if thread.daemon:
-            thread.join(timeout=2)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - others:
+        thread.join(timeout=2)
+    assert set(threading.enumerate()) <= others
+
+
+def test_a_process_ends_that_has_not_taken_everything(golden):
+    """Threads that read ahead hold nobody up, and are not killed in the middle."""
+    program = """if True:
+        import sys
+        import numpy as np
+        import dac_fast
+        from dac_fast.recordings.compress import compress_all
+        codec = dac_fast.load(sys.argv[1])
+        left = compress_all(codec, [(np.ones((2, 400000)), 44100)] * 40, 0.3, threads=2)
+        print(next(left)[1].duration)
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, "-c", program, golden / "weights_even.pth"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_batch_that_fails_is_the_fault_of_its_windows(codec):

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import os
+import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from dac_fast import DACFile
 from dac_fast.audio.reading import read
+from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
-from dac_fast.cli import commands
+from dac_fast.cli import commands, report
 
 
 @pytest.fixture
@@ -272,3 +278,179 @@ def test_entry_point_and_doctor(tmp_path):
         ).stdout.strip()
         == "0.1.0"
     )
+
+
+def test_one_bad_recording_does_not_stop_the_others(dac_fast_cli, folder, tmp_path):
+    """One far too loud; codes whose loudness is a number that no float holds."""
+    write(folder / "loud.wav", np.full((1, 9000), 1e12, np.float32), 44100, "FLOAT")
+    code, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
+    assert (code, "encoded 2 of 5, 3 failed" in out) == (1, True)
+    assert f"error: {folder}/loud.wav: input_db is 2" in err
+    file = DACFile.load(tmp_path / "codes" / "a.dac")
+    file.save(tmp_path / "codes" / "0.dac", format="dac1")
+    published = pickle.loads((tmp_path / "codes" / "0.dac").read_bytes()[128:])
+    published.item()["metadata"]["input_db"] = 10**400
+    np.save(tmp_path / "codes" / "0.npy", published, allow_pickle=True)
+    (tmp_path / "codes" / "0.npy").rename(tmp_path / "codes" / "0.dac")
+    code, out, err = dac_fast_cli("decode", tmp_path / "codes", "-o", tmp_path / "o", "-m", "tiny")
+    assert (code, "decoded 2 of 3, 1 failed" in out) == (1, True)
+    assert f"error: {tmp_path}/codes/0.dac: its pickle holds a number of more" in err
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(dac_fast_cli, folder, tmp_path):
+    title, rewritten = "\x1b]0;owned\x07", "\r\x1b[2Kfine\u202e\x9b1m"
+    assert dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "a.dac")[0] == 0
+    file = dataclasses.replace(DACFile.load(tmp_path / "a.dac"), model=title + rewritten)
+    path = tmp_path / f"{title}.dac"
+    file.save(path)
+    code, out, err = dac_fast_cli("info", path)
+    assert code == 0
+    assert "\\x1b]0;owned\\x07" in out.replace("\n", "")
+    for arguments in (["decode", path], ["info", tmp_path / f"{rewritten}.dac"]):
+        code, more, problem = dac_fast_cli(*arguments)
+        assert code == 1
+        assert "\\x1b" in problem
+        out, err = out + more, err + problem
+    assert all(c.isprintable() or c == "\n" for c in out + err)
+
+
+def test_hidden_files_are_no_inputs(dac_fast_cli, folder, tmp_path):
+    """What killed processes, file managers and version control leave behind."""
+    for name in (".f07.dc8714b7.wav", "._a.wav", ".git/c.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no recording")
+    _, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
+    assert "encoded 2 of 4, 2 failed" in out
+    assert not any(f"/{name}" in err for name in (".f07", "._a", ".git"))
+
+
+def test_subfolders_that_cannot_be_read_are_named(dac_fast_cli, folder, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def forbidden(place):
+        if str(place) == str(folder / "deep"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    code, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
+    assert (code, "encoded 1 of 3, 2 failed" in out) == (1, True)
+    assert f"error: {folder}/deep: cannot read this folder: Permission denied" in err
+    with pytest.raises(SourceError, match="deep: cannot read this folder: Permission denied"):
+        audio_files(folder)
+
+
+def test_of_two_at_once_one_writes(dac_fast_cli, folder, tmp_path, monkeypatch):
+    """Both have found no output; the one that comes second replaces nothing."""
+    target = tmp_path / "a.dac"
+    to_bytes = DACFile.to_bytes
+
+    def late(file, format):
+        target.write_bytes(b"of the other")
+        return to_bytes(file, format)
+
+    monkeypatch.setattr(DACFile, "to_bytes", late)
+    code, out, err = dac_fast_cli("encode", folder / "a.wav", "-o", target)
+    assert (code, "encoded 0 of 1, 1 failed" in out) == (1, True)
+    assert f"{target}: another process wrote it meanwhile" in err
+    target.unlink()
+    code, out, _ = dac_fast_cli("encode", folder / "a.wav", "-o", target, "--existing", "skip")
+    assert (code, "encoded 0 of 1, 1 skipped" in out) == (0, True)
+    assert target.read_bytes() == b"of the other"
+    assert dac_fast_cli("encode", folder / "a.wav", "-o", target, "--existing", "overwrite")[0] == 0
+    assert DACFile.load(target).channels == 1
+
+
+def test_lines_of_progress_without_a_terminal(dac_fast_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LINE_SECONDS", 0)
+    _, _, err = dac_fast_cli("encode", folder / "a.wav", "-o", tmp_path / "codes")
+    line = err.splitlines()[-1]
+    assert re.fullmatch(r"encoded 1 of 1, 0\.5 s of audio in .* × real time, 0:00:00 left", line)
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [("encode", signal.SIGINT), ("decode", signal.SIGTERM)]
+)
+def test_stopped_in_the_middle(dac_fast_cli, tmp_path, command, number):
+    """What is half written goes, what is done stays, and both are said."""
+    given, made = tmp_path / "given", tmp_path / "made"
+    given.mkdir()
+    for i in range(8):
+        write(given / f"{i}.wav", np.full((1, 20000 + 400000 * i), 0.1, np.float32), 44100)
+    if command == "decode":
+        file = DACFile(np.zeros((1, 9, 2000), np.int64), 2000, 2000 * 512, -20, 1, 44100)
+        for path in given.iterdir():
+            file.save(path.with_suffix(".dac"), format="dac1")
+    script = "from dac_fast.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, command, given, "-o", made, "-m", "tiny"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # A decoded file takes a while to be written; codes are written at once.
+    awaited = "*" if command == "decode" else "[0-9]*"
+    while not any(made.glob(awaited)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (128 + number, "")
+    done = len(list(made.iterdir()))
+    assert re.search(rf"^{command}d {done} of 8, {8 - done} left", out, re.MULTILINE)
+    assert not any(path.name.startswith(".") for path in made.iterdir())
+    assert 0 <= done < 8
+
+
+def test_standard_input_and_output(folder, tmp_path):
+    """`-` in a pipeline: nothing but the file goes through it."""
+    script = "from dac_fast.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+    def call(data, *arguments):
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            input=data,
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+        )
+
+    encoded = call((folder / "a.wav").read_bytes(), "encode", "-", "--codebooks", "2")
+    assert (encoded.returncode, b"encoded 1 of 1" in encoded.stderr) == (0, True)
+    (tmp_path / "x.dac").write_bytes(encoded.stdout)
+    assert DACFile.load(tmp_path / "x.dac").codes.shape == (1, 2, 40)
+    decoded = call(encoded.stdout, "decode", "-", "-o", "-", "--suffix", "flac")
+    (tmp_path / "x.flac").write_bytes(decoded.stdout)
+    assert read(tmp_path / "x.flac")[0].shape == (1, 20000)
+    failed = call(b"no audio", "encode", "-", "-o", "y.dac")
+    assert failed.returncode == 1
+    assert b"standard input: not an audio file that can be read" in failed.stderr
+    several = call(b"", "encode", "-", "x.flac")
+    assert (several.returncode, b"accepted: a single input" in several.stderr) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x.dac", "x.flac"]
+
+
+def test_other_settings_are_not_mixed(dac_fast_cli, folder, tmp_path):
+    """What is there is skipped where it is what would be made."""
+    made = ("encode", folder / "a.wav", "-o", tmp_path / "a.dac", "--existing", "skip")
+    code, out, _ = dac_fast_cli(*made, "--codebooks", 3)
+    assert (code, "model tiny: bundled" in out) == (0, True)
+    code, out, _ = dac_fast_cli(*made, "--codebooks", 3)
+    assert (code, "encoded 0 of 1, 1 skipped" in out) == (0, True)
+    code, out, err = dac_fast_cli(*made)
+    assert (code, "encoded 0 of 1, 1 failed" in out) == (1, True)
+    assert "a.dac is there with other settings: codebooks 3, now 9; accepted: the same" in err
+    code, _, err = dac_fast_cli(*made, "--codebooks", 3, "--format", "dac1")
+    assert (code, "settings: format 'dac2', now 'dac1'; accepted" in err) == (1, True)
+    assert DACFile.load(tmp_path / "a.dac").n_codebooks == 3
+
+
+def test_audio_that_is_not_read_is_named(dac_fast_cli, folder, tmp_path):
+    for name in ("1.m4a", "deep/2.AAC", "3.wma", "4.m4a", ".5.m4a"):
+        (folder / name).touch()
+    _, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
+    assert "encoded 2 of 4, 2 failed" in out
+    names = "1.m4a, 3.wma, 4.m4a, …"
+    assert f"left out 4 files, whose formats are not read: {names}\n" in err

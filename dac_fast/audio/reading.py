@@ -36,6 +36,21 @@ AUDIO_SUFFIXES = (
     ".caf",
     ".w64",
 )
+# Suffixes of audio that libsndfile does not read, and of video with audio.
+UNREAD_SUFFIXES = (
+    ".aac",
+    ".ac3",
+    ".amr",
+    ".ape",
+    ".dsf",
+    ".m4a",
+    ".m4b",
+    ".mka",
+    ".mp4",
+    ".webm",
+    ".wma",
+    ".wv",
+)
 
 # A file's path, or an array [C, T] or [T] of floats and its sample rate in Hz.
 Source: TypeAlias = str | os.PathLike[str] | tuple[NDArray[np.floating[Any]], int]

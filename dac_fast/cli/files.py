@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dac_fast import DAC, metrics, plots
 from dac_fast.audio import writing
-from dac_fast.audio.reading import AUDIO_SUFFIXES, read
+from dac_fast.audio.reading import AUDIO_SUFFIXES, UNREAD_SUFFIXES, read
 from dac_fast.audio.resample import Samples
 from dac_fast.cli.jobs import Advance, Existing, Job, Kind, attempt, by_size, one_by_one, plan, run
 from dac_fast.cli.options import (
@@ -34,6 +34,7 @@ from dac_fast.cli.options import (
     batching,
     load_codec,
 )
+from dac_fast.cli.pipes import piped
 from dac_fast.cli.terminal import out
 from dac_fast.config import PRESETS
 from dac_fast.recordings.compress import check_options, compress_all, decompress_all, use_engine
@@ -71,34 +72,68 @@ def encode(
             "--no-padding makes files for the published package; accepted: with --format dac1"
         )
     normalize = None if no_normalize else normalize_db
-    jobs = plan(inputs, output, Kind(AUDIO_SUFFIXES, ".dac", (".dac",)))
-    codec = load_codec(model, device)
-    check_options(codec, chunk_seconds, n_quantizers, normalize)
-    batches = batching(device, batch_seconds)
-    use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
+    with piped(inputs, output, ".dac") as (sources, target):
+        kind = Kind(AUDIO_SUFFIXES, ".dac", (".dac",), unread=UNREAD_SUFFIXES)
+        jobs = plan(sources, target, kind)
+        codec = load_codec(model, device)
+        check_options(codec, chunk_seconds, n_quantizers, normalize)
+        batches = batching(device, batch_seconds)
+        use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
+        _say_toy(model)
 
-    def save(job: Job, file: DACFile) -> float:
-        file.save(job.target, format=format.value)
-        return file.duration
+        def save(job: Job, file: DACFile) -> float:
+            file.save(job.target, format.value, replace=existing is Existing.overwrite)
+            return file.duration
 
-    def work(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
-        jobs = by_size(jobs)
-        compressed = compress_all(
-            codec,
-            [job.source for job in jobs],
-            chunk_seconds,
-            n_quantizers,
-            normalize,
-            not no_padding,
-            batch_seconds=batches.seconds,
-            threads=batches.threads,
-            progress=advance,
-        )
-        for number, file in compressed:
-            job = jobs[number]
-            yield job, file if isinstance(file, Exception) else attempt(save, job, file)
+        def work(jobs: list[Job], advance: Advance) -> Iterator[tuple[Job, float | Exception]]:
+            jobs = by_size(jobs)
+            compressed = compress_all(
+                codec,
+                [job.source for job in jobs],
+                chunk_seconds,
+                n_quantizers,
+                normalize,
+                not no_padding,
+                batch_seconds=batches.seconds,
+                threads=batches.threads,
+                progress=advance,
+            )
+            for number, file in compressed:
+                job = jobs[number]
+                yield job, file if isinstance(file, Exception) else attempt(save, job, file)
 
-    run(jobs, work, "encoded", existing)
+        def difference(target: Path) -> str:
+            return _difference(DACFile.load(target), codec, format, n_quantizers)
+
+        run(jobs, work, "encoded", existing, difference)
+
+
+def _say_toy(model: str) -> None:
+    if model == "tiny":
+        out.print("model tiny: bundled to try things out, and small; --model 44khz sounds better")
+
+
+def _difference(file: DACFile, codec: DAC, format: Format, n_quantizers: int | None) -> str:
+    """In what a file differs from one that is made with these settings; "": in nothing."""
+    wanted: dict[str, object] = {
+        "format": format.value,
+        "codebooks": n_quantizers or codec.config.n_codebooks,
+        "model": codec.name,
+        "rate": codec.sample_rate,
+    }
+    made: dict[str, object] = {
+        "format": "dac1" if file.codebook_size is None else "dac2",
+        "codebooks": file.n_codebooks,
+        "model": file.model,
+        "rate": file.model_sample_rate,
+    }
+    # These files do not say it.
+    known = ("format", "codebooks") if made["format"] == "dac1" else tuple(made)
+    return ", ".join(
+        f"{name} {made[name]!r}, now {wanted[name]!r}"
+        for name in known
+        if made[name] != wanted[name]
+    )
 
 
 def decode(
@@ -126,7 +161,6 @@ def decode(
     suffix = f".{suffix.lower().removeprefix('.')}"
     if suffix not in writing.WRITABLE:
         raise ValueError(f"--suffix is {suffix!r}; accepted: {', '.join(writing.WRITABLE)}")
-    jobs = plan(inputs, output, Kind((".dac",), suffix, AUDIO_SUFFIXES))
     batches = batching(device, batch_seconds)
     codecs: dict[str, DAC] = {}
     loading = threading.Lock()
@@ -146,8 +180,10 @@ def decode(
             return codecs[name], file
 
     def save(job: Job, file: DACFile, blocks: Iterator[Samples], advance: Advance) -> float:
-        rate = file.sample_rate
-        with writing.AudioWriter(job.target, rate, file.channels, subtype or None) as writer:
+        rate, replace = file.sample_rate, existing is Existing.overwrite
+        with writing.AudioWriter(
+            job.target, rate, file.channels, subtype or None, replace
+        ) as writer:
             for block in blocks:
                 writer.write(block)
                 advance(block.shape[1] / rate)
@@ -168,7 +204,13 @@ def decode(
             else:
                 yield job, attempt(save, job, *result, advance)
 
-    run(jobs, work, "decoded", existing)
+    with piped(inputs, output, suffix) as (sources, target):
+        run(
+            plan(sources, target, Kind((".dac",), suffix, AUDIO_SUFFIXES)),
+            work,
+            "decoded",
+            existing,
+        )
 
 
 def _name(precision: Precision | None) -> str | None:
@@ -189,11 +231,14 @@ def reconstruct(
     existing: WhenExisting = Existing.error,
 ) -> None:
     """Compress and restore recordings, and say what it cost and how near they come."""
-    kind = Kind(AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, (".png",) if plot else ())
-    jobs = plan(inputs, output, kind)
+    extra = (".png",) if plot else ()
+    jobs = plan(
+        inputs, output, Kind(AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, extra, UNREAD_SUFFIXES)
+    )
     codec = load_codec(model, device)
     check_options(codec, n_quantizers=n_quantizers)
     use_engine(codec, "decode", None, 0)
+    _say_toy(model)
     # What is imported and set up at the first call is not the codec's speed.
     codec.decompress(
         codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate))
@@ -207,7 +252,7 @@ def reconstruct(
         file = codec.compress((audio, rate), n_quantizers=n_quantizers)
         restored, _ = codec.decompress(file)
         elapsed = time.perf_counter() - start
-        writing.write(job.target, restored, rate)
+        writing.write(job.target, restored, rate, replace=existing is Existing.overwrite)
         if plot:
             plots.spectrograms(job.target.with_suffix(".png"), audio, restored, rate)
         table.add_row(job.source.name, *_report(file, audio, restored, elapsed))

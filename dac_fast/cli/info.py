@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from dac_fast.cli.jobs import attempt
-from dac_fast.cli.terminal import fail, out
+from dac_fast.cli.terminal import fail, one_line, out
 from dac_fast.config import PRESETS
 from dac_fast.storage import checkpoint, download
 from dac_fast.storage.dac2 import DACFile
@@ -28,7 +28,7 @@ def info(
             continue
         table = Table(title=str(path), show_header=False, title_justify="left")
         for key, value in facts.items():
-            table.add_row(key, str(value))
+            table.add_row(key, one_line(str(value)))
         out.print(table)
     if failed:
         raise typer.Exit(1)

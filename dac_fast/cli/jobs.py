@@ -1,6 +1,5 @@
 """Many files through one command: which becomes which, progress, and the faults of single files."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from dac_fast.cli.terminal import fail, out, progress_bar
+from dac_fast.cli.report import SKIPPED, Report
+from dac_fast.cli.stopping import Stop, Stopped
+from dac_fast.cli.terminal import err, out
 from dac_fast.files import files_below, make_folder
 from dac_fast.recordings.pipeline import FAULTS
 
@@ -64,12 +64,14 @@ class Kind:
         suffix: of the outputs.
         targets: suffixes that an output named by the user may have.
         extra: suffixes of what is written beside each output.
+        unread: suffixes of files in folders that the user may expect to be taken.
     """
 
     sources: tuple[str, ...]
     suffix: str
     targets: tuple[str, ...]
     extra: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
@@ -90,6 +92,7 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             unreadable: list[OSError] = []
             found = files_below(item, kind.sources, unreadable.append)
             jobs += [Job(item, item, problem=str(error)) for error in unreadable]
+            _say_unread(files_below(item, kind.unread, lambda error: None))
             if not found and not unreadable:
                 raise ValueError(f"{item} holds no file that ends in {', '.join(kind.sources)}")
         above = item if item.is_dir() else item.parent
@@ -100,6 +103,12 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             jobs.append(Job(source, target, extra))
     claims = Counter(job.target for job in jobs)
     return [_checked(job, claims[job.target]) for job in jobs]
+
+
+def _say_unread(files: list[Path]) -> None:
+    if files:
+        names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
+        err.print(f"left out {len(files)} files, whose formats are not read: {names}")
 
 
 def _is_file(output: Path | None, inputs: list[Path], kind: Kind) -> bool:
@@ -161,59 +170,64 @@ def attempt(
         return error
 
 
-def run(jobs: list[Job], work: Work, verb: str, existing: Existing) -> None:
-    """Does every job, under a progress bar, and reports failures in a line each.
+def run(
+    jobs: list[Job],
+    work: Work,
+    verb: str,
+    existing: Existing,
+    difference: Callable[[Path], str] = lambda target: "",
+) -> None:
+    """Does every job, shows how it goes, and reports failures in a line each.
 
+    Args:
+        jobs: what there is to do.
+        work: does it.
+        verb: what is done to the files, in the past tense.
+        existing: what to do where an output is there already.
+        difference: says in what the settings of an output that is there differ from those that it
+            would be made with; "": in nothing.
     Raises:
-        typer.Exit: with code 1, there were failures.
+        typer.Exit: with code 1, there were failures; 130 or 143, Ctrl-C or SIGTERM came.
     """
-    ended: Counter[str] = Counter()
-    seconds = 0.0
-    start = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[audio]}"),
-    )
-    with progress_bar(*columns) as progress:
-        task = progress.add_task(verb, total=len(jobs), audio="")
+    code = 0
+    report = Report(verb, len(jobs))
+    try:
+        with Stop() as stop, report:
+            to_do = []
+            for job in jobs:
+                ready = attempt(_prepare, job, existing, difference)
+                if ready is True:
+                    to_do.append(job)
+                else:
+                    report.end(job.source, ready or SKIPPED)
+            report.begin([job.source for job in to_do])
 
-        def advance(more: float) -> None:
-            nonlocal seconds
-            seconds += more
-            progress.update(task, audio=f"{seconds:.0f} s of audio")
+            def advance(seconds: float) -> None:
+                report.advance(seconds)
+                stop.check()
 
-        def end(job: Job, outcome: str | Exception) -> None:
-            if isinstance(outcome, Exception):
-                fail(outcome, job.source)
-                outcome = "failed"
-            ended[outcome] += 1
-            progress.advance(task)
-
-        to_do = []
-        for job in jobs:
-            ready = attempt(_prepare, job, existing)
-            if ready is True:
-                to_do.append(job)
-            else:
-                end(job, ready or "skipped")
-        for job, result in work(to_do, advance) if to_do else ():
-            end(job, result if isinstance(result, Exception) else "done")
-    elapsed = time.perf_counter() - start
-    counts = [f"{verb} {ended['done']} of {len(jobs)}"]
-    counts += [f"{ended[what]} {what}" for what in ("skipped", "failed") if ended[what]]
-    speed = f": {seconds:.1f} s of audio in {elapsed:.1f} s, {seconds / elapsed:.1f} × real time"
-    out.print(", ".join(counts) + (speed if ended["done"] else ""))
-    if ended["failed"]:
-        raise typer.Exit(1)
+            for job, outcome in work(to_do, advance) if to_do else ():
+                # An output that came into being after it was looked for.
+                late = isinstance(outcome, FileExistsError) and existing is Existing.skip
+                report.end(job.source, SKIPPED if late else outcome)
+                stop.check()
+    except Stopped as stopped:
+        code = 128 + stopped.number
+    out.print(report.summary())
+    if code or report.failed:
+        raise typer.Exit(code or 1)
 
 
-def _prepare(job: Job, existing: Existing) -> bool:
+def _prepare(job: Job, existing: Existing, difference: Callable[[Path], str]) -> bool:
     """Whether the job is to be done; then its output's folder is there."""
     if job.problem:
         raise ValueError(job.problem)
-    if not may_write(existing, job.target, *job.extra):
-        return False
-    make_folder(job.target.parent)
-    return True
+    if may_write(existing, job.target, *job.extra):
+        make_folder(job.target.parent)
+        return True
+    if job.target.exists() and (other := difference(job.target)):
+        raise ValueError(
+            f"{job.target} is there with other settings: {other}; accepted: the same, "
+            "--existing overwrite, or another --output"
+        )
+    return False

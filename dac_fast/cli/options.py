@@ -38,14 +38,18 @@ class Program(str, Enum):
 
 
 Inputs = Annotated[
-    list[Path], typer.Argument(help="Files, or folders to go through with their subfolders.")
+    list[Path],
+    typer.Argument(
+        help="Files, or folders to go through with their subfolders; -: standard input."
+    ),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
         "--output",
         "-o",
-        help="A folder (subfolders are kept), or a file for a single input. Default: beside it.",
+        help="A folder (subfolders are kept), or a file for a single input; -: standard output. "
+        "Default: beside the input.",
     ),
 ]
 Model = Annotated[

@@ -8,7 +8,7 @@ import typer
 from dac_fast import plots, training
 from dac_fast.cli.jobs import Existing, may_write
 from dac_fast.cli.options import WhenExisting
-from dac_fast.cli.terminal import out
+from dac_fast.cli.terminal import err, out
 
 
 def train(
@@ -21,7 +21,7 @@ def train(
 
     Several processes: under torchrun.
     """
-    summary = training.train(recipe, overrides or [])
+    summary = training.train(recipe, overrides or [], err)
     best = "" if summary.best is None else f", best mel distance on validation {summary.best:.4f}"
     out.print(f"{summary.folder}: step {summary.step}{best}")
     if summary.signal is not None:

@@ -164,8 +164,9 @@ def read_ahead(jobs: Sequence[Job[Result]], threads: int) -> Iterator[Read[Resul
         return
     stopped = threading.Event()
     lanes = [_Lane(jobs[first::threads], stopped) for first in range(threads)]
+    # Not daemons: to be killed within PyTorch at the end of the process would abort it.
     for lane in lanes:
-        threading.Thread(target=lane.work, daemon=True).start()
+        threading.Thread(target=lane.work).start()
     try:
         for number, job in enumerate(jobs):
             for content in lanes[number % threads].next_job():
@@ -207,17 +208,19 @@ class _Lane:
         try:
             for job in self.jobs:
                 for content in itertools.chain(_until_fault(job), [None]):
-                    self._give(content)
-                    if self.stopped.is_set():
+                    if not self._give(content):
                         return
         # A bug is raised where the windows are taken, and seen there.
         except Exception as error:
             self._give(_Bug(error))
 
-    def _give(self, content: Window | Exception | _Bug | None) -> None:
-        while not self.stopped.is_set():
+    def _give(self, content: Window | Exception | _Bug | None) -> bool:
+        """Waits for room in the queue; False where nobody is going to take anything any more."""
+        while not self.stopped.is_set() and threading.main_thread().is_alive():
             with contextlib.suppress(queue.Full):
-                return self.ready.put(content, timeout=0.1)
+                self.ready.put(content, timeout=0.1)
+                return True
+        return False
 
     def next_job(self) -> Iterator[Window | Exception]:
         """The windows of the next job, as they come."""
