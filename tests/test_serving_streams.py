@@ -283,6 +283,7 @@ def test_the_token_of_a_stream():
 
 def test_silent_clients_and_slow_readers_lose_their_slot(codec, monkeypatch):
     monkeypatch.setattr(sockets, "MOST_UNREAD", 1 << 18)
+    monkeypatch.setattr(sockets, "CLOSE_SECONDS", 0.2)
     with serving(idle_seconds=0.4, slots=2) as served:
         with connect(served) as silent, connect(served) as open_only:
             silent.send("{}")
