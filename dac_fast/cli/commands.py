@@ -334,9 +334,15 @@ def evaluate(
         int | None,
         typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU."),
     ] = None,
+    listen: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page, an HTML file, to hear clips of them by."),
+    ] = None,
     existing: WhenExisting = Existing.error,
 ):
     """Measure how near a model, or a folder of reconstructions, comes to the originals."""
+    if listen and restored:
+        raise ValueError("--listen with --restored; accepted: with a model")
     from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 
     picture = output / "rate_distortion.png"
@@ -344,6 +350,7 @@ def evaluate(
         existing,
         *(output / name for name in ("files.csv", "summary.csv", "evaluation.json")),
         picture,
+        *([listen] if listen else []),
     ):
         return
     make_folder(output)
@@ -380,6 +387,12 @@ def evaluate(
     picture.unlink(missing_ok=True)
     evaluation.save(output, plot)
     out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
+    if listen:
+        from dac_fast.evaluation.listen import write_page
+
+        measured = {row["codebooks"] for row in evaluation.summary}
+        write_page(listen, load_codec(model, device), data, sorted(measured), seconds=seconds or 10)
+        out.print(f"wrote {listen}")
     if evaluation.failures:
         raise typer.Exit(1)
 

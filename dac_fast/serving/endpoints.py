@@ -65,7 +65,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(default_response_class=Response)
 TheService = Annotated[Service, Depends(service_of)]
-Codebooks = Annotated[int | None, Query(description="The first that many codebooks; all of them.")]
+Codebooks = Annotated[int | None, Query(description="The first that many codebooks, or all.")]
 
 
 class TooMuchError(ValueError):
