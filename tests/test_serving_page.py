@@ -208,9 +208,9 @@ def test_errors_show(tab, served, browser):
     served.service.draining = True
     try:
         tab.keyboard.press("[")
-        expect(message).to_have_text("the server is starting or ending; try again", timeout=SLOW)
+        expect(message).to_have_text("the server is ending; try again", timeout=SLOW)
         tab.locator("#live-start").click()
-        expect(message).to_contain_text("the server is starting or ending", timeout=SLOW)
+        expect(message).to_contain_text("the server is ending", timeout=SLOW)
         expect(tab.locator("#live-start")).to_have_text("Start")
     finally:
         served.service.draining = False

@@ -75,7 +75,7 @@ async function openSamples(buffer, name, about) {
   await openClip({
     name,
     original: buffer,
-    versions: Array.from({ length: model.n_codebooks }, (_, i) => ({ codebooks: i + 1, kbps: (model.kbps * (i + 1)) / model.n_codebooks })),
+    versions: Array.from({ length: model.n_codebooks }, (_, i) => ({ codebooks: i + 1, kbps: (model.kbps * channels.length * (i + 1)) / model.n_codebooks })),
     load: (version, signal) => server.reconstruct(wav, version.codebooks, signal),
   });
 }
@@ -107,7 +107,7 @@ const version = () => clip.versions[$("codebooks").value];
 
 function showVersion() {
   const { codebooks, kbps } = version();
-  $("codebooks-value").textContent = `${codebooks} · ${kbps.toFixed(2)} kbit/s per channel`;
+  $("codebooks-value").textContent = `${codebooks} · ${kbps.toFixed(2)} kbit/s`;
   $("codebooks").setAttribute("aria-valuetext", `${codebooks} codebooks, ${kbps.toFixed(2)} kilobits per second`);
 }
 

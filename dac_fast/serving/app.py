@@ -42,7 +42,7 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        await service.start()
         yield
         service.draining = True
         await anyio.to_thread.run_sync(service.worker.stop)
@@ -99,7 +99,7 @@ async def healthz(service: Annotated[Service, Depends(service_of)]) -> JSONRespo
 
 @router.get("/readyz")
 async def readyz(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
-    """Whether new work is welcome: not before the model is warm, and not while the server ends."""
+    """Whether new work is welcome, which it is not while the server ends."""
     return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
 

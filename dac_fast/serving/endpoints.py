@@ -59,7 +59,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"description": "The body stopped coming."},
     413: {"description": "The body, its length or its channels are more than accepted."},
     429: {"description": "Too many requests are in progress; Retry-After says when to try again."},
-    503: {"description": "The server starts or ends."},
+    503: {"description": "The server ends."},
     504: {"description": "The request took too long."},
 }
 

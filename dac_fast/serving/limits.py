@@ -6,7 +6,7 @@ Answers of its own are JSON, {"detail": why}, as those of the endpoints are:
     408  the client stopped sending in the middle of its body
     413  the body is larger than accepted
     429  as many requests are in progress as are accepted; Retry-After says when to try again
-    503  the server starts or ends
+    503  the server ends
     504  the request took too long
 
 A client that goes away ends its request, and so does one that takes nothing of its answer.
@@ -65,7 +65,7 @@ class Gate:
             return None
         settings = service.settings
         if not service.ready:
-            return _refused(503, "the server is starting or ending; try again", RETRY)
+            return _refused(503, "the server is ending; try again", RETRY)
         if service.in_progress >= settings.max_requests:
             detail = f"{settings.max_requests} requests are in progress, as many as are accepted"
             return _refused(429, detail, RETRY)

@@ -79,9 +79,10 @@ class Service:
                 "dac_graph_misses", "Calls that no CUDA graph served.", lambda: engine.misses
             )
 
-    def start(self) -> None:
-        """Begin to work, in the event loop that runs."""
+    async def start(self) -> None:
+        """Begin to work, in the event loop that runs; returns when the model is warm."""
         self.worker.start(asyncio.get_running_loop())
+        await asyncio.wrap_future(self.worker.warm)
 
     def most_bytes(self, path: str) -> int:
         """Accepted of a request's body at that path."""
@@ -101,7 +102,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new work is welcome."""
-        return self.worker.alive and self.worker.ready.is_set() and not self.draining
+        return self.worker.alive and not self.draining
 
     @property
     def idle(self) -> bool:

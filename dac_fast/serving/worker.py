@@ -36,7 +36,7 @@ class Worker:
         telemetry: counts.
     Attributes:
         pools: the streams, by direction.
-        ready: set once everything was run for a first time.
+        warm: done when everything was run for a first time.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Worker:
         self._functions: deque[tuple[Callable[[], Tensor], Future[Tensor]]] = deque()
         self._threads = anyio.CapacityLimiter(max_requests)
         self._stopping = False
-        self.ready = threading.Event()
+        self.warm: Future[None] = Future()
         directions: tuple[Direction, ...] = ("encode", "decode")
         self.pools = {
             direction: Pool(codec, direction, slots, self._wake, telemetry)
@@ -104,9 +104,13 @@ class Worker:
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
-        for pool in self.pools.values():
-            pool.warm_up()
-        self.ready.set()
+        try:
+            for pool in self.pools.values():
+                pool.warm_up()
+        except Exception as error:
+            self.warm.set_exception(error)
+            return
+        self.warm.set_result(None)
         try:
             while task := self._next():
                 task()
