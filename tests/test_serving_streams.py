@@ -121,7 +121,7 @@ def test_streams_at_random(served, codec):
                     if mine.random() < 0.3:
                         await asyncio.sleep(float(mine.random()) * 0.02)
                     if dies and mine.random() < 0.3:
-                        stream._socket.transport.abort()
+                        stream.abort()
                         return
                 await stream.finish()
 

@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 
 from dac_fast.codec import DAC, load
 from dac_fast.serving.settings import Settings
+from dac_fast.serving.streams import MOST_FRAMES
 from dac_fast.serving.telemetry import Telemetry
 from dac_fast.serving.worker import Worker
 
@@ -52,12 +53,16 @@ class Service:
         batch_seconds = settings.max_batch_seconds
         if batch_seconds is None:
             batch_seconds = 60.0 if on_gpu else 2.0
+        # A frame of `tiny` takes 3.2 ms of a core alone, 0.44 ms among 8 streams of 4 frames,
+        # 0.43 ms among 16 of them and 0.37 ms among 64.
+        step_frames = settings.step_frames or (settings.slots * MOST_FRAMES if on_gpu else 64)
         self.codec, self.settings = codec, settings
         self.chunk_seconds = settings.chunk_seconds or (10.0 if on_gpu else 1.0)
         self.telemetry = Telemetry()
         self.worker = Worker(
             codec,
             settings.slots,
+            step_frames,
             settings.max_requests,
             batch_seconds,
             settings.max_wait_ms / 1000,

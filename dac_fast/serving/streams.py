@@ -25,9 +25,7 @@ Array: TypeAlias = NDArray[Any]
 
 # Frames of a step: few sizes, so that each can be prepared (a CUDA graph, a library's own plan).
 SIZES = (1, 2, 4, 8)
-# Frames of all streams of a step, added up. More of them at once are no quicker on a CPU: of `tiny`
-# a frame takes 3.2 ms of a core alone, 0.44 ms in 8 × 4, 0.43 in 16 × 4 and 0.37 in 64 × 4.
-MOST_FRAMES_ON_CPU = 64
+MOST_FRAMES = max(SIZES)
 
 
 class NoSlotError(Exception):
@@ -122,6 +120,7 @@ class Pool:
         codec: the `DAC`.
         direction: of the streams.
         slots: how many there can be.
+        step_frames: of all streams of a step, added up.
         wake: guards the streams' state, and is notified where there is something to do.
         telemetry: counts.
     Attributes:
@@ -133,6 +132,7 @@ class Pool:
         codec: DAC,
         direction: Direction,
         slots: int,
+        step_frames: int,
         wake: threading.Condition,
         telemetry: Telemetry,
     ) -> None:
@@ -140,7 +140,7 @@ class Pool:
         self._wake, self._telemetry = wake, telemetry
         self._codebooks = codec.config.n_codebooks
         self._on_gpu = next(codec.parameters()).is_cuda
-        self._most_frames = slots * SIZES[-1] if self._on_gpu else MOST_FRAMES_ON_CPU
+        self._step_frames = step_frames
         self._steps = 0
         self._streams: DecoderStreams | EncoderStreams
         if direction == "decode":
@@ -247,7 +247,7 @@ class Pool:
         frames = max(size for size in SIZES if size <= waiting[0].waiting)
         channels, self._steps = waiting[0].channels, self._steps + 1
         alike = [s for s in waiting if s.channels == channels and s.waiting >= frames]
-        streams = alike[: max(self._most_frames // frames, 1)]
+        streams = alike[: max(self._step_frames // frames, 1)]
         block, since = self._empty_block(channels, frames), []
         for stream in streams:
             arrived, block[stream.slot] = stream.take(frames)

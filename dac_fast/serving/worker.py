@@ -31,6 +31,7 @@ class Worker:
     Args:
         codec: the `DAC`, in eval mode.
         slots: streams at once in each direction.
+        step_frames: of all streams of a step, added up.
         max_requests: that wait at once.
         max_batch_seconds, max_wait_seconds: as of `Settings`.
         telemetry: counts.
@@ -43,6 +44,7 @@ class Worker:
         self,
         codec: DAC,
         slots: int,
+        step_frames: int,
         max_requests: int,
         max_batch_seconds: float,
         max_wait_seconds: float,
@@ -58,7 +60,7 @@ class Worker:
         self.warm: Future[None] = Future()
         directions: tuple[Direction, ...] = ("encode", "decode")
         self.pools = {
-            direction: Pool(codec, direction, slots, self._wake, telemetry)
+            direction: Pool(codec, direction, slots, step_frames, self._wake, telemetry)
             for direction in directions
         }
         # A daemon: an interpreter that ends for another reason does not wait for it.
