@@ -231,7 +231,8 @@ async def _stream(client: AsyncClient, signal: Signal, seconds: float) -> Heard:
         due: asyncio.Queue[tuple[float, int]] = asyncio.Queue()
 
         async def send() -> None:
-            sent, size, pause = 0, FIRST_FRAMES, FRAMES * hop / rate
+            sent, size = 0, FIRST_FRAMES
+            pause = FRAMES * hop / rate
             start = time.perf_counter()
             for number in range(max(int(seconds / pause), 1)):
                 await asyncio.sleep(start + number * pause - time.perf_counter())

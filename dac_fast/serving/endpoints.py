@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import anyio
 import numpy as np
@@ -158,7 +158,7 @@ async def reconstruct(
 
 
 @contextlib.asynccontextmanager
-async def _uploaded(request: Request) -> AsyncIterator["tempfile._TemporaryFileWrapper[bytes]"]:
+async def _uploaded(request: Request) -> AsyncIterator[IO[bytes]]:
     """The request's body as a file that is gone afterwards; errors name it "audio"."""
     with tempfile.NamedTemporaryFile(prefix="dac-fast-serve-") as file:
         async for piece in request.stream():
