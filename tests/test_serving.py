@@ -389,6 +389,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(impatient):
     eventually(lambda: not impatient.service.in_progress)
 
 
+def test_those_who_send_slowly_hold_up_nobody():
+    with serving(max_requests=2) as served, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(socket.create_connection(served.address))
+            connection.sendall(request("/v1/encode", b"RIFF", length=1000))
+        assert post(served, "/v1/encode", wav(noise(0.1))).status_code == 200
+
+
 def test_a_reader_that_does_not_read_is_dropped(impatient, codec):
     body = json.dumps([[[1] * 60_000]]).encode()
     with socket.create_connection(impatient.address, timeout=20) as connection:

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import anyio
@@ -32,8 +33,6 @@ from dac_fast.storage.dac2 import DACFile
 
 # The longest clip of `/v1/reconstruct`, whose distances hold all of its spectrograms.
 CLIP_SECONDS = 60.0
-# Bodies with codes that are parsed at once: meanwhile each takes several times its size.
-_PARSERS = anyio.CapacityLimiter(4)
 # Fewer samples have no mel distance.
 _SHORTEST = 1025
 
@@ -104,14 +103,17 @@ async def decode(
     format: Literal["wav", "flac", "ogg"] = "wav",
 ) -> Response:
     """Codes to audio of the recording's length, rate and level, sent while it is made."""
-    body, job = await request.body(), service.worker.job()
+    job = service.worker.job()
 
     def parse() -> DACFile:
-        file = codes_from_bytes(body, service.codec)
+        file = codes_from_bytes(Path(upload.name).read_bytes(), service.codec)
         _check_file(file, service)
         return file if n_quantizers is None else _first_codebooks(file, n_quantizers)
 
-    file = await anyio.to_thread.run_sync(parse, limiter=_PARSERS, abandon_on_cancel=True)
+    async with _uploaded(request) as upload:
+        file = await anyio.to_thread.run_sync(
+            parse, limiter=service.parsers, abandon_on_cancel=True
+        )
     blocks = decompressed_blocks(
         BatchedCodec(service.codec, job), file, chunk_seconds=service.chunk_seconds
     )

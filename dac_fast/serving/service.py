@@ -5,6 +5,7 @@ import hmac
 import math
 from collections.abc import Sequence
 
+import anyio
 import torch
 from starlette.requests import HTTPConnection
 
@@ -44,6 +45,7 @@ class Service:
         codec: the `DAC`, in eval mode; the service's own from now on.
         settings: limits; what depends on the device is filled in.
     Attributes:
+        parsers: bodies with codes that are parsed at once; each takes several times its size.
         in_progress: requests accepted and not answered yet.
         draining: nothing new is accepted.
     """
@@ -68,6 +70,7 @@ class Service:
             settings.max_wait_ms / 1000,
             self.telemetry,
         )
+        self.parsers = anyio.CapacityLimiter(4)
         self.in_progress, self.draining = 0, False
         self.telemetry.watch(
             "dac_requests_in_progress", "Requests being answered.", lambda: self.in_progress
