@@ -87,7 +87,7 @@ def serving(codec: DAC | None = None, **settings):
     thread.start()
     served = Served(server, url, settings.get("token"))
     try:
-        eventually(lambda: served.service.ready)
+        eventually(lambda: server.started)
         yield served
     finally:
         server.should_exit = True

@@ -363,15 +363,17 @@ def impatient():
         yield served
 
 
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "
+
+
 @pytest.mark.parametrize(
-    "head",
-    [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "],
+    ("first", "head"),
+    [(b"", b""), (b"", HEAD), (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", HEAD)],
 )
-@pytest.mark.parametrize("after_another", [False, True])
-def test_a_head_that_does_not_come_ends_the_connection(impatient, head, after_another):
+def test_a_head_that_does_not_come_ends_the_connection(impatient, first, head):
     with socket.create_connection(impatient.address, timeout=10) as connection:
-        if after_another:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        if first:
+            connection.sendall(first)
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         connection.sendall(head)
         begun = time.monotonic()
@@ -386,6 +388,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(impatient):
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"nothing of the body came for 0.5 s" in answer
     eventually(lambda: not impatient.service.in_progress)
+
+
+def test_those_who_send_slowly_hold_up_nobody():
+    with serving(max_requests=2) as served, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(socket.create_connection(served.address))
+            connection.sendall(request("/v1/encode", b"RIFF", length=1000))
+        assert post(served, "/v1/encode", wav(noise(0.1))).status_code == 200
 
 
 def test_a_reader_that_does_not_read_is_dropped(impatient, codec):

@@ -106,3 +106,12 @@ def test_after_sigkill_the_next_one_starts_at_the_same_port():
             with pytest.raises(ServerError, match="1012"):
                 stream.receive()
         assert running.wait(30) == 0
+
+
+def test_without_the_extra_the_command_says_what_is_missing():
+    program = f"import sys; sys.modules['fastapi'] = None; {SERVE[2]}"
+    ended = subprocess.run([*SERVE[:2], program, "serve"], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: serving needs fastapi, which is not here: pip install 'dac-fast[serve]'\n"
+    )

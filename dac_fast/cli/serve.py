@@ -65,6 +65,14 @@ def serve(
             min=0, help="Audio of a batch; 0: no batches. Default: 2 on a CPU, 60 on a GPU."
         ),
     ] = None,
+    step_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Frames of all streams computed at once; 1: no batches. Default: 64 on a CPU, all "
+            "of them on a GPU.",
+        ),
+    ] = None,
     chunk_seconds: Annotated[
         float | None,
         typer.Option(
@@ -102,6 +110,7 @@ def serve(
         grace_seconds=grace_seconds,
         max_wait_ms=max_wait_ms,
         max_batch_seconds=max_batch_seconds,
+        step_frames=step_frames,
         chunk_seconds=chunk_seconds,
     )
     torch.set_num_threads(threads or max((os.cpu_count() or 1) - 1, 1))

@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
+import dac_fast
 from dac_fast import page
 from dac_fast.codec import DAC
 from dac_fast.serving import endpoints, sockets
@@ -24,6 +26,8 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+EXAMPLE = Path(dac_fast.__file__).parent / "assets" / "tabla_cc0.flac"
+
 router = APIRouter()
 
 
@@ -38,7 +42,7 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        await service.start()
         yield
         service.draining = True
         await anyio.to_thread.run_sync(service.worker.stop)
@@ -46,7 +50,7 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="dac-fast",
         version=__version__,
-        description="Descript Audio Codec: audio to codes and back.",
+        description=sockets.__doc__ or "",
         lifespan=lifespan,
         # FastAPI's own pages load scripts from elsewhere; `/docs` here does not.
         docs_url=None,
@@ -95,7 +99,7 @@ async def healthz(service: Annotated[Service, Depends(service_of)]) -> JSONRespo
 
 @router.get("/readyz")
 async def readyz(service: Annotated[Service, Depends(service_of)]) -> JSONResponse:
-    """Whether new work is welcome: not before the model is warm, and not while the server ends."""
+    """Whether new work is welcome, which it is not while the server ends."""
     return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
 
@@ -109,6 +113,12 @@ async def metrics(service: Annotated[Service, Depends(service_of)]) -> Response:
 async def listen() -> HTMLResponse:
     """The page to hear the codec by."""
     return HTMLResponse(page.listening(), headers=_PAGE_HEADERS)
+
+
+@router.get("/example.flac", include_in_schema=False)
+async def example() -> FileResponse:
+    """A recording that the page offers."""
+    return FileResponse(EXAMPLE, media_type="audio/flac")
 
 
 @router.get("/docs", include_in_schema=False)

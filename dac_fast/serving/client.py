@@ -348,6 +348,10 @@ class AsyncStream(_Pieces):
         """As `Stream.finish`."""
         await self._socket.send(_END)
 
+    def abort(self) -> None:
+        """Break the connection off, as a client that dies does."""
+        self._socket.transport.abort()
+
     async def receive(self) -> NDArray[Any] | None:
         """As `Stream.receive`."""
         try:

@@ -6,7 +6,8 @@ import math
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
 
 import anyio
 import numpy as np
@@ -32,8 +33,6 @@ from dac_fast.storage.dac2 import DACFile
 
 # The longest clip of `/v1/reconstruct`, whose distances hold all of its spectrograms.
 CLIP_SECONDS = 60.0
-# Bodies with codes that are parsed at once: meanwhile each takes several times its size.
-_PARSERS = anyio.CapacityLimiter(4)
 # Fewer samples have no mel distance.
 _SHORTEST = 1025
 
@@ -59,13 +58,13 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"description": "The body stopped coming."},
     413: {"description": "The body, its length or its channels are more than accepted."},
     429: {"description": "Too many requests are in progress; Retry-After says when to try again."},
-    503: {"description": "The server starts or ends."},
+    503: {"description": "The server ends."},
     504: {"description": "The request took too long."},
 }
 
 router = APIRouter(default_response_class=Response)
 TheService = Annotated[Service, Depends(service_of)]
-Codebooks = Annotated[int | None, Query(description="The first that many codebooks; all of them.")]
+Codebooks = Annotated[int | None, Query(description="The first that many codebooks, or all.")]
 
 
 class TooMuchError(ValueError):
@@ -104,14 +103,17 @@ async def decode(
     format: Literal["wav", "flac", "ogg"] = "wav",
 ) -> Response:
     """Codes to audio of the recording's length, rate and level, sent while it is made."""
-    body, job = await request.body(), service.worker.job()
+    job = service.worker.job()
 
     def parse() -> DACFile:
-        file = codes_from_bytes(body, service.codec)
+        file = codes_from_bytes(Path(upload.name).read_bytes(), service.codec)
         _check_file(file, service)
         return file if n_quantizers is None else _first_codebooks(file, n_quantizers)
 
-    file = await anyio.to_thread.run_sync(parse, limiter=_PARSERS, abandon_on_cancel=True)
+    async with _uploaded(request) as upload:
+        file = await anyio.to_thread.run_sync(
+            parse, limiter=service.parsers, abandon_on_cancel=True
+        )
     blocks = decompressed_blocks(
         batched(service.codec, job), file, chunk_seconds=service.chunk_seconds
     )
@@ -160,7 +162,7 @@ async def reconstruct(
 
 
 @contextlib.asynccontextmanager
-async def _uploaded(request: Request) -> AsyncIterator["tempfile._TemporaryFileWrapper[bytes]"]:
+async def _uploaded(request: Request) -> AsyncIterator[IO[bytes]]:
     """The request's body as a file that is gone afterwards; errors name it "audio"."""
     with tempfile.NamedTemporaryFile(prefix="dac-fast-serve-") as file:
         async for piece in request.stream():

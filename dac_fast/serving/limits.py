@@ -6,10 +6,11 @@ Answers of its own are JSON, {"detail": why}, as those of the endpoints are:
     408  the client stopped sending in the middle of its body
     413  the body is larger than accepted
     429  as many requests are in progress as are accepted; Retry-After says when to try again
-    503  the server starts or ends
+    503  the server ends
     504  the request took too long
 
-A client that goes away ends its request, and so does one that takes nothing of its answer.
+A request is in progress once its body is there, so that who sends slowly holds up nobody. A client
+that goes away ends its request, and so does one that takes nothing of its answer.
 """
 
 import asyncio
@@ -24,9 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dac_fast.serving.service import Service
 
 RETRY = {"Retry-After": "1"}
-# Paths that the token guards, and of which a POST is work for the model.
-_GUARDED = ("/v1/", "/metrics")
-_WORK = "/v1/"
+# Paths that the token guards.
+GUARDED = ("/v1/", "/metrics")
 
 
 class Gate:
@@ -42,42 +42,58 @@ class Gate:
             return
         answer = _Answer(send, scope, self._service.settings.idle_seconds)
         begun = time.monotonic()
-        if refusal := self._refusal(scope):
-            await refusal(scope, receive, answer.send)
-        elif scope["method"] == "POST" and scope["path"].startswith(_WORK):
-            await self._work(scope, receive, answer)
-        else:
-            await self._app(scope, receive, answer.send)
-        route = getattr(scope.get("route"), "path", "none")
-        telemetry = self._service.telemetry
-        telemetry.requests.labels(route, answer.status).inc()
-        telemetry.request_seconds.labels(route).observe(time.monotonic() - begun)
+        try:
+            if refusal := self._refusal(scope):
+                await refusal(scope, receive, answer.send)
+            elif _is_work(scope):
+                await self._work(scope, receive, answer)
+            else:
+                await self._app(scope, receive, answer.send)
+        except Exception:
+            answer.status = answer.status or 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            telemetry = self._service.telemetry
+            telemetry.requests.labels(route, answer.status or "gone").inc()
+            telemetry.request_seconds.labels(route).observe(time.monotonic() - begun)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         """The answer to a request that is not let in."""
         service, path = self._service, scope["path"]
         headers = dict(scope["headers"])
-        if path.startswith(_GUARDED) and not service.admits(
+        if path.startswith(GUARDED) and not service.admits(
             headers.get(b"authorization", b"").decode("latin-1")
         ):
             return _refused(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-        if scope["method"] != "POST" or not path.startswith(_WORK):
+        if not _is_work(scope):
             return None
-        settings = service.settings
-        if not service.ready:
-            return _refused(503, "the server is starting or ending; try again", RETRY)
-        if service.in_progress >= settings.max_requests:
-            detail = f"{settings.max_requests} requests are in progress, as many as are accepted"
-            return _refused(429, detail, RETRY)
         declared, most = headers.get(b"content-length", b"0"), service.most_bytes(path)
         if declared.isdigit() and int(declared) > most:
             return _refused(413, _too_large(most))
+        if refusal := self._no_room():
+            return _refused(*refusal, RETRY)
         return None
+
+    def _no_room(self) -> tuple[int, str] | None:
+        """Why a request cannot be taken up now, as status and detail."""
+        service, most = self._service, self._service.settings.max_requests
+        if not service.ready:
+            return 503, "the server is ending; try again"
+        if service.in_progress >= most:
+            return 429, f"{most} requests are in progress, as many as are accepted"
+        return None
+
+    def _take_up(self) -> None:
+        """A request's body is there."""
+        if refusal := self._no_room():
+            raise HTTPException(*refusal, RETRY)
+        self._service.in_progress += 1
 
     async def _work(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         service, settings = self._service, self._service.settings
-        body = _Body(receive, service.most_bytes(scope["path"]), settings.idle_seconds)
-        service.in_progress += 1
+        most_bytes = service.most_bytes(scope["path"])
+        body = _Body(receive, most_bytes, settings.idle_seconds, self._take_up)
         begun = time.monotonic()
         try:
             with anyio.CancelScope(deadline=anyio.current_time() + settings.total_seconds) as limit:
@@ -90,17 +106,29 @@ class Gate:
             if limit.cancelled_caught and not body.client_gone:
                 await answer.end_late(scope, receive, settings.total_seconds)
         finally:
-            service.in_progress -= 1
             if body.arrived is not None:
+                service.in_progress -= 1
                 service.telemetry.phase_seconds.labels("receive").observe(body.arrived - begun)
 
 
 class _Body:
-    """What a client sends: no more than so much, and without long pauses."""
+    """What a client sends: no more than so much, and without long pauses.
 
-    def __init__(self, receive: Receive, most_bytes: int, idle_seconds: float) -> None:
-        self._receive, self._most_bytes = receive, most_bytes
-        self._idle_seconds = idle_seconds
+    Args:
+        receive: of ASGI.
+        most_bytes, idle_seconds: limits.
+        take_up: called when all of it is there; may raise.
+    """
+
+    def __init__(
+        self,
+        receive: Receive,
+        most_bytes: int,
+        idle_seconds: float,
+        take_up: Callable[[], None],
+    ) -> None:
+        self._receive, self._take_up = receive, take_up
+        self._most_bytes, self._idle_seconds = most_bytes, idle_seconds
         self._size = 0
         self._complete, self._gone = asyncio.Event(), asyncio.Event()
         self.arrived: float | None = None
@@ -126,6 +154,7 @@ class _Body:
         if self._size > self._most_bytes:
             raise HTTPException(413, _too_large(self._most_bytes), {"Connection": "close"})
         if not message.get("more_body", False):
+            self._take_up()
             self.arrived = time.monotonic()
             self._complete.set()
         return message
@@ -170,6 +199,11 @@ class _Answer:
     def _drop(self) -> None:
         if self._abort:
             self._abort()
+
+
+def _is_work(scope: Scope) -> bool:
+    """Whether a request is for the model."""
+    return bool(scope["method"] == "POST" and scope["path"].startswith("/v1/"))
 
 
 def _refused(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

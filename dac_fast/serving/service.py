@@ -5,11 +5,13 @@ import hmac
 import math
 from collections.abc import Sequence
 
+import anyio
 import torch
 from starlette.requests import HTTPConnection
 
 from dac_fast.codec import DAC, load
 from dac_fast.serving.settings import Settings
+from dac_fast.serving.streams import MOST_FRAMES
 from dac_fast.serving.telemetry import Telemetry
 from dac_fast.serving.worker import Worker
 
@@ -43,6 +45,7 @@ class Service:
         codec: the `DAC`, in eval mode; the service's own from now on.
         settings: limits; what depends on the device is filled in.
     Attributes:
+        parsers: bodies with codes that are parsed at once; each takes several times its size.
         in_progress: requests accepted and not answered yet.
         draining: nothing new is accepted.
     """
@@ -52,17 +55,22 @@ class Service:
         batch_seconds = settings.max_batch_seconds
         if batch_seconds is None:
             batch_seconds = 60.0 if on_gpu else 2.0
+        # A frame of `tiny` takes 3.2 ms of a core alone, 0.44 ms among 8 streams of 4 frames,
+        # 0.43 ms among 16 of them and 0.37 ms among 64.
+        step_frames = settings.step_frames or (settings.slots * MOST_FRAMES if on_gpu else 64)
         self.codec, self.settings = codec, settings
         self.chunk_seconds = settings.chunk_seconds or (10.0 if on_gpu else 1.0)
         self.telemetry = Telemetry()
         self.worker = Worker(
             codec,
             settings.slots,
+            step_frames,
             settings.max_requests,
             batch_seconds,
             settings.max_wait_ms / 1000,
             self.telemetry,
         )
+        self.parsers = anyio.CapacityLimiter(4)
         self.in_progress, self.draining = 0, False
         self.telemetry.watch(
             "dac_requests_in_progress", "Requests being answered.", lambda: self.in_progress
@@ -79,9 +87,10 @@ class Service:
                 "dac_graph_misses", "Calls that no CUDA graph served.", lambda: engine.misses
             )
 
-    def start(self) -> None:
-        """Begin to work, in the event loop that runs."""
+    async def start(self) -> None:
+        """Begin to work, in the event loop that runs; returns when the model is warm."""
         self.worker.start(asyncio.get_running_loop())
+        await asyncio.wrap_future(self.worker.warm)
 
     def most_bytes(self, path: str) -> int:
         """Accepted of a request's body at that path."""
@@ -101,7 +110,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new work is welcome."""
-        return self.worker.alive and self.worker.ready.is_set() and not self.draining
+        return self.worker.alive and not self.draining
 
     @property
     def idle(self) -> bool:

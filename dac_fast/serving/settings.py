@@ -39,6 +39,9 @@ class Settings(BaseModel):
     # Audio of one batch, padding included; a longer call runs by itself. Default: 2 on a CPU, where
     # only short calls gain by company, 60 on a GPU.
     max_batch_seconds: Annotated[float | None, Field(ge=0)] = None
+    # Frames of all streams that a step computes, added up; 1: each stream by itself. Default: 64 on
+    # a CPU, where more at once are no quicker, all of them on a GPU.
+    step_frames: Annotated[int | None, Field(ge=1)] = None
     # Audio of a long request that is computed at once. Default: 1 on a CPU, where a stream's next
     # step waits no longer than that takes, 10 on a GPU.
     chunk_seconds: Annotated[float | None, Field(gt=0)] = None

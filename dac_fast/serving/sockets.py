@@ -17,7 +17,7 @@ closes with 1000. The other codes that it closes with, each with a reason:
     1009  a message that is too large
     1011  the model failed
     1012  the server ends
-    1013  no slot is free, or the server starts or ends; try again later
+    1013  no slot is free, or the server ends; try again later
 """
 
 import asyncio
@@ -138,7 +138,7 @@ class _Connection:
                 wanted = f"{header.n_quantizers} codebooks"
                 raise _Refused(1007, f"{wanted}; accepted: 1 to {self._codebooks}")
             if not service.ready:
-                raise _Refused(1013, "the server is starting or ending; try again later")
+                raise _Refused(1013, "the server is ending; try again later")
             self._codebooks = header.n_quantizers or self._codebooks
             self._as_int16 = header.format == "int16"
             channels = self._codebooks if self._direction == "decode" else 1

@@ -25,6 +25,7 @@ Array: TypeAlias = NDArray[Any]
 
 # Frames of a step: few sizes, so that each can be prepared (a CUDA graph, a library's own plan).
 SIZES = (1, 2, 4, 8)
+MOST_FRAMES = max(SIZES)
 
 
 class NoSlotError(Exception):
@@ -42,6 +43,7 @@ class Stream:
         next_output: index of the next output in its signal, negative before the first.
         sink: is given `Output`s, by the thread that `Pool.step`'s caller chooses.
         pieces: arrays [channels, n] that wait, and when each arrived.
+        served: the number of the step that it last took part in.
         positions: their n, added up.
         fed: frames that arrived, all in all.
         fresh: its slot has not been cleared for it yet.
@@ -54,6 +56,7 @@ class Stream:
     next_output: int
     sink: Callable[["Output"], None]
     pieces: deque[tuple[float, Array]] = field(default_factory=deque)
+    served: int = -1
     positions: int = 0
     fed: int = 0
     fresh: bool = True
@@ -119,6 +122,7 @@ class Pool:
         codec: the `DAC`.
         direction: of the streams.
         slots: how many there can be.
+        step_frames: of all streams of a step, added up.
         wake: guards the streams' state, and is notified where there is something to do.
         telemetry: counts.
     Attributes:
@@ -130,6 +134,7 @@ class Pool:
         codec: DAC,
         direction: Direction,
         slots: int,
+        step_frames: int,
         wake: threading.Condition,
         telemetry: Telemetry,
     ) -> None:
@@ -137,6 +142,8 @@ class Pool:
         self._wake, self._telemetry = wake, telemetry
         self._codebooks = codec.config.n_codebooks
         self._on_gpu = next(codec.parameters()).is_cuda
+        self._step_frames = step_frames
+        self._steps = 0
         self._streams: DecoderStreams | EncoderStreams
         if direction == "decode":
             self._streams = DecoderStreams(codec, slots)
@@ -212,7 +219,7 @@ class Pool:
         self._streams.reset(range(self.slots))
 
     def step(self) -> list[Output]:
-        """Compute frames of every stream that has some, and the rest of those at their end."""
+        """Compute some of what waits; streams that were not served for longest go first."""
         with self._wake:
             fresh = [stream for stream in self.active if stream.fresh]
             ending = [stream for stream in self.active if stream.at_its_end]
@@ -220,13 +227,11 @@ class Pool:
                 stream.fresh = False
             for stream in ending:
                 self._let_out(stream)
-            batches = self._batches()
+            batch = self._next_batch()
         self._streams.reset([stream.slot for stream in fresh])
         self._streams.end([stream.slot for stream in ending])
         outputs = [self._nothing_of(stream) for stream in ending if not stream.fed]
-        for batch in batches:
-            outputs += self._computed(batch)
-        return outputs
+        return outputs + (self._computed(batch) if batch else [])
 
     def _let_out(self, stream: Stream) -> None:
         """Have what the slot still holds of a stream come out, by frames that nobody looks at."""
@@ -235,22 +240,22 @@ class Pool:
             positions = -(-self._lag // self._outputs_per_frame) * self._unit
             stream.add(np.zeros((stream.channels, positions), np.float32))
 
-    def _batches(self) -> list[_Batch]:
-        """What to push: as many frames as all streams of a batch have, which leaves none behind."""
-        groups: dict[int, list[Stream]] = {}
-        for stream in self.active:
-            if stream.waiting:
-                groups.setdefault(stream.channels, []).append(stream)
-        batches = []
-        for channels, streams in groups.items():
-            fewest = min(stream.waiting for stream in streams)
-            frames = max(size for size in SIZES if size <= fewest)
-            block, since = self._empty_block(channels, frames), []
-            for stream in streams:
-                arrived, block[stream.slot] = stream.take(frames)
-                since.append(arrived)
-            batches.append(_Batch(streams, since, block))
-        return batches
+    def _next_batch(self) -> _Batch | None:
+        """As many frames as the stream has whose turn it is, of all streams that have as many."""
+        waiting = [stream for stream in self.active if stream.waiting]
+        if not waiting:
+            return None
+        waiting.sort(key=lambda stream: (stream.served, stream.pieces[0][0]))
+        frames = max(size for size in SIZES if size <= waiting[0].waiting)
+        channels, self._steps = waiting[0].channels, self._steps + 1
+        alike = [s for s in waiting if s.channels == channels and s.waiting >= frames]
+        streams = alike[: max(self._step_frames // frames, 1)]
+        block, since = self._empty_block(channels, frames), []
+        for stream in streams:
+            arrived, block[stream.slot] = stream.take(frames)
+            since.append(arrived)
+            stream.served = self._steps
+        return _Batch(streams, since, block)
 
     def _empty_block(self, channels: int, frames: int) -> Array:
         dtype = np.int64 if self.direction == "decode" else np.float32

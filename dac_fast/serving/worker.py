@@ -31,18 +31,20 @@ class Worker:
     Args:
         codec: the `DAC`, in eval mode.
         slots: streams at once in each direction.
+        step_frames: of all streams of a step, added up.
         max_requests: that wait at once.
         max_batch_seconds, max_wait_seconds: as of `Settings`.
         telemetry: counts.
     Attributes:
         pools: the streams, by direction.
-        ready: set once everything was run for a first time.
+        warm: done when everything was run for a first time.
     """
 
     def __init__(
         self,
         codec: DAC,
         slots: int,
+        step_frames: int,
         max_requests: int,
         max_batch_seconds: float,
         max_wait_seconds: float,
@@ -55,10 +57,10 @@ class Worker:
         self._functions: deque[tuple[Callable[[], Tensor], Future[Tensor]]] = deque()
         self._threads = anyio.CapacityLimiter(max_requests)
         self._stopping = False
-        self.ready = threading.Event()
+        self.warm: Future[None] = Future()
         directions: tuple[Direction, ...] = ("encode", "decode")
         self.pools = {
-            direction: Pool(codec, direction, slots, self._wake, telemetry)
+            direction: Pool(codec, direction, slots, step_frames, self._wake, telemetry)
             for direction in directions
         }
         # A daemon: an interpreter that ends for another reason does not wait for it.
@@ -104,9 +106,13 @@ class Worker:
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)
-        for pool in self.pools.values():
-            pool.warm_up()
-        self.ready.set()
+        try:
+            for pool in self.pools.values():
+                pool.warm_up()
+        except Exception as error:
+            self.warm.set_exception(error)
+            return
+        self.warm.set_result(None)
         try:
             while task := self._next():
                 task()

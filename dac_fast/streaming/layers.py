@@ -12,8 +12,9 @@ block is then one computation of fixed shapes, on states that stay where they ar
 The layers are the modules, or the fused ones of a `Plan`, which hand on two tensors: y, and Snake
 of y, each None where the next layer does not read it. Modules hand on y alone.
 
-Shapes: B streams, each at its own position. `active`: booleans [B]; the states of the other streams
-stay as they are; None: all are active.
+Shapes: B streams, each at its own position. `active`: booleans [B], or the indices of the streams
+that a block holds, which then has fewer items; the states of the other streams stay as they are.
+None: all are active.
 """
 
 import contextlib
@@ -41,6 +42,10 @@ class Span(NamedTuple):
 
     first: Tensor
     length: Tensor
+
+    def of(self, rows: Tensor | slice) -> "Span":
+        """The span of those items of the block."""
+        return Span(self.first[rows], self.length[rows])
 
     def mask(self, x: Tensor) -> Tensor:
         """x with zeros where it holds no positions of the signals."""
@@ -112,11 +117,12 @@ class StreamedLayer:
         for kept in self.tails:
             blocks = [(x if span is None else span.mask(x)).transpose(1, 2) for x in inputs]
             # All inputs in one tensor: a step is short, so few kernels matter more than few bytes.
-            pieces = [piece for i, block in enumerate(blocks) for piece in (kept[:, i], block)]
+            rows = held_rows(active)
+            pieces = [piece for i, block in enumerate(blocks) for piece in (kept[rows, i], block)]
             joined = torch.cat(pieces, dim=1).unflatten(1, (len(inputs), -1))
             last = joined[:, :, -self.context :]
-            if active is None:
-                kept.copy_(last)
+            if rows is active or active is None:
+                kept[rows] = last
             else:
                 torch.where(active[:, None, None, None], last, kept, out=kept)
             inputs = [joined[:, i].transpose(1, 2) for i in range(len(inputs))]
@@ -187,6 +193,11 @@ class StreamedChain:
                     y = layer(y)
         assert y is not None
         return y.to(x.dtype), span
+
+
+def held_rows(active: Tensor | None) -> Tensor | slice:
+    """The streams that a block holds: all of them, or those whose indices `active` has."""
+    return slice(None) if active is None or active.dtype == torch.bool else active
 
 
 def _flat(chain: Chain) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Chain
 from dac_fast.ops import cuda_graph
 from dac_fast.ops.precision import float32_products
-from dac_fast.streaming.layers import Span, StreamedChain
+from dac_fast.streaming.layers import Span, StreamedChain, held_rows
 
 # The length of a signal whose end is not known yet; its products with a hop length fit into int64.
 ENDLESS = 1 << 40
@@ -175,7 +175,11 @@ class _Streams:
         y = self._output(y)
         if span is not None:
             y = span.mask(y)
-        return y if active is None else torch.where(active[:, None, None], y, 0)
+        if active is None:
+            return y
+        if held_rows(active) is active:
+            return y.new_zeros(self.batch, *y.shape[1:]).index_copy_(0, active, y)
+        return torch.where(active[:, None, None], y, 0)
 
     def _step(self, block: Tensor, flags: list[bool]) -> Tensor:
         """`_compute` for a block on any device, and the streams whose flag is True."""
@@ -184,13 +188,15 @@ class _Streams:
         if steady and block.shape in self._recorded:
             y = self._recorded[block.shape](block, flags)
         else:
-            device, span = self._empty.device, None
-            active = None if len(running) == self.batch else torch.tensor(flags, device=device)
+            # Without a graph, streams that are not active cost nothing.
+            device, span, active = self._empty.device, None, None
+            if len(running) < self.batch:
+                active = torch.tensor(running, dtype=torch.int64, device=device)
             if not steady:
                 ends = [ENDLESS if end is None else end for end in self._ends]
                 first, length = torch.tensor([self._frames, ends], device=device) * self._hop
-                span = Span(first + self._origin, length)
-            y = self._compute(block.to(device), active, span)
+                span = Span(first + self._origin, length).of(held_rows(active))
+            y = self._compute(block.to(device)[held_rows(active)], active, span)
         for i in running:
             self._frames[i] += block.shape[-1] // self._hop
         return y
