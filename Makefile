@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo demo-serve test lint bench clean
+.PHONY: demo demo-serve test faults lint bench clean
 
 demo: .venv/demo
 	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
@@ -16,6 +16,10 @@ demo-serve: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Hours of fault trials; the tests run a few thousand of them.
+faults: .venv/installed
+	FAULT_TRIALS=100000 $(BIN)/python -m pytest tests/faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

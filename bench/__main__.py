@@ -236,6 +236,34 @@ def train(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Of all servers.")] = "tiny",
+    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 60.0,
+    most_streams: Annotated[int, typer.Option(help="Streams to try at most.")] = 256,
+    soak: Annotated[
+        float, typer.Option(metavar="MINUTES", help="Of streams that come and go at random.")
+    ] = 0.0,
+    published_python: PublishedPython = None,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Load the server, and its peers: latencies, time to first audio, streams held."""
+    # Imported here, since it needs the extra `serve`.
+    from bench.serve import ServeSettings, run_serve
+
+    settings = ServeSettings(
+        model=model,
+        seconds=seconds,
+        most_streams=most_streams,
+        published_python=published_python,
+        soak_minutes=soak,
+    )
+    path = out or OUT / "serve.json"
+    run_serve(settings, path, commit)
+    say_written([path])
+
+
+@app.command()
 def corpus(
     device: OnDevice = None,
     model: Annotated[str, typer.Option(help="Of all ways.")] = "tiny",

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from dac_fast.cli.jobs import Existing, may_write
 from dac_fast.cli.options import Device, Model, WhenExisting, load_codec
 from dac_fast.cli.terminal import err, fail, out, progress_bar
+from dac_fast.evaluation.listen import write_page
 from dac_fast.evaluation.outcome import Evaluation
 from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 from dac_fast.files import make_folder
@@ -52,12 +53,18 @@ def evaluate(
         int | None,
         typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU."),
     ] = None,
+    listen: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page, an HTML file, to hear clips of them by."),
+    ] = None,
     existing: WhenExisting = Existing.error,
 ) -> None:
     """Measure how near a model, or a folder of reconstructions, comes to the originals."""
+    if listen and restored:
+        raise ValueError("--listen with --restored; accepted: with a model")
     picture = output / "rate_distortion.png"
     tables = (output / name for name in ("files.csv", "summary.csv", "evaluation.json"))
-    if not may_write(existing, *tables, picture):
+    if not may_write(existing, *tables, picture, *([listen] if listen else [])):
         return
     make_folder(output)
     counts = _counts(codebooks)
@@ -99,6 +106,10 @@ def evaluate(
     picture.unlink(missing_ok=True)
     evaluation.save(output, plot)
     out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
+    if listen:
+        measured = {row["codebooks"] for row in evaluation.summary}
+        write_page(listen, load_codec(model, device), data, sorted(measured), seconds=seconds or 10)
+        out.print(f"wrote {listen}")
     if evaluation.failures:
         raise typer.Exit(1)
 
