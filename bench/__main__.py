@@ -260,7 +260,7 @@ def serve(
     )
     path = out or OUT / "serve.json"
     run_serve(settings, path, commit)
-    say_written([path])
+    say_written([path, *write_report(path)])
 
 
 @app.command()

@@ -95,6 +95,10 @@ def kind(
         from bench import precisions
 
         return precisions.markdown, lambda _: {}
+    if "load" in document:
+        from bench import serve
+
+        return serve.markdown, lambda document: {".png": serve.figure(document)}
     if "corpus" in document:
         from bench import corpus
 
