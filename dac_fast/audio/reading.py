@@ -179,11 +179,16 @@ def _open(path: str) -> "soundfile.SoundFile":
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: the file is empty")
     try:
-        return soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path)
     # TypeError: soundfile takes a ".raw" suffix for headerless samples, whatever the file holds.
     except (soundfile.SoundFileError, TypeError) as error:
         reason = str(error).removeprefix(f"Error opening {path!r}: ").rstrip(".")
         raise AudioError(f"{path}: not an audio file that can be read ({reason})") from error
+    # By some suffixes (.au, .vox) libsndfile takes any bytes for samples without a header.
+    if file.format == "RAW":
+        file.close()
+        raise AudioError(f"{path}: not an audio file that can be read (no known header)")
+    return file
 
 
 def _require_whole_wav(path: str) -> None:

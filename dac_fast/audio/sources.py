@@ -17,6 +17,10 @@ from dac_fast.audio.reading import AUDIO_SUFFIXES
 MANIFEST = "manifest.jsonl"
 
 
+# What values of other types, without an end or too deep for the parser come to.
+UNFIT = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
 class SourceError(ValueError):
     """A folder or manifest that is missing, damaged, unreadable or without audio; one line."""
 
@@ -89,7 +93,7 @@ def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:
             continue
         try:
             found.append(_of_entry(manifest.parent, json.loads(line), domain))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNFIT as error:
             accepted = 'a JSON object with at least "file"'
             raise SourceError(
                 f"{manifest}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}"

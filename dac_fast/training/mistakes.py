@@ -38,17 +38,17 @@ def described(
     first = errors[0]
     key, value = _place(first, values)
     if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
-        return f"unknown key {key!r}; did you mean {_nearest(key, defaults)!r}?"
+        return f"unknown key {key!r:.80}; did you mean {_nearest(key, defaults)!r}?"
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}".removeprefix(": ")
     if first["type"] == "dataclass_type":
-        return f"{key} is {value!r}; accepted: {key}.<key> for {', '.join(defaults[key])}"
+        return f"{key} is {value!r:.80}; accepted: {key}.<key> for {', '.join(defaults[key])}"
     if first["loc"] == ("model",) and first["type"] == "missing":
         return "model is missing"
     # A value that may be of several types has an error for each of them, first about the likeliest.
     alternatives = errors[:1] if "ctx" in first else errors
     accepted = [_accepted(error) for error in alternatives if _place(error, values)[0] == key]
-    return f"{key} is {value!r}; accepted: {' or '.join(dict.fromkeys(accepted))}"
+    return f"{key} is {value!r:.80}; accepted: {' or '.join(dict.fromkeys(accepted))}"
 
 
 def _accepted(error: ErrorDetails) -> str:

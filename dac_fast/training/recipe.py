@@ -244,7 +244,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may have an exponent; PyYAML takes 1e-4 for text."""
+    """YAML whose numbers may have an exponent (PyYAML takes 1e-4 for text), without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # A few lines of aliases of aliases stand for billions of values.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
+
+
+# What a text that is not UTF-8, not YAML, or too deep for the parser comes to.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
@@ -276,8 +286,8 @@ def _read(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if str(path) in seen:
         raise RecipeError(f"{path}: its bases lead back to itself")
     try:
-        values = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except NOT_YAML as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: holds a {type(values).__name__}; accepted: keys and values")
@@ -295,7 +305,7 @@ def _parsed(override: str) -> dict[str, Any]:
         raise RecipeError(f"override {override!r}; accepted: key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except NOT_YAML:
         value = text
     for part in reversed(key.split(".")):
         value = {part: value}
