@@ -1,6 +1,7 @@
 """The processes of a run: their group under `torchrun`, and the signals that stop them."""
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -67,6 +68,9 @@ def process_group(device: str | None) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), processes, chosen)
     finally:
+        # A module that still holds the group would end its threads at the interpreter's exit, which
+        # now and then aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -81,11 +81,16 @@ def train(recipe: str, overrides: Sequence[str] = (), console: Console | None = 
                 f"accepted: multiples of the {processes.count} processes"
             )
         console = Console(quiet=True) if processes.rank else console or Console(stderr=True)
-        run = Run(parsed, processes, console)
-        try:
-            return run.train()
-        finally:
-            run.log.close()
+        return run_in(processes, parsed, console)
+
+
+def run_in(processes: Processes, recipe: Recipe, console: Console) -> Summary:
+    """Trains in one of the processes; its run is gone when the group of processes ends."""
+    run = Run(recipe, processes, console)
+    try:
+        return run.train()
+    finally:
+        run.log.close()
 
 
 class Run:
