@@ -3,6 +3,7 @@ they are computed.
 """
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -196,9 +197,11 @@ def one_of_four(rank, folder):
 
 
 def test_four_processes_equal_one_with_the_same_batch(tmp_path):
-    # Forked: four imports of PyTorch would take longer than all the rest.
+    # One import of PyTorch, not four; a fork of this process could be born with a lock that one of
+    # its threads held.
+    multiprocessing.set_forkserver_preload(["torch.distributed", "dac_fast"])
     torch.multiprocessing.start_processes(
-        one_of_four, (str(tmp_path),), nprocs=4, start_method="fork"
+        one_of_four, (str(tmp_path),), nprocs=4, start_method="forkserver"
     )
     alone = fast_step("model.quantizer_dropout=0", "discriminator.fft_sizes=[128]")
     for number in range(2):

@@ -10,6 +10,7 @@ many positions come out of it, and its forward takes two optional arguments besi
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -26,19 +27,19 @@ from dac_fast.ops.reference import valid_mask
 Length = TypeVar("Length", int, Tensor)
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """A module on [B, C, T] that knows how many positions come out of it."""
 
     # `nn.Module` promises nothing about the result of a call.
     __call__: Callable[..., Tensor]
 
+    @abstractmethod
     def output_length(self, length: Length, padded: bool = True) -> Length:
         """Positions that come out of `length` positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
         """x [B, C, T] to [B, C', T']; see this file's head for `lengths` and `padded`."""
-        raise NotImplementedError
 
 
 class WeightNorm(nn.Module):

@@ -5,6 +5,7 @@ The push of a fixed number of frames can be captured as a CUDA graph.
 """
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, SupportsIndex
 
@@ -71,11 +72,8 @@ class RecordedStep:
         return self._graph.outputs.clone()
 
 
-class _Streams:
+class _Streams(ABC):
     """Slots for streams through an encoder or decoder, each at its own position.
-
-    Subclasses have `_input`, a block on the layers' device to what goes into the layers, and
-    `_output`, what comes out of them to what is given out, position by position.
 
     Args:
         codec: the `DAC`.
@@ -104,11 +102,13 @@ class _Streams:
         first, second = (chain.first_output(origin + frames * hop) for frames in (0, 1))
         self._lag, self._outputs_per_frame = -first, second - first
 
+    @abstractmethod
     def _input(self, block: Tensor) -> Tensor:
-        raise NotImplementedError
+        """A block on the layers' device, to what goes into the layers."""
 
+    @abstractmethod
     def _output(self, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What comes out of the layers, to what is given out, position by position."""
 
     def end(self, slots: Iterable[int]) -> None:
         """The signals of those slots end with what was pushed so far; later pushes are ignored.
