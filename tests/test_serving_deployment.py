@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -69,7 +68,7 @@ def cluster(tmp_path):
                 assert running.poll() is None, log.read()[-3000:]
                 yield url, configuration["applications"][0]["args"]["settings"]["token"]
             finally:
-                running.send_signal(signal.SIGINT)
+                running.terminate()
                 running.wait(60)
         eventually(lambda: not processes_naming(folder), 30)
 
