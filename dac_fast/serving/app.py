@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 import dac_fast
@@ -59,6 +60,7 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.add_middleware(Gate, service=service)
     app.add_exception_handler(ValueError, _bad_input)
+    app.add_exception_handler(RequestValidationError, _bad_option)
     for routes in (router, endpoints.router, sockets.router):
         app.include_router(routes)
     return app
@@ -67,6 +69,12 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
 async def _bad_input(request: Request, error: Exception) -> JSONResponse:
     status = 413 if isinstance(error, endpoints.TooMuchError) else 400
     return JSONResponse({"detail": " ".join(str(error).split())}, status)
+
+
+async def _bad_option(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    refused = [f"{one['loc'][-1]} is {one['input']!r}: {one['msg']}" for one in error.errors()]
+    return JSONResponse({"detail": "; ".join(refused)}, 422)
 
 
 @router.get("/v1/models")
