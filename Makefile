@@ -8,8 +8,11 @@ BIN = .venv/bin
 .PHONY: demo demo-serve test faults lint bench clean
 
 demo: .venv/demo
-	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo --plot --existing overwrite
-	@echo "listen to demo/tabla_cc0.wav, look at demo/tabla_cc0.png"
+	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo \
+		--codebooks 1,3,9 --plot --listen --existing overwrite
+	@cp dac_fast/assets/tabla_cc0.flac demo/original.flac
+	@echo "demo/tabla_cc0.html plays original and copies; the files themselves lie beside it:"
+	@ls demo
 
 demo-serve: .venv/installed
 	$(BIN)/dac-fast serve

@@ -4,12 +4,19 @@ ViSQOL is not here: it needs a package of its own, which `dac-fast evaluate` cal
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dac_fast.losses import MelSpectrogramLoss, MultiScaleSTFTLoss, SISDRLoss
+from dac_fast.storage.dac2 import DACFile
+
+# Fewer samples have no mel distance.
+SHORTEST = 1025
 
 
 @lru_cache(maxsize=8)
@@ -43,6 +50,42 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
         reference, estimate: [B, C, T].
     """
     return -SISDRLoss()(reference, estimate)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What codes cost, and how near the original they come; None stands for what is not defined.
+
+    Attributes:
+        kbps: bitrate of all channels together, kbit/s.
+        ratio: to PCM of 16 bit at the recording's own rate.
+        si_sdr: in dB.
+        mel_distance: as `mel_distance`, of at least 1025 samples.
+    """
+
+    kbps: float | None
+    ratio: float | None
+    si_sdr: float | None
+    mel_distance: float | None
+
+
+def quality(file: DACFile, original: NDArray[np.float32], restored: NDArray[np.float32]) -> Quality:
+    """What the codes in a file cost, and how near the original they come.
+
+    Args:
+        file: the codes.
+        original, restored: audio [C, T] at the file's sample rate.
+    """
+    rate = file.sample_rate
+    x, y = torch.from_numpy(original)[None], torch.from_numpy(restored)[None]
+    ratio = 16 * rate * file.channels / file.bitrate if file.bitrate else None
+    distortion = si_sdr(x, y).item()
+    return Quality(
+        kbps=file.bitrate / 1000 if file.bitrate else None,
+        ratio=ratio,
+        si_sdr=distortion if math.isfinite(distortion) else None,
+        mel_distance=mel_distance(x, y, rate).item() if x.shape[-1] >= SHORTEST else None,
+    )
 
 
 def codebook_counts(codes: Tensor, codebook_size: int) -> Tensor:

@@ -6,7 +6,7 @@ They need matplotlib (the extra `plot`), which is imported when a picture is dra
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,34 +125,34 @@ def _logged(run: Path, part: str, key: str) -> tuple[NDArray[np.float64], NDArra
 
 def spectrograms(
     path: str | os.PathLike[str],
-    original: NDArray[np.floating],
-    restored: NDArray[np.floating],
+    recordings: Mapping[str, NDArray[np.floating]],
     sample_rate: int,
 ) -> None:
-    """Mel spectrograms of two recordings, one above the other, at one scale.
+    """Mel spectrograms of recordings, one above the other, at one scale.
 
-    The scale goes from the original's loudest bin to 80 dB below.
+    The scale goes from the first recording's loudest bin to 80 dB below.
 
     Args:
         path: of the PNG file.
-        original, restored: [C, T] or [T]; channels are mixed to one.
-        sample_rate: of both, in Hz.
+        recordings: [C, T] or [T], by their titles; channels are mixed to one.
+        sample_rate: of all, in Hz.
     Raises:
         PlotError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    figure = _figure(11, 6)
-    axes = figure.subplots(2, 1, sharex=True, sharey=True)
-    recordings = {"original": np.atleast_2d(original), "restored": np.atleast_2d(restored)}
+    figure = _figure(11, 3 * len(recordings))
+    (axes,) = figure.subplots(len(recordings), 1, sharex=True, sharey=True, squeeze=False).T
+    pictures = {title: mel_decibels(audio, sample_rate) for title, audio in recordings.items()}
     # Silence is to be dark.
-    top = max(mel_decibels(original, sample_rate).max(), FLOOR_DB + RANGE_DB)
+    top = max(next(iter(pictures.values())).max(), FLOOR_DB + RANGE_DB)
+    seconds = {title: audio.shape[-1] / sample_rate for title, audio in recordings.items()}
     highest = hz_to_mel(torch.tensor(sample_rate / 2)).item()
-    for ax, (title, audio) in zip(axes, recordings.items(), strict=True):
+    for ax, (title, decibels) in zip(axes, pictures.items(), strict=True):
         image = ax.imshow(
-            mel_decibels(audio, sample_rate) - top,
+            decibels - top,
             origin="lower",
             aspect="auto",
-            extent=(0, audio.shape[1] / sample_rate, 0, highest),
+            extent=(0, seconds[title], 0, highest),
             cmap="magma",
             vmin=-RANGE_DB,
             vmax=0,
@@ -160,11 +160,11 @@ def spectrograms(
         )
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_ylabel("frequency, kHz")
-    axes[0].set_xlim(0, max(audio.shape[1] for audio in recordings.values()) / sample_rate)
+    axes[0].set_xlim(0, max(seconds.values()))
     ticks = [hz for hz in TICKS_HZ if hz <= sample_rate / 2]
     places = hz_to_mel(torch.tensor(ticks, dtype=torch.float32)).tolist()
-    axes[1].set_yticks(places, [f"{hz / 1000:g}" for hz in ticks])
-    axes[1].set_xlabel("time, s")
+    axes[0].set_yticks(places, [f"{hz / 1000:g}" for hz in ticks])
+    axes[-1].set_xlabel("time, s")
     figure.colorbar(image, ax=axes, label="level, dB", pad=0.01, aspect=40)
     _save(figure, path)
 

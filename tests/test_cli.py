@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from dac_fast import DACFile
+from dac_fast import DACFile, load
 from dac_fast.audio.reading import read
 from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
@@ -133,6 +133,33 @@ def test_reconstruct_reports_and_converted_models_work(dac_fast_cli, folder, tmp
     assert code == 0
     assert "SI-SDR" in out
     assert read(tmp_path / "r" / "a.wav")[0].shape == (1, 20000)
+
+
+def test_reconstruct_at_several_bitrates(dac_fast_cli, folder, tmp_path):
+    target = tmp_path / "out"
+    arguments = ("reconstruct", folder / "a.wav", "-o", target, "--codebooks", "3,1", "--listen")
+    code, out, _ = dac_fast_cli(*arguments, "--plot")
+    assert code == 0
+    assert sorted(path.name for path in target.iterdir()) == [
+        "a.1_codebooks.wav",
+        "a.html",
+        "a.png",
+        "a.wav",
+    ]
+    rows = [line.split()[:2] for line in out.splitlines() if "a.wav" in line]
+    assert rows == [["a.wav", "3"], ["a.wav", "1"]]
+    codec = load("tiny")
+    for name, count in (("a.wav", 3), ("a.1_codebooks.wav", 1)):
+        expected, _ = codec.decompress(codec.compress(folder / "a.wav", n_quantizers=count))
+        assert np.abs(read(target / name)[0] - expected.clip(-1, 1)).max() < 2**-14
+    page = (target / "a.html").read_text()
+    assert page.count("data:audio/flac;base64,") == 3
+    (target / "a.wav").unlink()
+    code, _, err = dac_fast_cli(*arguments)
+    assert (code, "a.1_codebooks.wav exists" in err) == (1, True)
+    code, _, err = dac_fast_cli("reconstruct", folder / "a.wav", "-o", target, "--codebooks", "1;3")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "--codebooks is '1;3'; accepted: whole numbers with commas" in err
 
 
 def test_faults_of_single_files_do_not_stop_the_others(

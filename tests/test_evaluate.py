@@ -262,10 +262,10 @@ def test_spectrogram_shows_a_tone_where_it_is():
 
 
 def test_pictures_of_anything(tmp_path):
-    spectrograms(tmp_path / "silence.png", np.zeros(1), np.zeros((2, 1)), 8000)
+    spectrograms(tmp_path / "silence.png", {"one": np.zeros(1), "two": np.zeros((2, 1))}, 8000)
     long = np.random.default_rng(0).normal(size=(1, 4_000_000)).astype(np.float32)
     assert mel_decibels(long, RATE).shape[1] <= 1601
-    spectrograms(tmp_path / "long.png", long, long[:, :-1], RATE)
+    spectrograms(tmp_path / "long.png", {"long": long, "other": long[:, :-1]}, RATE)
     assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -11,9 +11,10 @@ import typer
 
 from dac_fast.cli.doctor import doctor
 from dac_fast.cli.evaluation import evaluate
-from dac_fast.cli.files import decode, encode, reconstruct
+from dac_fast.cli.files import decode, encode
 from dac_fast.cli.info import info
 from dac_fast.cli.models import convert, download, export
+from dac_fast.cli.reconstruct import reconstruct
 from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out
 from dac_fast.cli.tokenize import tokenize

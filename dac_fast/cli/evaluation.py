@@ -7,9 +7,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from dac_fast.cli.jobs import Existing, may_write
-from dac_fast.cli.options import Device, Model, WhenExisting, load_codec
+from dac_fast.cli.options import Device, Model, WhenExisting, counts_in, load_codec
 from dac_fast.cli.terminal import err, fail, out, progress_bar
-from dac_fast.evaluation.listen import write_page
+from dac_fast.evaluation.listen import clips_of, write_page
 from dac_fast.evaluation.outcome import Evaluation
 from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 from dac_fast.files import make_folder
@@ -67,7 +67,7 @@ def evaluate(
     if not may_write(existing, *tables, picture, *([listen] if listen else [])):
         return
     make_folder(output)
-    counts = _counts(codebooks)
+    counts = None if codebooks is None else counts_in(codebooks)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -108,19 +108,11 @@ def evaluate(
     out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
     if listen:
         measured = {row["codebooks"] for row in evaluation.summary}
-        write_page(listen, load_codec(model, device), data, sorted(measured), seconds=seconds or 10)
+        codec = load_codec(model, device)
+        write_page(listen, codec, clips_of(codec, data, sorted(measured), seconds=seconds or 10))
         out.print(f"wrote {listen}")
     if evaluation.failures:
         raise typer.Exit(1)
-
-
-def _counts(codebooks: str | None) -> list[int] | None:
-    try:
-        return None if codebooks is None else [int(part) for part in codebooks.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9"
-        ) from error
 
 
 def _report(evaluation: Evaluation) -> None:

@@ -1,22 +1,17 @@
-"""Commands that make files of files: `encode`, `decode`, `reconstruct`."""
+"""Commands that make files of files: `encode`, `decode`."""
 
-import math
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import typer
-from rich.table import Table
 
-from dac_fast import DAC, metrics, plots
+from dac_fast import DAC
 from dac_fast.audio import writing
-from dac_fast.audio.reading import AUDIO_SUFFIXES, UNREAD_SUFFIXES, read
+from dac_fast.audio.reading import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 from dac_fast.audio.resample import Samples
-from dac_fast.cli.jobs import Advance, Existing, Job, Kind, attempt, by_size, one_by_one, plan, run
+from dac_fast.cli.jobs import Advance, Existing, Job, Kind, attempt, by_size, plan, run
 from dac_fast.cli.options import (
     BatchSeconds,
     ChunkSeconds,
@@ -33,9 +28,9 @@ from dac_fast.cli.options import (
     WhenExisting,
     batching,
     load_codec,
+    say_toy,
 )
 from dac_fast.cli.pipes import piped
-from dac_fast.cli.terminal import out
 from dac_fast.config import PRESETS
 from dac_fast.recordings.compress import check_options, compress_all, decompress_all, use_engine
 from dac_fast.storage.dac2 import DACFile
@@ -79,7 +74,7 @@ def encode(
         check_options(codec, chunk_seconds, n_quantizers, normalize)
         batches = batching(device, batch_seconds)
         use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
-        _say_toy(model)
+        say_toy(model)
 
         def save(job: Job, file: DACFile) -> float:
             file.save(job.target, format.value, replace=existing is Existing.overwrite)
@@ -106,11 +101,6 @@ def encode(
             return _difference(DACFile.load(target), codec, format, n_quantizers)
 
         run(jobs, work, "encoded", existing, difference)
-
-
-def _say_toy(model: str) -> None:
-    if model == "tiny":
-        out.print("model tiny: bundled to try things out, and small; --model 44khz sounds better")
 
 
 def _difference(file: DACFile, codec: DAC, format: Format, n_quantizers: int | None) -> str:
@@ -215,73 +205,3 @@ def decode(
 
 def _name(precision: Precision | None) -> str | None:
     return None if precision is None else precision.value
-
-
-def reconstruct(
-    inputs: Inputs,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder (subfolders are kept), or a file.")
-    ],
-    model: Model = "tiny",
-    device: Device = "auto",
-    n_quantizers: Codebooks = None,
-    plot: Annotated[
-        bool, typer.Option("--plot", help="Also a PNG of both spectrograms beside each output.")
-    ] = False,
-    existing: WhenExisting = Existing.error,
-) -> None:
-    """Compress and restore recordings, and say what it cost and how near they come."""
-    extra = (".png",) if plot else ()
-    jobs = plan(
-        inputs, output, Kind(AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, extra, UNREAD_SUFFIXES)
-    )
-    codec = load_codec(model, device)
-    check_options(codec, n_quantizers=n_quantizers)
-    use_engine(codec, "decode", None, 0)
-    _say_toy(model)
-    # What is imported and set up at the first call is not the codec's speed.
-    codec.decompress(
-        codec.compress((np.zeros(codec.sample_rate // 10, np.float32), codec.sample_rate))
-    )
-    columns = ("file", "kbit/s", "ratio", "× real time", "SI-SDR dB", "mel distance")
-    table = Table(*columns, title=f"model {model}")
-
-    def work(job: Job, advance: Advance) -> float:
-        audio, rate = read(job.source)
-        start = time.perf_counter()
-        file = codec.compress((audio, rate), n_quantizers=n_quantizers)
-        restored, _ = codec.decompress(file)
-        elapsed = time.perf_counter() - start
-        writing.write(job.target, restored, rate, replace=existing is Existing.overwrite)
-        if plot:
-            plots.spectrograms(job.target.with_suffix(".png"), audio, restored, rate)
-        table.add_row(job.source.name, *_report(file, audio, restored, elapsed))
-        advance(file.duration)
-        return file.duration
-
-    try:
-        run(jobs, one_by_one(work), "reconstructed", existing)
-    finally:
-        out.print(table)
-
-
-def _report(file: DACFile, audio: Samples, restored: Samples, elapsed: float) -> tuple[str, ...]:
-    """What a reconstruction cost, and how near it comes, by the columns of the table.
-
-    Args:
-        file: of the codes.
-        audio, restored: [C, T].
-        elapsed: seconds that encoding and decoding took.
-    """
-    x, y = torch.from_numpy(audio)[None], torch.from_numpy(restored)[None]
-    bitrate = file.bitrate or math.nan
-    distance = "too short"
-    if audio.shape[1] > 1024:
-        distance = f"{metrics.mel_distance(x, y, file.sample_rate):.3f}"
-    return (
-        f"{bitrate / 1000:.2f}",
-        f"{16 * file.sample_rate * file.channels / bitrate:.0f}",
-        f"{file.duration / elapsed:.1f}",
-        f"{metrics.si_sdr(x, y):.2f}",
-        distance,
-    )

@@ -9,6 +9,7 @@ import typer
 
 from dac_fast import DAC, load
 from dac_fast.cli.jobs import Existing
+from dac_fast.cli.terminal import out
 from dac_fast.config import PRESETS
 from dac_fast.ops.device import checked_device
 from dac_fast.recordings.compress import Batching
@@ -99,6 +100,22 @@ WhenExisting = Annotated[
 def load_codec(name: str, device: str) -> DAC:
     """The codec of that name on that device, folded for inference."""
     return load(name, device=checked_device(device, "--device")).fold_weight_norm()
+
+
+def say_toy(model: str) -> None:
+    """Says that the default model is a small one, where it is taken."""
+    if model == "tiny":
+        out.print("model tiny: bundled to try things out, and small; --model 44khz sounds better")
+
+
+def counts_in(codebooks: str) -> list[int]:
+    """The numbers of codebooks in the text of `--codebooks`, as "1,3,9"."""
+    try:
+        return [int(part) for part in codebooks.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--codebooks is {codebooks!r}; accepted: whole numbers with commas, as 1,2,4,9"
+        ) from error
 
 
 def batching(device: str, seconds: float | None) -> Batching:

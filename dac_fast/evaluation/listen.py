@@ -1,15 +1,14 @@
-"""A page to hear a codec by, as one file: clips of recordings at each number of codebooks."""
+"""Recordings after the codec at several numbers of codebooks, and a page to hear them by."""
 
 import base64
 import io
 import itertools
-import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dac_fast import page
@@ -17,51 +16,126 @@ from dac_fast.audio.reading import Recording
 from dac_fast.audio.sources import AudioFile, audio_files
 from dac_fast.codec import DAC
 from dac_fast.files import write_bytes
-from dac_fast.metrics import mel_distance, si_sdr
-
-# Fewer samples have no mel distance.
-SHORTEST = 1025
+from dac_fast.metrics import Quality, quality
 
 
-def write_page(
-    path: str | os.PathLike[str],
+@dataclass(frozen=True)
+class Version:
+    """A recording after the codec.
+
+    Attributes:
+        codebooks: how many were used.
+        audio: float32 [C, T] at the recording's rate.
+        quality: what the codes cost, and how near they come.
+        seconds: that encoding and decoding took.
+    """
+
+    codebooks: int
+    audio: NDArray[np.float32]
+    quality: Quality
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A recording, and what the codec makes of it.
+
+    Attributes:
+        name: to be shown.
+        audio: float32 [C, T], the original.
+        sample_rate: in Hz.
+        versions: fewest codebooks first.
+    """
+
+    name: str
+    audio: NDArray[np.float32]
+    sample_rate: int
+    versions: list[Version]
+
+
+def compared(
+    codec: DAC,
+    name: str,
+    audio: NDArray[np.float32],
+    sample_rate: int,
+    codebooks: Sequence[int],
+) -> Clip:
+    """The recording after the codec at each number of codebooks.
+
+    Args:
+        codec: the `DAC`.
+        name: of the clip.
+        audio: float32 [C, T].
+        sample_rate: in Hz.
+        codebooks: numbers of codebooks, each from 1 to all of the codec's.
+    """
+    start = time.perf_counter()
+    file = codec.compress((audio, sample_rate), n_quantizers=max(codebooks))
+    encoding = time.perf_counter() - start
+    versions = []
+    for count in sorted(set(codebooks)):
+        # The codes of few codebooks are the first ones of many.
+        part = replace(file, codes=file.codes[:, :count])
+        start = time.perf_counter()
+        restored, _ = codec.decompress(part)
+        decoding = time.perf_counter() - start
+        versions.append(
+            Version(count, restored, quality(part, audio, restored), encoding + decoding)
+        )
+    return Clip(name, audio, sample_rate, versions)
+
+
+def write_page(path: str | os.PathLike[str], codec: DAC, clips: Sequence[Clip]) -> None:
+    """Writes the page of `dac-fast serve` as a file that needs no server.
+
+    Args:
+        path: of the page; replaced where it is there.
+        codec: the `DAC`.
+        clips: to be heard on it.
+    Raises:
+        OSError: the page cannot be written.
+    """
+    model = {"name": codec.name or "custom", "sample_rate": codec.sample_rate}
+    report = {"model": model, "clips": [_described(clip) for clip in clips]}
+    write_bytes(path, page.listening(report).encode())
+
+
+def clips_of(
     codec: DAC,
     data: str | os.PathLike[str],
     codebooks: Sequence[int],
     *,
     seconds: float = 10.0,
-    clips: int = 8,
+    most: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write the page of `dac-fast serve` as a file that needs no server.
+) -> list[Clip]:
+    """Clips of a folder's recordings, of as many domains as possible.
 
     Args:
-        path: of the page; replaced where it is there.
         codec: the `DAC`.
         data: a folder or manifest of recordings, see `dac_fast.audio.sources`.
         codebooks: numbers of codebooks to hear.
         seconds: of each clip, from the recording's beginning.
-        clips: how many there are at most, of as many domains as possible.
+        most: clips at most.
         progress: called with the clips done and their total.
     Raises:
         ValueError: there are no recordings, or none that can be read.
-        OSError: the page cannot be written.
     """
-    described: list[dict[str, object]] = []
+    rate = codec.sample_rate
+    clips: list[Clip] = []
     for source in _in_turns(audio_files(data)):
-        if len(described) == clips:
+        if len(clips) == most:
             break
         try:
-            described.append(_clip(codec, source, sorted(set(codebooks)), seconds))
+            audio = next(iter(Recording(source.path).blocks(rate, seconds)))
+            clips.append(compared(codec, source.name, audio, rate, codebooks))
         # The fault of one recording, which an evaluation reports.
         except (ValueError, OSError):
             continue
-        progress(len(described), clips)
-    if not described:
+        progress(len(clips), most)
+    if not clips:
         raise ValueError(f"{data}: no recording that can be read")
-    model = {"name": codec.name or "custom", "sample_rate": codec.sample_rate}
-    html = page.listening({"model": model, "clips": described})
-    write_bytes(path, html.encode())
+    return clips
 
 
 def _in_turns(sources: Sequence[AudioFile]) -> Iterator[AudioFile]:
@@ -73,33 +147,18 @@ def _in_turns(sources: Sequence[AudioFile]) -> Iterator[AudioFile]:
         yield from (source for source in turn if source)
 
 
-def _clip(
-    codec: DAC, source: AudioFile, codebooks: Sequence[int], seconds: float
-) -> dict[str, object]:
-    rate = codec.sample_rate
-    blocks = Recording(source.path).blocks(rate, seconds)
-    audio = next(iter(blocks))
-    file = codec.compress((audio, rate), n_quantizers=codebooks[-1])
-    versions = []
-    for count in codebooks:
-        # The codes of few codebooks are the first ones of many.
-        part = replace(file, codes=file.codes[:, :count])
-        restored, _ = codec.decompress(part)
-        bitrate = part.bitrate or math.nan
-        values = {
-            "kbps": bitrate / 1000,
-            "ratio": 16 * rate * part.channels / bitrate,
-            **_distances(audio, restored, rate),
+def _described(clip: Clip) -> dict[str, object]:
+    """What the page is told of a clip."""
+    versions = [
+        {
+            "codebooks": version.codebooks,
+            "audio": _url(version.audio, clip.sample_rate),
+            **asdict(version.quality),
         }
-        numbers = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        versions.append({"codebooks": count, "audio": _url(restored, rate), **numbers})
-    return {"name": source.name, "original": _url(audio, rate), "versions": versions}
-
-
-def _distances(x: NDArray[np.float32], y: NDArray[np.float32], rate: int) -> dict[str, float]:
-    original, restored = (torch.from_numpy(audio)[None].double() for audio in (x, y))
-    far = mel_distance(original, restored, rate).item() if x.shape[1] >= SHORTEST else math.nan
-    return {"si_sdr": si_sdr(original, restored).item(), "mel_distance": far}
+        for version in clip.versions
+    ]
+    original = _url(clip.audio, clip.sample_rate)
+    return {"name": clip.name, "original": original, "versions": versions}
 
 
 def _url(audio: NDArray[np.float32], rate: int) -> str:

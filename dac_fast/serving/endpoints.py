@@ -2,22 +2,19 @@
 
 import contextlib
 import json
-import math
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import anyio
 import numpy as np
-import torch
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
-from numpy.typing import NDArray
 
 from dac_fast.audio.reading import AudioError, Recording, read
-from dac_fast.metrics import mel_distance, si_sdr
+from dac_fast.metrics import quality
 from dac_fast.recordings.compress import compress, decompressed_blocks
 from dac_fast.serving.batching import batched
 from dac_fast.serving.formats import (
@@ -33,8 +30,6 @@ from dac_fast.storage.dac2 import DACFile
 
 # The longest clip of `/v1/reconstruct`, whose distances hold all of its spectrograms.
 CLIP_SECONDS = 60.0
-# Fewer samples have no mel distance.
-_SHORTEST = 1025
 
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _AUDIO_BODY = {
@@ -154,7 +149,7 @@ async def reconstruct(
         blocks = decompressed_blocks(codec, file, chunk_seconds=service.chunk_seconds)
         restored = np.concatenate(list(blocks), axis=1)
         wav = b"".join(audio_to_bytes(iter([restored]), "wav", rate, *audio.shape))
-        return wav, json.dumps(_report(file, audio, restored))
+        return wav, json.dumps(asdict(quality(file, audio, restored)))
 
     async with _uploaded(request) as upload:
         body, report = await job.in_thread(work)
@@ -197,20 +192,3 @@ def _first_codebooks(file: DACFile, n_quantizers: int) -> DACFile:
     if not 1 <= n_quantizers <= file.n_codebooks:
         raise ValueError(f"{n_quantizers} codebooks; accepted: 1 to {file.n_codebooks}")
     return replace(file, codes=file.codes[:, :n_quantizers])
-
-
-def _report(
-    file: DACFile, audio: NDArray[np.float32], restored: NDArray[np.float32]
-) -> dict[str, float | None]:
-    """What codes cost and how near they come."""
-    x, y = torch.from_numpy(audio)[None], torch.from_numpy(restored)[None]
-    bitrate = file.bitrate or math.nan
-    values = {
-        "kbps": bitrate / 1000,
-        "ratio": 16 * file.sample_rate * file.channels / bitrate,
-        "si_sdr": si_sdr(x, y).item(),
-        "mel_distance": math.nan,
-    }
-    if audio.shape[1] >= _SHORTEST:
-        values["mel_distance"] = mel_distance(x, y, file.sample_rate).item()
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
