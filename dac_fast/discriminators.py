@@ -7,6 +7,7 @@ state-dict keys are the published ones. Source: paper, section 3.4.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -21,6 +22,8 @@ from dac_fast.ops.reference import band_edges
 from dac_fast.spectral import full_precision
 
 BANDS = ops.BANDS
+# Shares of the published numbers of channels. Those of the MSD's groups stay whole numbers.
+WIDTHS = (1.0, 0.5, 0.25, 0.125)
 
 # A number of samples or bins, for each axis or for all.
 Size: TypeAlias = int | tuple[int, ...]
@@ -71,6 +74,23 @@ def activated(conv: Conv) -> nn.Sequential:
     return nn.Sequential(conv, nn.LeakyReLU(0.1, inplace=True))
 
 
+def checked_width(width: float) -> float:
+    """The width, if it is one of `WIDTHS`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if width not in WIDTHS:
+        accepted = ", ".join(f"{accepted:g}" for accepted in WIDTHS)
+        raise ValueError(f"width is {width}; accepted: {accepted}")
+    return width
+
+
+def narrowed(channels: int, width: float) -> int:
+    """That share of so many channels, or groups of channels, at least one."""
+    return max(1, int(channels * checked_width(width)))
+
+
 def apply_stack(layers: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
     """The output of every layer, each applied to the one before."""
     maps = []
@@ -91,20 +111,21 @@ class MPD(nn.Module):
 
     Args:
         period: in samples.
+        width: see `Discriminator`.
     """
 
     __call__: Callable[..., list[Tensor]]
 
-    def __init__(self, period: int) -> None:
+    def __init__(self, period: int, width: float = 1.0) -> None:
         super().__init__()
         self.period = period
-        # (input channels, output channels, stride) of each convolution.
-        shapes = ((1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1))
+        channels = [1, *(narrowed(c, width) for c in (32, 128, 512, 1024, 1024))]
+        strides = (3, 3, 3, 3, 1)
         self.convs = nn.ModuleList(
             activated(Conv(inputs, outputs, (5, 1), (stride, 1), (2, 0)))
-            for inputs, outputs, stride in shapes
+            for (inputs, outputs), stride in zip(pairwise(channels), strides, strict=True)
         )
-        self.conv_post = Conv(1024, 1, (3, 1), 1, (1, 0))
+        self.conv_post = Conv(channels[-1], 1, (3, 1), 1, (1, 0))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps [B, channels, rows, period] of x [B, 1, T].
@@ -163,26 +184,29 @@ class MSD(nn.Module):
     Args:
         rate: factor by which the sample rate is divided.
         sample_rate: of the audio, in Hz.
+        width: see `Discriminator`.
     """
 
     __call__: Callable[..., list[Tensor]]
 
-    def __init__(self, rate: int = 1, sample_rate: int = 44100) -> None:
+    def __init__(self, rate: int = 1, sample_rate: int = 44100, width: float = 1.0) -> None:
         super().__init__()
         self.rate = rate
         self.sample_rate = sample_rate
         self.resample = SincResample(sample_rate, sample_rate // rate)
+        channels = [narrowed(c, width) for c in (16, 64, 256, 1024, 1024)]
+        groups = [narrowed(g, width) for g in (4, 16, 64, 256)]
         self.convs = nn.ModuleList(
             [
-                activated(Conv(1, 16, (15,), 1, 7)),
-                activated(Conv(16, 64, (41,), 4, 20, groups=4)),
-                activated(Conv(64, 256, (41,), 4, 20, groups=16)),
-                activated(Conv(256, 1024, (41,), 4, 20, groups=64)),
-                activated(Conv(1024, 1024, (41,), 4, 20, groups=256)),
-                activated(Conv(1024, 1024, (5,), 1, 2)),
+                activated(Conv(1, channels[0], (15,), 1, 7)),
+                *(
+                    activated(Conv(inputs, outputs, (41,), 4, 20, groups=count))
+                    for (inputs, outputs), count in zip(pairwise(channels), groups, strict=True)
+                ),
+                activated(Conv(channels[-1], channels[-1], (5,), 1, 2)),
             ]
         )
-        self.conv_post = Conv(1024, 1, (3,), 1, 1)
+        self.conv_post = Conv(channels[-1], 1, (3,), 1, 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps [B, channels, time] of x [B, 1, T].
@@ -205,6 +229,7 @@ class MRD(nn.Module):
         hop_factor: hop as a share of the window. Frames match strided convolutions at 0.25 only.
         sample_rate: of the audio, in Hz; kept for information.
         bands: (low, high) fractions of the spectrum.
+        width: see `Discriminator`.
     Raises:
         ValueError: the hop factor is not 0.25, the window no multiple of 4, or a band has no bin.
     """
@@ -217,6 +242,7 @@ class MRD(nn.Module):
         hop_factor: float = 0.25,
         sample_rate: int = 44100,
         bands: Bands = BANDS,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         if hop_factor != 0.25:
@@ -229,17 +255,21 @@ class MRD(nn.Module):
         for band, (first, end) in zip(self.bands, band_edges(window_length, bands), strict=True):
             if first >= end:
                 raise ValueError(f"band {band} holds no bin of a window of {window_length} samples")
+        channels = narrowed(32, width)
         self.band_convs = nn.ModuleList(
             nn.ModuleList(
                 [
-                    activated(Conv(2, 32, (3, 9), 1, (1, 4))),
-                    *(activated(Conv(32, 32, (3, 9), (1, 2), (1, 4))) for _ in range(3)),
-                    activated(Conv(32, 32, (3, 3), 1, 1)),
+                    activated(Conv(2, channels, (3, 9), 1, (1, 4))),
+                    *(
+                        activated(Conv(channels, channels, (3, 9), (1, 2), (1, 4)))
+                        for _ in range(3)
+                    ),
+                    activated(Conv(channels, channels, (3, 3), 1, 1)),
                 ]
             )
             for _ in self.bands
         )
-        self.conv_post = Conv(32, 1, (3, 3), 1, 1)
+        self.conv_post = Conv(channels, 1, (3, 3), 1, 1)
 
     def spectrogram(self, x: Tensor) -> list[Tensor]:
         """Per band, the complex spectrogram [B, 2, frames, bins] of x [B, 1, T].
@@ -307,6 +337,7 @@ class Discriminator(nn.Module):
         fft_sizes: windows of the MRDs, in samples; empty: no MRD.
         sample_rate: of the audio, in Hz.
         bands: of every MRD, as (low, high) fractions of the spectrum.
+        width: share of the published numbers of channels, one of `WIDTHS`; 1 is published.
 
     Attributes:
         channels_last: whether spectrograms have channels innermost in memory, see
@@ -322,6 +353,7 @@ class Discriminator(nn.Module):
         fft_sizes: Sequence[int] = (2048, 1024, 512),
         sample_rate: int = 44100,
         bands: Bands = BANDS,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
         self.channels_last = False
@@ -329,9 +361,12 @@ class Discriminator(nn.Module):
         self.bands = [(low, high) for low, high in bands]
         self.discriminators = nn.ModuleList(
             [
-                *(MPD(period) for period in periods),
-                *(MSD(rate, sample_rate) for rate in rates),
-                *(MRD(size, sample_rate=sample_rate, bands=bands) for size in fft_sizes),
+                *(MPD(period, width) for period in periods),
+                *(MSD(rate, sample_rate, width) for rate in rates),
+                *(
+                    MRD(size, sample_rate=sample_rate, bands=bands, width=width)
+                    for size in fft_sizes
+                ),
             ]
         )
 

@@ -229,6 +229,18 @@ def test_ablations(options):
     assert all(m.isfinite().all() for maps in outputs for m in maps)
 
 
+@pytest.mark.parametrize("width", [0.5, 0.25, 0.125])
+def test_narrow_discriminators_have_that_share_of_the_channels(width):
+    options = {"rates": [1], "periods": [2], "fft_sizes": [256]}
+    x = torch.randn(1, 1, 4001)
+    with torch.no_grad():
+        whole, narrow = (Discriminator(**options, width=w)(x) for w in (1.0, width))
+    for published, maps in zip(whole, narrow, strict=True):
+        for wide, slim in zip(published[:-1], maps[:-1], strict=True):
+            assert slim.shape == (1, int(wide.shape[1] * width), *wide.shape[2:])
+        assert maps[-1].shape == published[-1].shape
+
+
 def test_bfloat16_audio_under_autocast():
     """A generator under autocast hands over bfloat16; spectra are computed in float32 all the
     same.

@@ -85,6 +85,14 @@ def test_overrides_and_bases(tmp_path):
             "data.validation_seconds=0.01",
             "data.validation_seconds is 0.01; accepted: at least 1025",
         ),
+        (
+            "discriminator.width=0.3",
+            "discriminator.width: width is 0.3; accepted: 1, 0.5, 0.25, 0.125",
+        ),
+        (
+            "trainer={discriminator_start: 1, discriminator_warmup: 1}",
+            "trainer.discriminator_start is 1; accepted with trainer.discriminator_warmup: 0",
+        ),
         ("discriminator.bands=[[0, 2]]", "discriminator.bands[0][1] is 2; accepted: 1 or less"),
         (
             "discriminator.fft_sizes=[30]",

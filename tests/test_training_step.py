@@ -178,6 +178,18 @@ def test_discriminator_warmup_leaves_the_generator_as_it_is():
     assert "mel" in step(some_audio(), 1)
 
 
+def test_the_discriminator_starts_late():
+    step = small_step("trainer.discriminator_start=1")
+    before = copy.deepcopy(step.state_dict()["networks"]["discriminator"])
+    losses = step(some_audio(), 0)
+    assert not losses.keys() & {"discriminator", "adversarial", "feature"}
+    expected = sum(weight * losses[name] for name, weight in step.weights.items() if name in losses)
+    assert_close([losses["loss"]], [expected], 1e-6)
+    after = step.state_dict()["networks"]["discriminator"]
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert losses.keys() < step(some_audio(), 1).keys()
+
+
 def test_moving_average_follows_the_codec():
     step = small_step("trainer.ema=0.5")
     average = [p.clone() for p in step.codec.parameters()]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -27,6 +28,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from dac_fast.config import PRESETS, Config
+from dac_fast.discriminators import checked_width
 from dac_fast.ops import BANDS
 from dac_fast.ops.reference import minimum_length
 from dac_fast.training import mistakes
@@ -62,6 +64,7 @@ class DiscriminatorConfig:
     periods: tuple[Positive, ...] = (2, 3, 5, 7, 11)
     fft_sizes: tuple[Window, ...] = (2048, 1024, 512)
     bands: tuple[tuple[Fraction, Fraction], ...] = BANDS
+    width: Annotated[StrictFloat, AfterValidator(checked_width)] = 1.0
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -146,6 +149,8 @@ class TrainerConfig:
         init_from: codec checkpoint or preset whose weights the generator starts with.
         discriminator_warmup: steps at the beginning that train the discriminator only, for use with
             `init_from`.
+        discriminator_start: steps at the beginning that train the codec alone, by the losses that
+            need no discriminator.
         ema: decay of the moving average of the generator's weights, which is validated and
             exported; 0: no average.
         log_every, validate_every, sample_every, save_every: in steps.
@@ -166,6 +171,7 @@ class TrainerConfig:
     precision: Literal["bf16", "fp32"] | None = None
     init_from: str | None = None
     discriminator_warmup: Count = 0
+    discriminator_start: Count = 0
     ema: Share = 0.0
     log_every: Positive = 10
     validate_every: Positive = 1000
@@ -195,6 +201,11 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises ValueError where values do not fit each other."""
         losses, data = self.losses, self.data
+        if self.trainer.discriminator_warmup and self.trainer.discriminator_start:
+            raise ValueError(
+                f"trainer.discriminator_start is {self.trainer.discriminator_start}; "
+                "accepted with trainer.discriminator_warmup: 0"
+            )
         rate = self.model.sample_rate
         if len(losses.mel_bins) != len(losses.mel_windows):
             raise ValueError(

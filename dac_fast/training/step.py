@@ -123,26 +123,36 @@ class TrainingStep:
         """
         self.codec.train()
         self.set_learning_rate(step)
-        if self.discriminator and step < self.recipe.trainer.discriminator_warmup:
+        trainer = self.recipe.trainer
+        if self.discriminator and step < trainer.discriminator_warmup:
             return self.update_networks(audio, warming_up=True)
-        values = (self._graphed or self.update_networks)(audio)
+        if self.discriminator and step < trainer.discriminator_start:
+            values = self.update_networks(audio, alone=True)
+        else:
+            values = (self._graphed or self.update_networks)(audio)
         if self.ema:
             self.update_ema(self.ema, step)
         return values
 
-    def update_networks(self, audio: Tensor, warming_up: bool = False) -> dict[str, Tensor]:
-        """All of a step that does not depend on its number; warming up: without the generator."""
+    def update_networks(
+        self, audio: Tensor, warming_up: bool = False, alone: bool = False
+    ) -> dict[str, Tensor]:
+        """All of a step that does not depend on its number.
+
+        Warming up, without the generator's update; alone, without the discriminator.
+        """
+        discriminator = None if alone else self.discriminator
         values: dict[str, Tensor] = {}
         self.mark("generator forward")
         with self.autocast(), torch.set_grad_enabled(not warming_up):
             out = self.averaged["generator"](audio)
         restored = full_precision(out["audio"])
 
-        if self.discriminator:
+        if discriminator:
             # Each signal is analysed once, for the updates of both networks.
             self.mark("spectrograms")
             with self.autocast():
-                fake, real = self.discriminator.spectra(restored), self.discriminator.spectra(audio)
+                fake, real = discriminator.spectra(restored), discriminator.spectra(audio)
 
             self.mark("discriminator forward")
             with self.autocast():
@@ -152,12 +162,12 @@ class TrainingStep:
             values["grad_norm/discriminator"] = self.update("discriminator", loss)
 
         if not warming_up:
-            if self.discriminator:
+            if discriminator:
                 self.mark("discriminator forward")
-                with self.autocast(), frozen(self.discriminator):
-                    fakes = self.discriminator(fake)
+                with self.autocast(), frozen(discriminator):
+                    fakes = discriminator(fake)
                     with torch.no_grad():
-                        reals = self.discriminator(real)
+                        reals = discriminator(real)
                 values["adversarial"] = generator_loss(fakes)
                 values["feature"] = feature_matching(fakes, reals)
                 del fakes, reals
@@ -170,7 +180,9 @@ class TrainingStep:
                 values["stft"] = self.stft_loss(restored, audio)
             values["commitment"] = out["vq/commitment_loss"]
             values["codebook"] = out["vq/codebook_loss"]
-            values["loss"] = total(weight * values[name] for name, weight in self.weights.items())
+            values["loss"] = total(
+                weight * values[name] for name, weight in self.weights.items() if name in values
+            )
             values["grad_norm/generator"] = self.update("generator", values["loss"])
 
             codes = out["codes"].transpose(0, 1).flatten(1)
