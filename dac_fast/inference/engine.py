@@ -177,6 +177,11 @@ class Engine:
             return encoded(self._quantizer(z, n_quantizers, lengths), lengths)
 
     @torch.no_grad()
+    def features(self, audio: Tensor) -> Tensor:
+        """Audio [B, 1, T] to the latent [B, D, F] before the quantizer."""
+        return self._run("encode", audio, None)
+
+    @torch.no_grad()
     def decode(self, z: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
         """As `DAC.decode`, of checked arguments."""
         return self._run("decode", z, lengths, padded)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ VALUES = {
 }
 
 
-def values_of(theirs: object) -> dict[str, object]:
+def values_of(theirs: object) -> dict[str, Any]:
     """The arguments of a `Config`, not yet checked, in the content of a config.json.
 
     Raises:
@@ -37,7 +38,7 @@ def values_of(theirs: object) -> dict[str, object]:
     for name in VALUES.values():
         if name not in theirs:
             raise ValueError(f"{CONFIG} lacks {name}")
-    values = {ours: theirs[name] for ours, name in VALUES.items()}
+    values: dict[str, Any] = {ours: theirs[name] for ours, name in VALUES.items()}
     rates = values["encoder_rates"]
     backwards = rates[::-1] if isinstance(rates, list) else rates
     return values | {
