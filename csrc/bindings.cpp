@@ -47,20 +47,25 @@ Plan plan_of(int64_t batch, int samples, bool channels_last, const std::vector<i
 
 // Every function's name ends in its types. The lock of the interpreter is free while one runs.
 template <class S>
-void bind(py::module_& m, const std::string& type) {
+void bind_snake(py::module_& m, const std::string& type) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("snake_forward_" + type).c_str(),
         [](const SnakeShape& shape, const AnyRows& x, Address alpha, const AnyRows& y, int threads) {
-          snake_forward<S>(shape, x.of<const S>(), at<const S>(alpha), y.of<S>(), threads);
+          snake_forward<S>(shape, x.of<const S>(), at<const Wide<S>>(alpha), y.of<S>(), threads);
         },
         unlocked);
   m.def(("snake_backward_" + type).c_str(),
         [](const SnakeShape& shape, const AnyRows& grad, const AnyRows& x, Address alpha, const AnyRows& grad_x,
            Address grad_alpha, int threads) {
-          snake_backward<S>(shape, grad.of<const S>(), x.of<const S>(), at<const S>(alpha), grad_x.of<S>(),
-                            at<S>(grad_alpha), threads);
+          snake_backward<S>(shape, grad.of<const S>(), x.of<const S>(), at<const Wide<S>>(alpha), grad_x.of<S>(),
+                            at<Wide<S>>(grad_alpha), threads);
         },
         unlocked);
+}
+
+template <class S>
+void bind_disc_preprocess(py::module_& m, const std::string& type) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("disc_preprocess_forward_" + type).c_str(),
         [](const Signals& signals, Address x, Address y, Address levels, Address partial, int threads) {
           disc_preprocess_forward<S>(signals, at<const S>(x), at<S>(y), at<Level<S>>(levels), at<Extent<S>>(partial),
@@ -149,8 +154,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_windows") = kMaxWindows;
   m.attr("max_bands") = kMaxBands;
   m.attr("max_samples") = kMaxSamples;
-  bind<float>(m, "float32");
-  bind<double>(m, "float64");
+  bind_snake<float>(m, "float32");
+  bind_snake<double>(m, "float64");
+  bind_snake<BFloat16>(m, "bfloat16");
+  bind_snake<Float16>(m, "float16");
+  bind_disc_preprocess<float>(m, "float32");
+  bind_disc_preprocess<double>(m, "float64");
   bind_bands<float, float>(m, "float32_float32");
   bind_bands<float, BFloat16>(m, "float32_bfloat16");
   bind_bands<double, double>(m, "float64_float64");
