@@ -6,6 +6,7 @@
 
 #include "half.h"
 #include "instruction_set.h"
+#include "rows.h"
 
 namespace dac {
 
@@ -15,13 +16,6 @@ struct SnakeShape {
   int64_t batch, rows, size;
   bool channels_last;
   int64_t channels() const { return channels_last ? size : rows; }
-};
-
-template <class T>
-struct Rows {
-  T* data;
-  int64_t batch_stride, row_stride;
-  T* at(int64_t batch, int64_t row) const { return data + batch * batch_stride + row * row_stride; }
 };
 
 // What values of type S are computed in: float for the 16-bit types, else S.
