@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "fft.h"
+#include "half.h"
 
 namespace dac {
 
@@ -107,31 +108,6 @@ DAC_HD int64_t row_offset(const Spectrogram& s, const Segment& segment, bool cha
   const int64_t width = segment.high - segment.low;
   if (channels_last) return (item * s.frames + frame) * width * 2 + part;
   return ((item * 2 + part) * s.frames + frame) * width;
-}
-
-// The upper half of a float, rounded to nearest even.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-DAC_HD void convert(float from, float& to) { to = from; }
-DAC_HD void convert(double from, double& to) { to = from; }
-
-DAC_HD void convert(float from, BFloat16& to) {
-  union {
-    float value;
-    uint32_t bits;
-  } word = {from};
-  const uint32_t rounded = (word.bits + 0x7FFF + ((word.bits >> 16) & 1)) >> 16;
-  to.bits = static_cast<uint16_t>(from == from ? rounded : 0x7FC0);
-}
-
-DAC_HD void convert(BFloat16 from, float& to) {
-  union {
-    uint32_t bits;
-    float value;
-  } word = {static_cast<uint32_t>(from.bits) << 16};
-  to = word.value;
 }
 
 }  // namespace dac

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "conv1d.h"
 #include "disc_preprocess.h"
 #include "snake.h"
 #include "stft_bands.h"
@@ -37,6 +38,19 @@ struct AnyRows {
   }
 };
 
+// A layer of any type of element: see conv1d.h.
+struct AnyLayer {
+  Address weight, bias, alpha, lengths;
+  bool tanh;
+  AnyRows residual, y, snaked;
+
+  template <class S>
+  Layer<S> of() const {
+    return {at<const S>(weight),        at<const float>(bias), at<const float>(alpha), at<const int64_t>(lengths), tanh,
+            residual.of<const S>(), y.of<S>(),             snaked.of<S>()};
+  }
+};
+
 Plan plan_of(int64_t batch, int samples, bool channels_last, const std::vector<int>& windows,
              const std::vector<int>& edges, const std::vector<Address>& tensors) {
   std::vector<void*> addresses;
@@ -47,20 +61,41 @@ Plan plan_of(int64_t batch, int samples, bool channels_last, const std::vector<i
 
 // Every function's name ends in its types. The lock of the interpreter is free while one runs.
 template <class S>
-void bind(py::module_& m, const std::string& type) {
+void bind_snake(py::module_& m, const std::string& type) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("snake_forward_" + type).c_str(),
         [](const SnakeShape& shape, const AnyRows& x, Address alpha, const AnyRows& y, int threads) {
-          snake_forward<S>(shape, x.of<const S>(), at<const S>(alpha), y.of<S>(), threads);
+          snake_forward<S>(shape, x.of<const S>(), at<const Wide<S>>(alpha), y.of<S>(), threads);
         },
         unlocked);
   m.def(("snake_backward_" + type).c_str(),
         [](const SnakeShape& shape, const AnyRows& grad, const AnyRows& x, Address alpha, const AnyRows& grad_x,
            Address grad_alpha, int threads) {
-          snake_backward<S>(shape, grad.of<const S>(), x.of<const S>(), at<const S>(alpha), grad_x.of<S>(),
-                            at<S>(grad_alpha), threads);
+          snake_backward<S>(shape, grad.of<const S>(), x.of<const S>(), at<const Wide<S>>(alpha), grad_x.of<S>(),
+                            at<Wide<S>>(grad_alpha), threads);
         },
         unlocked);
+}
+
+template <class S>
+void bind_conv1d(py::module_& m, const std::string& type) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def(("conv1d_" + type).c_str(),
+        [](const ConvShape& shape, const AnyRows& x, const AnyLayer& layer, int threads) {
+          conv1d<S>(shape, x.of<const S>(), layer.of<S>(), threads);
+        },
+        unlocked);
+  m.def(("residual_unit_" + type).c_str(),
+        [](const ConvShape& shape, const AnyRows& x, const AnyLayer& first, const AnyLayer& second, int threads) {
+          residual_unit<S>(shape, x.of<const S>(), first.of<S>(), second.of<S>(), threads);
+        },
+        unlocked);
+  m.def(("conv1d_lacks_" + type).c_str(), [] { return conv1d_lacks<S>(); });
+}
+
+template <class S>
+void bind_disc_preprocess(py::module_& m, const std::string& type) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("disc_preprocess_forward_" + type).c_str(),
         [](const Signals& signals, Address x, Address y, Address levels, Address partial, int threads) {
           disc_preprocess_forward<S>(signals, at<const S>(x), at<S>(y), at<Level<S>>(levels), at<Extent<S>>(partial),
@@ -142,15 +177,33 @@ PYBIND11_MODULE(_C, m) {
   py::class_<AnyRows>(m, "Rows").def(py::init([](Address data, int64_t batch_stride, int64_t row_stride) {
     return AnyRows{data, batch_stride, row_stride};
   }));
+  using Size = int64_t;
+  py::class_<ConvShape>(m, "ConvShape")
+      .def(py::init([](Size batch, Size positions, Size inputs, Size rows, Size columns, Size taps, Size stride,
+                       Size dilation, Size padding, Size channels, Size crop) {
+        return ConvShape{batch, positions, inputs, rows, columns, taps, stride, dilation, padding, channels, crop};
+      }));
+  py::class_<AnyLayer>(m, "ConvLayer")
+      .def(py::init([](Address weight, Address bias, Address alpha, Address lengths, bool tanh, const AnyRows& residual,
+                       const AnyRows& y, const AnyRows& snaked) {
+        return AnyLayer{weight, bias, alpha, lengths, tanh, residual, y, snaked};
+      }));
   py::class_<Signals>(m, "Signals").def(py::init([](int64_t count, int64_t samples, int64_t stride, int64_t chunk) {
     return Signals{count, samples, stride, chunk};
   }));
   py::class_<Plan>(m, "Plan").def(py::init(&plan_of));
+  m.attr("panel") = kPanel;
   m.attr("max_windows") = kMaxWindows;
   m.attr("max_bands") = kMaxBands;
   m.attr("max_samples") = kMaxSamples;
-  bind<float>(m, "float32");
-  bind<double>(m, "float64");
+  bind_snake<float>(m, "float32");
+  bind_snake<double>(m, "float64");
+  bind_snake<BFloat16>(m, "bfloat16");
+  bind_snake<Float16>(m, "float16");
+  bind_conv1d<float>(m, "float32");
+  bind_conv1d<BFloat16>(m, "bfloat16");
+  bind_disc_preprocess<float>(m, "float32");
+  bind_disc_preprocess<double>(m, "float64");
   bind_bands<float, float>(m, "float32_float32");
   bind_bands<float, BFloat16>(m, "float32_bfloat16");
   bind_bands<double, double>(m, "float64_float64");

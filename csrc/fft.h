@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define DAC_HD __host__ __device__ __forceinline__
-#else
-#define DAC_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace dac {
 

@@ -5,39 +5,15 @@
 #include <vector>
 
 #include "parallel.h"
+#include "snake_math.h"
 
 #define INLINE inline __attribute__((always_inline))
 
 namespace dac {
 namespace {
 
-// Elements handled at a time: small enough that a block stays in the first-level cache.
-constexpr int kBlock = 512;
 // Elements of one piece of work: large enough to hide the cost of handing it out.
 constexpr int64_t kPiece = 16384;
-
-// Largest |alpha x| that `reduce` handles; beyond it std::sin and std::cos of the same product, in double.
-constexpr float kFar = 25000.0f;
-
-// sin^2 has period pi: t minus the nearest multiple of pi. pi is split in three (Cody and Waite): the first two parts
-// have 8 and 11 significant bits, so their products with a multiple below 2^13 are exact in float.
-INLINE float reduce(float t) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer.
-  const float multiple = (t * 0.318309886f + kRound) - kRound;
-  return ((t - multiple * 3.140625f) - multiple * 9.67502594e-4f) - multiple * 1.50995803e-7f;
-}
-
-// Minimax polynomials on [-pi/2, pi/2]; absolute errors 5e-9 and 5e-10 before rounding.
-INLINE float sine(float r) {
-  const float q = r * r;
-  return r + r * q * (-0.166666567f + q * (0.00833300874f + q * (-1.98060152e-4f + q * 2.59875742e-6f)));
-}
-
-INLINE float cosine(float r) {
-  const float q = r * r;
-  return 1.0f +
-         q * (-0.5f + q * (0.0416666567f + q * (-0.00138885854f + q * (2.47701792e-5f - q * 2.62090168e-7f))));
-}
 
 template <class T>
 struct Gradients {
@@ -49,36 +25,6 @@ template <class T>
 INLINE Gradients<T> gradients(T grad, T x, T alpha, T inverse, T sin, T cos) {
   const T double_angle = 2 * sin * cos;
   return {grad * (1 + alpha * inverse * double_angle), grad * inverse * (x * double_angle - inverse * sin * sin)};
-}
-
-// Blocks of n <= kBlock elements. kStep: 1 for an alpha per element, 0 for the same one throughout.
-// inverse: 1 / (alpha + 1e-9).
-
-template <int kStep>
-INLINE void forward_block(const float* __restrict x, const float* alpha, const float* inverse, float* __restrict y,
-                          int64_t n) {
-  int far = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = alpha[i * kStep] * x[i];
-    const float s = sine(reduce(t));
-    far |= std::fabs(t) > kFar;
-    y[i] = x[i] + inverse[i * kStep] * (s * s);
-  }
-  if (!far) return;
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = alpha[i * kStep] * x[i];
-    if (!(std::fabs(t) > kFar)) continue;
-    const float s = static_cast<float>(std::sin(static_cast<double>(t)));
-    y[i] = x[i] + inverse[i * kStep] * (s * s);
-  }
-}
-
-template <int kStep>
-INLINE void forward_block(const double* x, const double* alpha, const double* inverse, double* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double s = std::sin(alpha[i * kStep] * x[i]);
-    y[i] = x[i] + inverse[i * kStep] * (s * s);
-  }
 }
 
 // term: each element's contribution to the gradient of its alpha.
@@ -111,6 +57,18 @@ INLINE void backward_block(const double* grad, const double* x, const double* al
     const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], std::sin(t), std::cos(t));
     grad_x[i] = result.x, term[i] = result.alpha;
   }
+}
+
+template <int kStep, class S>
+INLINE void backward_block(const S* grad, const S* x, const float* alpha, const float* inverse, S* grad_x, float* term,
+                           int64_t n) {
+  float wide_grad[kBlock], wide[kBlock], result[kBlock];
+  for (int64_t i = 0; i < n; ++i) {
+    convert(grad[i], wide_grad[i]);
+    convert(x[i], wide[i]);
+  }
+  backward_block<kStep>(wide_grad, wide, alpha, inverse, result, term, n);
+  for (int64_t i = 0; i < n; ++i) convert(result[i], grad_x[i]);
 }
 
 // In a fixed order that the compiler can vectorise.
@@ -156,9 +114,9 @@ struct Segments {
   int64_t size, per_run, count, grain, rows;
 };
 
-template <class T>
-void backward_channels_first(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha,
-                             const T* inverse, Rows<T> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+template <class S, class T>
+void backward_channels_first(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const T* alpha,
+                             const T* inverse, Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
   const Segments segments(shape);
   std::vector<double> partial(segments.count);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
@@ -185,9 +143,9 @@ void backward_channels_first(const SnakeShape& shape, Rows<const T> grad, Rows<c
   }
 }
 
-template <class T>
-void backward_channels_last(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha,
-                            const T* inverse, Rows<T> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+template <class S, class T>
+void backward_channels_last(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const T* alpha,
+                            const T* inverse, Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
   const int64_t runs = shape.batch * shape.rows, channels = shape.size;
   // At least 64 runs a group: a partial sum per channel must cost little beside them.
   const int64_t group = std::max<int64_t>(64, 4 * kPiece / std::max<int64_t>(1, channels));
@@ -216,10 +174,10 @@ void backward_channels_last(const SnakeShape& shape, Rows<const T> grad, Rows<co
 
 }  // namespace
 
-template <class T>
-void snake_forward(const SnakeShape& shape, Rows<const T> x, const T* alpha, Rows<T> y, int threads,
+template <class S>
+void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, Rows<S> y, int threads,
                    InstructionSet set) {
-  const std::vector<T> inverse = inverses(alpha, shape.channels());
+  const std::vector<Wide<S>> inverse = inverses(alpha, shape.channels());
   const Segments segments(shape);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
     run(set, [&]() __attribute__((always_inline)) {
@@ -236,19 +194,21 @@ void snake_forward(const SnakeShape& shape, Rows<const T> x, const T* alpha, Row
   });
 }
 
-template <class T>
-void snake_backward(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha, Rows<T> grad_x,
-                    T* grad_alpha, int threads, InstructionSet set) {
-  const std::vector<T> inverse = inverses(alpha, shape.channels());
-  const auto backward = shape.channels_last ? backward_channels_last<T> : backward_channels_first<T>;
+template <class S>
+void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const Wide<S>* alpha, Rows<S> grad_x,
+                    Wide<S>* grad_alpha, int threads, InstructionSet set) {
+  const std::vector<Wide<S>> inverse = inverses(alpha, shape.channels());
+  const auto backward = shape.channels_last ? backward_channels_last<S, Wide<S>> : backward_channels_first<S, Wide<S>>;
   backward(shape, grad, x, alpha, inverse.data(), grad_x, grad_alpha, threads, set);
 }
 
-template void snake_forward(const SnakeShape&, Rows<const float>, const float*, Rows<float>, int, InstructionSet);
-template void snake_forward(const SnakeShape&, Rows<const double>, const double*, Rows<double>, int, InstructionSet);
-template void snake_backward(const SnakeShape&, Rows<const float>, Rows<const float>, const float*, Rows<float>,
-                             float*, int, InstructionSet);
-template void snake_backward(const SnakeShape&, Rows<const double>, Rows<const double>, const double*, Rows<double>,
-                             double*, int, InstructionSet);
+#define DAC_SNAKE(S)                                                                                                \
+  template void snake_forward(const SnakeShape&, Rows<const S>, const Wide<S>*, Rows<S>, int, InstructionSet);      \
+  template void snake_backward(const SnakeShape&, Rows<const S>, Rows<const S>, const Wide<S>*, Rows<S>, Wide<S>*, \
+                               int, InstructionSet)
+DAC_SNAKE(float);
+DAC_SNAKE(double);
+DAC_SNAKE(BFloat16);
+DAC_SNAKE(Float16);
 
 }  // namespace dac

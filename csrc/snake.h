@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "half.h"
 #include "instruction_set.h"
+#include "rows.h"
 
 namespace dac {
 
@@ -15,21 +18,18 @@ struct SnakeShape {
   int64_t channels() const { return channels_last ? size : rows; }
 };
 
-template <class T>
-struct Rows {
-  T* data;
-  int64_t batch_stride, row_stride;
-  T* at(int64_t batch, int64_t row) const { return data + batch * batch_stride + row * row_stride; }
-};
+// What values of type S are computed in: float for the 16-bit types, else S.
+template <class S>
+using Wide = std::conditional_t<(sizeof(S) > 2), S, float>;
 
-// alpha: one value per channel. T is float or double.
-template <class T>
-void snake_forward(const SnakeShape& shape, Rows<const T> x, const T* alpha, Rows<T> y, int threads,
+// alpha: one value per channel. S is float, double, BFloat16 or Float16.
+template <class S>
+void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, Rows<S> y, int threads,
                    InstructionSet set = best_instruction_set());
 
 // From the gradient of y, those of x and of alpha. The latter's bits do not depend on the number of threads.
-template <class T>
-void snake_backward(const SnakeShape& shape, Rows<const T> grad, Rows<const T> x, const T* alpha, Rows<T> grad_x,
-                    T* grad_alpha, int threads, InstructionSet set = best_instruction_set());
+template <class S>
+void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const Wide<S>* alpha, Rows<S> grad_x,
+                    Wide<S>* grad_alpha, int threads, InstructionSet set = best_instruction_set());
 
 }  // namespace dac

@@ -13,6 +13,7 @@ from dac_kernels.native.stft_bands import _edges
 CALLS = 2000
 OPS = torch.ops.dac_native
 DTYPES = (torch.float32, torch.float64)
+SNAKE = (*DTYPES, torch.bfloat16, torch.float16)
 
 
 def size(largest):
@@ -38,7 +39,7 @@ def tensor(shape, dtype):
 
 
 def snake_call():
-    batch, channels, time, dtype = random.randint(0, 3), size(64), size(3000), random.choice(DTYPES)
+    batch, channels, time, dtype = random.randint(0, 3), size(64), size(3000), random.choice(SNAKE)
     x, grad = (tensor((batch, channels, time), dtype) for _ in range(2))
     alpha = tensor((1, channels, 1), dtype)
     return random.choice(((OPS.snake, [x, alpha]), (OPS.snake_backward, [grad, x, alpha])))

@@ -153,6 +153,8 @@ class Engine:
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
                     self._warm_up(options.shapes)
+            else:
+                self._warm_up(options.shapes, capture=False)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Graphs cannot be copied or pickled: a copy of the codec has no engine.
@@ -301,8 +303,8 @@ class Engine:
             commitment, codebook = (loss * (bucket.batch / batch) for loss in outputs[3:])
         return encoded((z, codes, latents, commitment, codebook), self._frames(lengths))
 
-    def _warm_up(self, shapes: dict[str, list[tuple[int, int]]]) -> None:
-        """Let the layers choose at these sizes, then capture them, the largest first."""
+    def _warm_up(self, shapes: dict[str, list[tuple[int, int]]], capture: bool = True) -> None:
+        """Let the layers choose at these sizes, and capture them, the largest first."""
         # The examples prove nothing.
         self._proven.update(DIRECTIONS)
         sizes = [(direction, *shape) for direction in DIRECTIONS for shape in shapes[direction]]
@@ -312,7 +314,8 @@ class Engine:
                     run, inputs = self._example(direction, batch, frames)
                     with choosing(self.plans[direction].choices):
                         run(*inputs)
-                        self.graphs.add(direction, batch, frames, run, inputs)
+                        if capture:
+                            self.graphs.add(direction, batch, frames, run, inputs)
         finally:
             self._proven.clear()
 

@@ -4,20 +4,23 @@ A fused layer is a convolution with optional tanh, mask, residual and Snake, in 
 whole residual unit. It computes what the next layer reads and nothing else: its result y, Snake of
 y, or both. (A residual unit reads both: it adds y to what it computes from Snake of y.)
 
-A layer can run in several ways: by the library (cuDNN and cuBLAS on CUDA) followed by plain ops, or
-by a fused Triton kernel; a residual unit as one kernel or as two layers. Which way is fastest
-depends on the shape: inside `choosing`, each new shape of each layer is timed in every way. An
-input takes the way that was fastest for the timed shape of the nearest size.
+A layer can run in several ways: by the library (cuDNN and cuBLAS on CUDA, oneDNN and MKL on the
+CPU) followed by plain ops, or by a fused kernel (Triton's on CUDA, the compiled one on the CPU); a
+residual unit as one kernel or as two layers. Which way is fastest depends on the shape: inside
+`choosing`, each new shape of each layer is timed in every way. An input takes the way that was
+fastest for the timed shape of the nearest size.
 """
 
 import contextlib
 import functools
 import math
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from dac_kernels import native
 from torch import Tensor, nn
 
 from dac_fast import ops
@@ -25,6 +28,9 @@ from dac_fast.model import folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
 from dac_fast.ops.precision import float32_products
+
+# What a call on the CPU leaves for the next one: enough for three seconds of float32 at 44khz.
+KEPT_BYTES = 256 << 20
 
 # A number of positions, or one per item of a batch.
 Length = TypeVar("Length", int, Tensor)
@@ -52,12 +58,7 @@ class Choices:
             return first()
         shape, times = tuple(x.shape), self.times.setdefault(layer, {})
         if self.timing and shape not in times:
-            # Several ways exist only where Triton can run one of them.
-            import triton
-
-            times[shape] = {
-                name: triton.testing.do_bench(way, warmup=2, rep=8) for name, way in ways.items()
-            }
+            times[shape] = _milliseconds(ways)
         if not times:
             return first()
 
@@ -91,6 +92,41 @@ def choosing(choices: Choices | None) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
         if choices:
             choices.timing = False
+
+
+def _milliseconds(ways: dict[str, Way]) -> dict[str, float]:
+    """How long each way takes, with warm caches."""
+    if "triton" in ways:
+        import triton
+
+        return {name: triton.testing.do_bench(way, warmup=2, rep=8) for name, way in ways.items()}
+    found = {}
+    for name, way in ways.items():
+        way()
+        found[name] = 1e3 * min(timeit.repeat(way, number=1, repeat=3))
+    return found
+
+
+def _ways(
+    op: str, arguments: list[Any], options: dict[str, Any], others: dict[str, Way]
+) -> dict[str, Way]:
+    """The fused kernels that the backend in force has for an op, and other ways.
+
+    Untimed, the first way runs: a kernel whose backend was named, or of the CPU, since that has no
+    tiles to choose; else another way.
+    """
+    found = ops.implementations(op, *arguments, **options)
+    fused: dict[str, Way] = {
+        name: functools.partial(function, *arguments, **options)
+        for name, function in found.items()
+        if callable(function)
+    }
+    return fused | others if ops.backend() == "triton" or "native" in fused else others | fused
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """The tensor without its gradient, and with the count of changes that packed copies go by."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 class Convolution:
@@ -129,8 +165,8 @@ class Convolution:
         self.stride = conv.stride
         self.padding = conv.padding
         self.dilation = conv.dilation if isinstance(conv, Conv1d) else 1
-        self.weight = conv.normed_weight().detach().to(dtype)
-        self.bias = conv.bias.detach()
+        self.weight = _constant(conv.normed_weight()).to(dtype)
+        self.bias = _constant(conv.bias)
         self._bias_as_weight = self.bias.to(dtype)
 
     def output_length(self, length: Length, padded: bool) -> Length:
@@ -168,17 +204,12 @@ class Convolution:
             arguments.append(self.dilation)
             options |= {"residual": residual, "tanh": self.tanh}
         op = "conv_transpose1d" if self.transposed else "conv1d"
-        if ops.backend() == "triton":
+        if ops.backend() in ("triton", "native"):
             # The op itself says what it cannot run.
             result: Result = getattr(ops, op)(*arguments, **options)
             return result
-        ways: dict[str, Way] = {
-            "library": functools.partial(self._by_library, x, padding, lengths, residual)
-        }
-        fused = ops.implementations(op, *arguments, **options).get("triton")
-        if callable(fused):
-            ways["triton"] = functools.partial(fused, *arguments, **options)
-        return self.choices.run(self.name, x, ways)
+        library = functools.partial(self._by_library, x, padding, lengths, residual)
+        return self.choices.run(self.name, x, _ways(op, arguments, options, {"library": library}))
 
     def _by_library(
         self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
@@ -222,7 +253,7 @@ class Unit:
         assert isinstance(pointwise, Conv1d)
         common = (dtype, tf32, choices)
         self.first = Convolution(
-            f"{name}.block.1", dilated, *common, middle.alpha.detach(), keep=False
+            f"{name}.block.1", dilated, *common, _constant(middle.alpha), keep=False
         )
         self.second = Convolution(f"{name}.block.3", pointwise, *common, alpha, keep)
 
@@ -243,20 +274,17 @@ class Unit:
         first, second = self.first, self.second
         padding = first.padding if padded else 0
         weights = (first.weight, first.bias, first.alpha, second.weight, second.bias)
-        arguments = (x, snaked, *weights, first.dilation, padding)
+        arguments = [x, snaked, *weights, first.dilation, padding]
         options = {
             "alpha": second.alpha,
             "lengths": lengths,
             "keep": second.keep,
             "tf32": first.tf32,
         }
-        ways: dict[str, Way] = {
+        two: dict[str, Way] = {
             "two layers": functools.partial(self._as_two, x, snaked, lengths, padded)
         }
-        fused = ops.implementations("residual_unit", *arguments, **options).get("triton")
-        if callable(fused):
-            one = {"one kernel": functools.partial(fused, *arguments, **options)}
-            ways = one | ways if ops.backend() == "triton" else ways | one
+        ways = _ways("residual_unit", arguments, options, two)
         return self.choices.run(self.name, x, ways)
 
     def _as_two(self, x: Tensor, snaked: Tensor, lengths: Tensor | None, padded: bool) -> Result:
@@ -283,6 +311,8 @@ class Plan:
         self.tf32 = tf32
         self.choices = Choices()
         self.layers: list[Convolution | Unit] = []
+        # Memory that no call uses at the moment.
+        self._idle: list[native.Memory] = []
         # Positions of a frame in the input, and in the output: a hop and 1, or 1 and a hop.
         self._frame_in = self._frame_out = 1
         steps = list(_steps(name, module))
@@ -293,7 +323,7 @@ class Plan:
                 activation = (
                     following.block[0] if isinstance(following, ResidualUnit) else following
                 )
-                alpha = activation.alpha.detach() if isinstance(activation, Snake) else None
+                alpha = _constant(activation.alpha) if isinstance(activation, Snake) else None
                 keep = not isinstance(following, Snake)
                 if isinstance(step, ResidualUnit):
                     self.layers.append(Unit(path, step, *common, alpha, keep))
@@ -332,19 +362,30 @@ class Plan:
         # Channels innermost, as in all that follows.
         y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         snaked: Tensor | None = None
-        with float32_products(self.tf32):
+        with float32_products(self.tf32), self._memory() as memory:
             for layer in self.layers:
                 if lengths is not None:
                     lengths = layer.output_length(lengths, padded)
+                read = y, snaked
                 y, snaked = layer(y, snaked, lengths, padded)
+                memory.give_back(*read)
                 if watch is not None:
                     for result in (y, snaked):
                         if result is not None:
                             watch(layer.name, result)
-        assert y is not None
-        if padded:
-            y = filled_up(y, x.shape[2] // self._frame_in * self._frame_out)
-        return y.to(x.dtype)
+            assert y is not None
+            if padded:
+                y = filled_up(y, x.shape[2] // self._frame_in * self._frame_out)
+            return y.to(x.dtype, copy=True)
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[native.Memory]:
+        """Inside, results on the CPU lie in memory that this call has for itself."""
+        memory = self._idle.pop() if self._idle else native.Memory()
+        with memory.in_force():
+            yield memory
+        if memory.size <= KEPT_BYTES:
+            self._idle.append(memory)
 
 
 def _steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -33,9 +33,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
 IMPLEMENTATIONS: dict[str, dict[str, ModuleType]] = {
     "snake": {"triton": triton_snake, "native": native},
-    "conv1d": {"triton": triton_conv1d},
-    "conv_transpose1d": {"triton": triton_conv1d},
-    "residual_unit": {"triton": triton_residual_unit},
+    "conv1d": {"triton": triton_conv1d, "native": native},
+    "conv_transpose1d": {"triton": triton_conv1d, "native": native},
+    "residual_unit": {"triton": triton_residual_unit, "native": native},
     "rvq_encode": {"triton": triton_rvq},
     "rvq_decode": {"triton": triton_rvq},
     "stft_bands": {"native": native},

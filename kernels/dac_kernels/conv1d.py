@@ -28,7 +28,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import Config, jit, launch, tl, tuned
+from dac_kernels.launch import Config, device_unsupported, jit, launch, tl, tuned
 from dac_kernels.tiles import (
     GROUP,
     Tile,
@@ -226,7 +226,7 @@ def _(
     )
 
 
-def _unsupported(
+def arguments_unsupported(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -239,6 +239,7 @@ def _unsupported(
     keep: bool,
     transposed: bool,
 ) -> str | None:
+    """Why no convolution on any device runs with such arguments, or None; see `conv1d`."""
     if x.dim() != 3 or weight.dim() != 3:
         return (
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
@@ -288,7 +289,7 @@ def conv1d_unsupported(
     tf32: bool = False,
 ) -> str | None:
     """Why `conv1d` cannot run on these arguments, or None."""
-    return _unsupported(
+    return device_unsupported(x) or arguments_unsupported(
         x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False
     )
 
@@ -306,7 +307,9 @@ def conv_transpose1d_unsupported(
     tf32: bool = False,
 ) -> str | None:
     """Why `conv_transpose1d` cannot run on these arguments, or None."""
-    return _unsupported(x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True)
+    return device_unsupported(x) or arguments_unsupported(
+        x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True
+    )
 
 
 def conv1d(
@@ -346,7 +349,7 @@ def conv1d(
     Raises:
         ValueError: `conv1d_unsupported` has a reason.
     """
-    if reason := _unsupported(
+    if reason := device_unsupported(x) or arguments_unsupported(
         x, weight, bias, stride, padding, dilation, alpha, residual, lengths, keep, False
     ):
         raise ValueError(reason)
@@ -382,7 +385,7 @@ def conv_transpose1d(
     Raises:
         ValueError: `conv_transpose1d_unsupported` has a reason.
     """
-    if reason := _unsupported(
+    if reason := device_unsupported(x) or arguments_unsupported(
         x, weight, bias, stride, padding, 1, alpha, None, lengths, keep, True
     ):
         raise ValueError(reason)

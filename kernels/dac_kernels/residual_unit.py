@@ -22,7 +22,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import Config, jit, launch, tl, tuned
+from dac_kernels.launch import Config, device_unsupported, jit, launch, tl, tuned
 from dac_kernels.tiles import (
     Tile,
     alignment,
@@ -226,15 +226,13 @@ def residual_unit_unsupported(
     tf32: bool = False,
 ) -> str | None:
     """Why `residual_unit` cannot run on these arguments, or None."""
-    if x.dim() != 3:
-        return f"x has shape {tuple(x.shape)}; accepted: [B, C, T]"
-    items, channels, size = x.shape
-    if channels > MAX_CHANNELS:
-        return f"x has {channels} channels; accepted: up to {MAX_CHANNELS}"
-    if dilation < 1 or padding not in (0, 3 * dilation):
-        return f"dilation {dilation}, padding {padding}; accepted: padding of 3 dilation, or of 0"
-    if alpha is None and not keep:
-        return "neither keep nor alpha, so there would be no output"
+    tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2)
+    if x.dim() == 3 and x.shape[1] > MAX_CHANNELS:
+        return f"x has {x.shape[1]} channels; accepted: up to {MAX_CHANNELS}"
+    if reason := device_unsupported(x) or unit_arguments_unsupported(
+        *tensors, dilation, padding, alpha, lengths, keep
+    ):
+        return reason
     if tf32 and x.is_cuda and x.dtype == torch.float32:
         properties: Any = torch.cuda.get_device_properties(x.device)
         available = properties.shared_memory_per_block_optin
@@ -243,6 +241,31 @@ def residual_unit_unsupported(
                 f"the device has {available >> 10} KiB of shared memory; "
                 f"accepted for TF32: {SHARED_TF32 >> 10} KiB"
             )
+    return None
+
+
+def unit_arguments_unsupported(
+    x: Tensor,
+    snaked: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    alpha1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    dilation: int,
+    padding: int,
+    alpha: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+) -> str | None:
+    """Why no residual unit on any device runs with such arguments, or None."""
+    if x.dim() != 3:
+        return f"x has shape {tuple(x.shape)}; accepted: [B, C, T]"
+    items, channels, size = x.shape
+    if dilation < 1 or padding not in (0, 3 * dilation):
+        return f"dilation {dilation}, padding {padding}; accepted: padding of 3 dilation, or of 0"
+    if alpha is None and not keep:
+        return "neither keep nor alpha, so there would be no output"
     time = output_length(size, KERNEL, 1, padding, dilation, False)
     if time < 1 or items * time >= 1 << 30:
         return (

@@ -15,7 +15,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from dac_kernels.launch import DTYPES, INTERPRETED, Config, device_unsupported, jit, tl
+from dac_kernels.launch import DTYPES, INTERPRETED, Config, jit, tl
 from dac_kernels.snake import activated
 
 # Blocks of rows that take turns on the same columns: weights are then read from L2, not from
@@ -188,14 +188,12 @@ def tensors_unsupported(
     shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]],
     single: Sequence[str] = (),
 ) -> str | None:
-    """Why no kernel can run on x and other tensors, or None.
+    """Why no kernel runs on tensors of such shapes and dtypes, or None.
 
     Args:
         shapes: by name, each other tensor and the shape that it must have.
         single: names of those that may be float32 whatever x is.
     """
-    if reason := device_unsupported(x):
-        return reason
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; accepted: float32, float16, bfloat16"
     for name, (tensor, shape) in {"x": (x, tuple(x.shape)), **shapes}.items():

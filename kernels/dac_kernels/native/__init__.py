@@ -1,4 +1,6 @@
-"""The ops compiled from csrc: Snake on the CPU, the discriminators' input on the CPU and CUDA.
+"""The ops compiled from csrc.
+
+Snake, convolutions and residual units on the CPU; the discriminators' input on the CPU and CUDA.
 
 A module for each op, whose function hides it here. The ops are registered with PyTorch, so that
 autograd, torch.compile and torch.export see through them; gradients of gradients are not available.
@@ -6,15 +8,31 @@ A registered op checks its arguments itself, whoever calls it.
 """
 
 from dac_kernels.native.compiled import extension, status
+from dac_kernels.native.conv1d import (
+    conv1d,
+    conv1d_unsupported,
+    conv_transpose1d,
+    conv_transpose1d_unsupported,
+    residual_unit,
+    residual_unit_unsupported,
+)
 from dac_kernels.native.disc_preprocess import disc_preprocess, disc_preprocess_unsupported
+from dac_kernels.native.memory import Memory
 from dac_kernels.native.snake import snake, snake_unsupported
 from dac_kernels.native.stft_bands import BANDS, stft_bands, stft_bands_unsupported
 
 __all__ = [
     "BANDS",
+    "Memory",
+    "conv1d",
+    "conv1d_unsupported",
+    "conv_transpose1d",
+    "conv_transpose1d_unsupported",
     "disc_preprocess",
     "disc_preprocess_unsupported",
     "extension",
+    "residual_unit",
+    "residual_unit_unsupported",
     "snake",
     "snake_unsupported",
     "status",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dac_kernels.native.compiled import call, differs, extension, require, unsupported
 
-DTYPES = {"cpu": (torch.float32, torch.float64)}
+DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+# Those are computed in float32, and alpha may be in float32 already.
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def snake(x: Tensor, alpha: Tensor) -> Tensor:
@@ -20,8 +22,8 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     threads.
 
     Args:
-        x: [B, C, T], float32 or float64.
-        alpha: [1, C, 1], same dtype.
+        x: [B, C, T], float32, float64, bfloat16 or float16.
+        alpha: [1, C, 1], of x's dtype, or float32 where x has 16 bits.
     Raises:
         RuntimeError: see `snake_unsupported`.
     """
@@ -38,6 +40,8 @@ def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
             f"x and alpha have shapes {list(x.shape)} and {list(alpha.shape)}, "
             "not [B, C, T] and [1, C, 1]"
         )
+    if x.dtype in HALVES and (alpha.dtype, alpha.device) == (torch.float32, x.device):
+        return None
     return differs("alpha", alpha, alpha.shape, x)
 
 
@@ -60,6 +64,11 @@ def _with_runs(x: Tensor, channels_last: bool) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+def _wide(alpha: Tensor) -> Tensor:
+    """alpha [1, C, 1] without gaps, in the dtype that the extension computes in."""
+    return (alpha.float() if alpha.dtype in HALVES else alpha).contiguous()
+
+
 def _rows(x: Tensor, channels_last: bool) -> extension.Rows:
     return extension.Rows(x.data_ptr(), x.stride(0), x.stride(2 if channels_last else 1))
 
@@ -79,7 +88,7 @@ def _output(x: Tensor, alpha: Tensor) -> Tensor:
 @torch.library.custom_op("dac_native::snake", mutates_args=())
 def _snake(x: Tensor, alpha: Tensor) -> Tensor:
     y, last = _output(x, alpha), _channels_last(x)
-    x, alpha = _with_runs(x, last), alpha.contiguous()
+    x, alpha = _with_runs(x, last), _wide(alpha)
     tensors = _rows(x, last), alpha.data_ptr(), _rows(y, last)
     call("snake_forward", x, [x.dtype], _snake_shape(x, last), *tensors)
     return y
@@ -101,11 +110,11 @@ def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Ten
     last = _channels_last(x)
     grad = _with_runs(grad, last)
     x = _with_runs(x, last)
-    alpha = alpha.contiguous()
-    inputs = _rows(grad, last), _rows(x, last), alpha.data_ptr()
-    outputs = _rows(grad_x, last), grad_alpha.data_ptr()
+    wide, wide_grad = _wide(alpha), _wide(grad_alpha)
+    inputs = _rows(grad, last), _rows(x, last), wide.data_ptr()
+    outputs = _rows(grad_x, last), wide_grad.data_ptr()
     call("snake_backward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
-    return grad_x, grad_alpha
+    return grad_x, wide_grad.to(alpha.dtype)
 
 
 _snake_backward.register_fake(_gradients)

@@ -1,0 +1,349 @@
+#include "conv1d.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "snake_math.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace dac {
+namespace {
+
+// Rows of one piece of work: enough to fetch a panel of weights for, few enough that their inputs stay in the
+// second-level cache.
+constexpr int64_t kBlockRows = 224;
+// Rows that are multiplied at once: as many as the registers hold sums for.
+constexpr int kMostRows = 14;
+
+// The inputs of some rows of a product.
+template <class S>
+struct Source {
+  const ConvShape& shape;
+  const S* item;
+  int64_t row_stride, first_row;
+  const S* zeros;
+
+  INLINE bool inside(int rows) const {
+    const int64_t low = first_row * shape.stride - shape.padding;
+    const int64_t high = low + (rows - 1) * shape.stride + (shape.taps - 1) * shape.dilation;
+    return low >= 0 && high < shape.positions;
+  }
+
+  INLINE const S* run(int row, int64_t tap, bool inside) const {
+    const int64_t position = (first_row + row) * shape.stride + tap * shape.dilation - shape.padding;
+    if (!inside && (position < 0 || position >= shape.positions)) return zeros;
+    return item + position * row_stride;
+  }
+};
+
+// sums [rows, kPanel]: the product of some rows with one panel.
+template <class S>
+using Multiply = void (*)(const Source<S>&, const S* panel, float* sums);
+
+// Functions for 1, 2, ... rows.
+template <class S>
+struct Multipliers {
+  int most_rows;
+  std::array<Multiply<S>, kMostRows> of_rows;
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx2,fma")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bf16,avx2,fma")))
+
+template <int kRows>
+AVX512 void multiply_avx512(const Source<float>& source, const float* panel, float* sums) {
+  __m512 total[kRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+  const bool inside = source.inside(kRows);
+  for (int64_t tap = 0; tap < source.shape.taps; ++tap) {
+    const float* run[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) run[r] = source.run(r, tap, inside);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < source.shape.inputs; ++k, panel += kPanel) {
+      const __m512 left = _mm512_loadu_ps(panel), right = _mm512_loadu_ps(panel + 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 value = _mm512_set1_ps(run[r][k]);
+        total[r][0] = _mm512_fmadd_ps(value, left, total[r][0]);
+        total[r][1] = _mm512_fmadd_ps(value, right, total[r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    _mm512_storeu_ps(sums + r * kPanel, total[r][0]);
+    _mm512_storeu_ps(sums + r * kPanel + 16, total[r][1]);
+  }
+}
+
+INLINE int pair_at(const BFloat16* run) {
+  int pair;
+  std::memcpy(&pair, run, sizeof pair);
+  return pair;
+}
+
+template <int kRows>
+AVX512_BF16 void multiply_avx512(const Source<BFloat16>& source, const BFloat16* panel, float* sums) {
+  __m512 total[kRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+  const bool inside = source.inside(kRows);
+  for (int64_t tap = 0; tap < source.shape.taps; ++tap) {
+    const BFloat16* run[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) run[r] = source.run(r, tap, inside);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < source.shape.inputs; k += 2, panel += 2 * kPanel) {
+      const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel));
+      const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + kPanel));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const auto pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair_at(run[r] + k)));
+        total[r][0] = _mm512_dpbf16_ps(total[r][0], pair, left);
+        total[r][1] = _mm512_dpbf16_ps(total[r][1], pair, right);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    _mm512_storeu_ps(sums + r * kPanel, total[r][0]);
+    _mm512_storeu_ps(sums + r * kPanel + 16, total[r][1]);
+  }
+}
+
+// 16 columns at a time.
+template <int kRows>
+AVX2 void multiply_avx2(const Source<float>& source, const float* panel, float* sums) {
+  const bool inside = source.inside(kRows);
+  for (int half = 0; half < kPanel; half += 16) {
+    __m256 total[kRows][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm256_setzero_ps();
+    const float* weight = panel + half;
+    for (int64_t tap = 0; tap < source.shape.taps; ++tap) {
+      const float* run[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) run[r] = source.run(r, tap, inside);
+      for (int64_t k = 0; k < source.shape.inputs; ++k, weight += kPanel) {
+        const __m256 left = _mm256_loadu_ps(weight), right = _mm256_loadu_ps(weight + 8);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const __m256 value = _mm256_set1_ps(run[r][k]);
+          total[r][0] = _mm256_fmadd_ps(value, left, total[r][0]);
+          total[r][1] = _mm256_fmadd_ps(value, right, total[r][1]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      _mm256_storeu_ps(sums + r * kPanel + half, total[r][0]);
+      _mm256_storeu_ps(sums + r * kPanel + half + 8, total[r][1]);
+    }
+  }
+}
+
+template <class S, int... kLess>
+Multipliers<S> with_avx512(std::integer_sequence<int, kLess...>) {
+  return {sizeof...(kLess), {multiply_avx512<kLess + 1>...}};
+}
+
+template <int... kLess>
+Multipliers<float> with_avx2(std::integer_sequence<int, kLess...>) {
+  return {sizeof...(kLess), {multiply_avx2<kLess + 1>...}};
+}
+
+Multipliers<float> multipliers(InstructionSet set, float) {
+  if (set == InstructionSet::avx512) return with_avx512<float>(std::make_integer_sequence<int, kMostRows>());
+  return with_avx2(std::make_integer_sequence<int, 6>());
+}
+
+Multipliers<BFloat16> multipliers(InstructionSet, BFloat16) {
+  return with_avx512<BFloat16>(std::make_integer_sequence<int, kMostRows>());
+}
+
+const char* lacks(float) { return supported(InstructionSet::avx2) ? nullptr : "AVX2 and FMA"; }
+
+const char* lacks(BFloat16) {
+  return supported(InstructionSet::avx512) && __builtin_cpu_supports("avx512bf16") ? nullptr : "AVX-512 with BF16";
+}
+
+#else
+
+template <class S>
+Multipliers<S> multipliers(InstructionSet, S) {
+  return {};
+}
+
+template <class S>
+const char* lacks(S) {
+  return "x86-64, for which there are kernels,";
+}
+
+#endif
+
+// Sums to results: n columns of a row, from `column` on. From column `limit` on, counted from there, c is zero.
+template <class S>
+struct Epilogue {
+  const Layer<S>& layer;
+  const float* inverse;
+
+  INLINE void operator()(const float* sums, int64_t b, int64_t row, int64_t column, int n, int64_t limit) const {
+    float c[kPanel], other[kPanel];
+    for (int i = 0; i < kPanel; ++i) c[i] = sums[i] + layer.bias[column + i];
+    if (layer.tanh) {
+      for (int i = 0; i < n; ++i) c[i] = std::tanh(c[i]);
+    }
+    for (int64_t i = std::max<int64_t>(limit, 0); i < n; ++i) c[i] = 0;
+    if (layer.residual.data) {
+      const S* residual = layer.residual.at(b, row) + column;
+      if (n == kPanel) {
+        for (int i = 0; i < kPanel; ++i) convert(residual[i], other[i]);
+        for (int i = 0; i < kPanel; ++i) c[i] += other[i];
+      } else {
+        for (int i = 0; i < n; ++i) convert(residual[i], other[i]), c[i] += other[i];
+      }
+    }
+    if (layer.y.data) store(c, layer.y.at(b, row) + column, n);
+    if (!layer.snaked.data) return;
+    forward_block<1>(c, layer.alpha + column, inverse + column, other, kPanel);
+    store(other, layer.snaked.at(b, row) + column, n);
+  }
+
+  static INLINE void store(const float* from, S* to, int n) {
+    if (n == kPanel) {
+      for (int i = 0; i < kPanel; ++i) convert(from[i], to[i]);
+    } else {
+      for (int i = 0; i < n; ++i) convert(from[i], to[i]);
+    }
+  }
+};
+
+// A layer on an input, ready to be computed in pieces.
+template <class S>
+class Product {
+ public:
+  Product(const ConvShape& shape, Rows<const S> x, const Layer<S>& layer, InstructionSet set)
+      : shape_(shape),
+        x_(x),
+        layer_(layer),
+        set_(set),
+        multipliers_(multipliers(set, S())),
+        panels_((shape.columns + kPanel - 1) / kPanel),
+        zeros_(shape.inputs),
+        inverse_(layer.alpha ? panels_ * kPanel : 0) {
+    for (size_t i = 0; i < inverse_.size(); ++i) inverse_[i] = 1 / (layer.alpha[i] + 1e-9f);
+  }
+
+  int64_t panels() const { return panels_; }
+  int64_t weight_size() const { return panels_ * kPanel * shape_.taps * shape_.inputs; }
+
+  // Rows [begin, end) of item b, and the columns of one panel.
+  void compute(int64_t b, int64_t begin, int64_t end, int64_t panel) const {
+    run(set_, [&]() __attribute__((always_inline)) {
+      float sums[kMostRows * kPanel];
+      const S* weight = layer_.weight + panel * kPanel * shape_.taps * shape_.inputs;
+      const int64_t column = panel * kPanel;
+      const int n = static_cast<int>(std::min<int64_t>(kPanel, shape_.columns - column));
+      const Epilogue<S> epilogue = {layer_, inverse_.data()};
+      const int64_t tiles = (end - begin + multipliers_.most_rows - 1) / multipliers_.most_rows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        // Tiles of almost equal sizes.
+        const int64_t first = begin + (end - begin) * tile / tiles, last = begin + (end - begin) * (tile + 1) / tiles;
+        const Source<S> source = {shape_, x_.at(b, 0), x_.row_stride, first, zeros_.data()};
+        multipliers_.of_rows[last - first - 1](source, weight, sums);
+        for (int64_t row = first; row < last; ++row) {
+          int64_t limit = n;
+          if (layer_.lengths) {
+            limit = std::min(limit, (layer_.lengths[b] + shape_.crop) * shape_.channels - row * shape_.columns - column);
+          }
+          epilogue(sums + (row - first) * kPanel, b, row, column, n, limit);
+        }
+      }
+    });
+  }
+
+ private:
+  const ConvShape& shape_;
+  const Rows<const S> x_;
+  const Layer<S>& layer_;
+  const InstructionSet set_;
+  const Multipliers<S> multipliers_;
+  const int64_t panels_;
+  const std::vector<S> zeros_;
+  std::vector<float> inverse_;
+};
+
+}  // namespace
+
+template <class S>
+const char* conv1d_lacks() {
+  return lacks(S());
+}
+
+template <class S>
+void conv1d(const ConvShape& shape, Rows<const S> x, const Layer<S>& layer, int threads, InstructionSet set) {
+  const Product<S> product(shape, x, layer, set);
+  const int64_t panels = product.panels(), blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t pieces = shape.batch * blocks;
+  // What is larger is read only once: weights, or inputs.
+  const bool by_panel = product.weight_size() > shape.batch * shape.positions * shape.inputs;
+  parallel_for(pieces * panels, 1, threads, [&](int64_t index, int64_t) {
+    const int64_t panel = by_panel ? index / pieces : index % panels;
+    const int64_t piece = by_panel ? index % pieces : index / panels;
+    const int64_t begin = piece % blocks * kBlockRows;
+    product.compute(piece / blocks, begin, std::min(begin + kBlockRows, shape.rows), panel);
+  });
+}
+
+template <class S>
+void residual_unit(const ConvShape& shape, Rows<const S> x, const Layer<S>& first, const Layer<S>& second, int threads,
+                   InstructionSet set) {
+  const int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows, channels = shape.channels;
+  const ConvShape pointwise = {shape.batch, shape.rows, channels, shape.rows, channels, 1, 1, 1, 0, channels, 0};
+  if (shape.batch * blocks < 4 * threads) {
+    // Too few pieces to share out.
+    std::vector<S> hidden(shape.batch * shape.rows * channels);
+    Layer<S> to_hidden = first;
+    to_hidden.snaked = {hidden.data(), shape.rows * channels, channels};
+    conv1d(shape, x, to_hidden, threads, set);
+    return conv1d(pointwise, {hidden.data(), shape.rows * channels, channels}, second, threads, set);
+  }
+  parallel_for(shape.batch * blocks, 1, threads, [&](int64_t index, int64_t) {
+    const int64_t b = index / blocks, begin = index % blocks * kBlockRows;
+    const int64_t end = std::min(begin + kBlockRows, shape.rows);
+    // Stays in the cache: nothing but this piece's rows of the second product reads it.
+    thread_local std::vector<S> hidden;
+    hidden.resize(kBlockRows * channels);
+    Layer<S> to_hidden = first;
+    to_hidden.snaked = {hidden.data() - begin * channels, 0, channels};
+    const Product<S> wide(shape, x, to_hidden, set);
+    for (int64_t panel = 0; panel < wide.panels(); ++panel) wide.compute(b, begin, end, panel);
+    const Rows<const S> from_hidden = {to_hidden.snaked.data, 0, channels};
+    const Product<S> narrow(pointwise, from_hidden, second, set);
+    for (int64_t panel = 0; panel < narrow.panels(); ++panel) narrow.compute(b, begin, end, panel);
+  });
+}
+
+#define DAC_CONV1D(S)                                                                                             \
+  template const char* conv1d_lacks<S>();                                                                         \
+  template void conv1d(const ConvShape&, Rows<const S>, const Layer<S>&, int, InstructionSet);                    \
+  template void residual_unit(const ConvShape&, Rows<const S>, const Layer<S>&, const Layer<S>&, int, InstructionSet)
+DAC_CONV1D(float);
+DAC_CONV1D(BFloat16);
+
+}  // namespace dac
