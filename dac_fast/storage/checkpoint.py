@@ -16,8 +16,6 @@ the tensors against the file's size, and their shapes against a codec that has n
 import io
 import json
 import os
-import secrets
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dac_fast.config import Config
-from dac_fast.files import OutputError, make_folder, write_bytes
+from dac_fast.files import write_bytes, write_folder
 from dac_fast.storage import hugging_face, torch_archive
 from dac_fast.storage.pickled import RefusedError
 
@@ -129,7 +127,7 @@ def save(codec: Codec, path: str | os.PathLike[str]) -> None:
         elif path.suffix == ".pth":
             write_bytes(path, _published(state, codec.config))
         elif path.suffix == "":
-            _write_folder(path, _hugging_face(state, codec.config))
+            write_folder(path, _hugging_face(state, codec.config))
         else:
             accepted = ".safetensors, .pth, a folder (no suffix)"
             raise CheckpointError(f"unknown checkpoint format; accepted: {accepted}")
@@ -178,7 +176,7 @@ def _row_norms(weight: Tensor) -> Tensor:
 
 def printable(text: str) -> str:
     """A file's own words for a message of one line: without control characters, and not long."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])[:200]
 
 
 def _weights_file(path: Path) -> Path:
@@ -298,7 +296,8 @@ def _read_published(file: Path) -> tuple[Config, Mapping[str, object]]:
         content = torch_archive.load(file)
     except (zipfile.BadZipFile, RefusedError) as error:
         refused = "no checkpoint, or it holds more than tensors and plain values"
-        raise CheckpointError(f"not a readable checkpoint: {refused} ({error})") from error
+        reason = f"{refused} ({printable(str(error))})"
+        raise CheckpointError(f"not a readable checkpoint: {reason}") from error
     match content:
         case {"state_dict": dict(state), "metadata": {"kwargs": kwargs}}:
             return _config(kwargs), state
@@ -343,22 +342,3 @@ def _require_published(config: Config) -> None:
             raise ValueError(
                 f"{name} {getattr(config, name)!r} fits a .safetensors checkpoint only"
             )
-
-
-def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """A folder of these files: all of them or none. What else a folder holds stays there."""
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    make_folder(temporary)
-    try:
-        for name, data in files.items():
-            write_bytes(temporary / name, data)
-        if path.is_dir():
-            for name in files:
-                os.replace(temporary / name, path / name)
-        else:
-            os.rename(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
