@@ -124,9 +124,10 @@ class Evaluation:
         write_bytes(folder / "summary.csv", _csv(self.summary))
         write_bytes(folder / "evaluation.json", _encoded(f"{document}\n"))
         picture = folder / "rate_distortion.png"
-        picture.unlink(missing_ok=True)
         if plot and any("kbps" in row for row in self.summary):
             plots.rate_distortion(picture, self.summary, OVERALL)
+        else:
+            picture.unlink(missing_ok=True)
 
     def table(self) -> Table:
         """The summary, to be printed."""

@@ -24,13 +24,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dac_fast.config import Config
+from dac_fast.config import MOST_CODEBOOKS, Config
 from dac_fast.files import write_bytes, write_folder
 from dac_fast.storage import hugging_face, torch_archive
 from dac_fast.storage.pickled import RefusedError
 
-# Far beyond any codec's, and still quickly built on the meta device.
-MOST_CODEBOOKS = 1024
+# As `MOST_CODEBOOKS`, far beyond any codec's.
 MOST_RATES = 16
 MOST_CHANNELS = 2**16
 MOST_NUMBER = 2**20  # sample rate and hop length, too
@@ -221,7 +220,6 @@ def _config(values: object) -> Config:
     latent = config.latent_dim or 0
     widest = max(config.encoder_dim << rates, config.decoder_dim, latent, *config.codebook_dims)
     for what, found, most in (
-        ("n_codebooks", config.n_codebooks, MOST_CODEBOOKS),
         ("the number of rates", rates, MOST_RATES),
         ("the number of channels", widest, MOST_CHANNELS),
         ("hop_length", config.hop_length, MOST_NUMBER),

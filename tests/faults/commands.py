@@ -31,7 +31,9 @@ CONTEXT.set_forkserver_preload(
 PRESET = "16khz"
 
 
-def begin(arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+def begin(
+    arguments: list[str], log: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
     """`dac-fast` with arguments in a new process; what it prints goes to a file."""
     process = CONTEXT.Process(target=_main, args=(arguments, log, environment or {}), daemon=True)
     process.start()
@@ -60,10 +62,9 @@ def end(process: BaseProcess, log: Path) -> str:
 
 
 def a_model(path: Path) -> DAC:
-    """A checkpoint of a codec that computes in a moment."""
-    codec = small_codec()
-    codec.save(path)
-    return codec
+    """A checkpoint of a codec that computes in a moment, and the codec."""
+    small_codec().save(path)
+    return DAC.load(path)
 
 
 def recordings(folder: Path, seconds: list[float]) -> Path:
