@@ -125,9 +125,8 @@ class Config:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(
-                    f"unknown configuration key {key!r:.80}; accepted: {', '.join(known)}"
-                )
+                accepted = ", ".join(known)
+                raise ValueError(f"unknown configuration key {key!r:.80}; accepted: {accepted}")
         try:
             return cls(**values)
         except TypeError as error:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from served import SIZES, noise, small_codec
 
 from dac_fast import DAC
 from dac_fast.config import PRESETS, Config
-from served import SIZES, noise, small_codec
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(

@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from served import noise, small_codec
 
 from bench import document
 from dac_fast import audio
@@ -15,7 +16,6 @@ from dac_fast.audio.writing import WRITABLE
 from dac_fast.cli.commands import app
 from dac_fast.training import load_recipe, state
 from faults.commands import a_model, hidden, outputs, recordings
-from served import noise, small_codec
 
 # Exports take a while, and are tried with one size; the slow one not among the other tests.
 SLOW = () if "FAULT_TRIALS" in os.environ else ("export onnx",)
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up(name: str, places: dict[str, Path], tmp_path: Path
     assert failed(name, tmp_path / "whole", places) == ""
     whole = outputs(tmp_path / "whole")
     # A dataset that is there would be gone on with.
-    before = {} if name.startswith("tokenize") else {file: b"before" * 9 for file in whole}
+    before = {} if name.startswith("tokenize") else dict.fromkeys(whole, b"before" * 9)
     largest = max(map(len, whole.values()))
     sizes = (largest - 1,) if name.startswith("export") else (largest - 1, largest // 2, 1)
     for size in sizes:

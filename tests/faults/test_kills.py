@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load as from_safetensors
+from small_codec import SMALL
 
 from dac_fast.files import write_bytes
 from faults import trials
 from faults.commands import PRESET, a_model, begin, end, hidden, outputs, recordings
-from small_codec import SMALL
 
 Reader = Callable[[bytes], object]
 

@@ -76,6 +76,7 @@ def hostile(random: Random, data: bytes, url: str) -> Answer:
     body = random.choice((data, mutated(random, data), HTML, b"", data[: random.randrange(size)]))
     claimed = random.choice((len(body), 0, -5, size + 1, 10**30, random.randrange(size)))
     status = random.choice(("200 OK", "206 Rest", "416 None", "404 None", "503 \x1b[31m", "999"))
+    moved = random.choice((301, 307, 308))
     loop = f"{url}/0.0.5/again{random.randrange(3)}.pth"
     places = loop, "file:///etc/passwd", "http://[", "", "http://127.0.0.1:9/x", "\x1b[31m"
     head = random.choice(
@@ -84,7 +85,7 @@ def hostile(random: Random, data: bytes, url: str) -> Answer:
             f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n",
             f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n{len(body) + 7:x}\r\n",
             f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{'f' * 100}\r\n",
-            f"HTTP/1.0 {random.choice((301, 307, 308))} -\r\nLocation: {random.choice(places)}\r\n\r\n",
+            f"HTTP/1.0 {moved} -\r\nLocation: {random.choice(places)}\r\n\r\n",
             "HTTP/1.0 200 OK\r\n" + "X: y\r\n" * 200 + "\r\n",
         )
     ).encode()

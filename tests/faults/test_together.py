@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import noise, small_codec
 
 from dac_fast import DAC
 from faults import trials
 from faults.commands import PRESET, a_model, begin, end, hidden, outputs, recordings
 from faults.test_kills import slow_mirror
-from served import noise, small_codec
 
 PROCESSES = 4
 
@@ -68,27 +68,31 @@ def test_threads_on_a_codec_that_is_optimized() -> None:
     for _ in range(trials.count(20, one_in=200)):
         torch.manual_seed(0)
         # Not folded, so that `optimize` has to.
-        codec = DAC(**small_codec().config.to_dict()).eval()
-        expected, stop = used(codec, audio), threading.Event()
-
-        def work() -> None:
-            while not stop.is_set():
-                codes, restored = used(codec, audio)
-                assert torch.equal(codes, expected[0])
-                torch.testing.assert_close(restored, expected[1], rtol=1e-4, atol=1e-5)
-
+        codec, stop = DAC(**small_codec().config.to_dict()).eval(), threading.Event()
+        expected = used(codec, audio)
         with ThreadPoolExecutor(PROCESSES) as pool:
-            running = [pool.submit(work) for _ in range(PROCESSES)]
+            uses = [pool.submit(use_until, stop, codec, audio, expected) for _ in range(PROCESSES)]
             try:
                 for _ in range(3):
                     codec.optimize()
             finally:
                 stop.set()
-            for future in running:
-                future.result()
+            for use in uses:
+                use.result()
+
+
+Used = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
-def used(codec: DAC, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def used(codec: DAC, audio: torch.Tensor) -> Used:
+    """Codes, and the audio that they stand for."""
     codes = codec.encode(audio).codes
     return codes, codec.decode_codes(codes)
+
+
+def use_until(stop: threading.Event, codec: DAC, audio: torch.Tensor, expected: Used) -> None:
+    while not stop.is_set():
+        codes, restored = used(codec, audio)
+        assert torch.equal(codes, expected[0])
+        torch.testing.assert_close(restored, expected[1], rtol=1e-4, atol=1e-5)
