@@ -234,7 +234,7 @@ class Soak:
 
 
 def run_soak(settings: SoakSettings, path: Path, commit: str | None = None) -> Json:
-    """Runs for so long, and writes the document, which is returned."""
+    """Runs for so long, and writes the document, again at each sample; returns it."""
     soak = Soak(settings)
     samples: list[Json] = []
     document = {
@@ -248,6 +248,7 @@ def run_soak(settings: SoakSettings, path: Path, commit: str | None = None) -> J
     while (gone := time.monotonic() - begun) < lasting:
         if gone >= len(samples) * between:
             samples.append({"seconds": gone, **held(), **soak.counts})
+            write(document, path)
         soak.step()
     samples.append({"seconds": gone, **held(), **soak.counts})
     write(document, path)

@@ -108,7 +108,6 @@ def hostile(random: Random, data: bytes, url: str) -> Answer:
 def mirrors(folder: Path) -> trials.Trial:
     """Downloads: what is accepted is the model, and what was refused does no harm to the next."""
     os.environ["DAC_FAST_CACHE"] = str(folder / "cache")
-    download.TIMEOUT_SECONDS = TIMEOUT_SECONDS
     codec = a_model(folder / "a.pth")
     PRESETS[PRESET] = codec.config
     data, state = (folder / "a.pth").read_bytes(), DAC.load(folder / "a.pth").state_dict()
@@ -124,11 +123,13 @@ def mirrors(folder: Path) -> trials.Trial:
             end = random.randrange(len(data))
             part.write_bytes(random.choice((data[:end], HTML, data + HTML, data, b"")))
         mirror.answer = hostile(random, data, mirror.url)
+        download.TIMEOUT_SECONDS = TIMEOUT_SECONDS
         try:
             download.download(PRESET, mirror.url)
         except download.DownloadError:
             assert not path.exists()
             mirror.answer = honest
+            download.TIMEOUT_SECONDS = 30
             download.download(PRESET, mirror.url)
             raise
         finally:
@@ -143,4 +144,4 @@ def mirrors(folder: Path) -> trials.Trial:
 
 
 def test_mirrors(tmp_path: Path) -> None:
-    trials.run(mirrors, tmp_path, 100)
+    trials.run(mirrors, tmp_path, 60)
