@@ -1,4 +1,4 @@
-"""The command line: python -m bench list | run | gpu | parity | train | corpus | report | house."""
+"""The command line, `python -m bench`: every command is a function here."""
 
 import fnmatch
 import os
@@ -261,6 +261,28 @@ def serve(
     path = out or OUT / "serve.json"
     run_serve(settings, path, commit)
     say_written([path, *write_report(path)])
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
+    model: Annotated[str, typer.Option(help="A preset, or the path of a checkpoint.")] = "tiny",
+    slots: Annotated[int, typer.Option(help="For streams, in each direction.")] = 64,
+    threads: Threads = None,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Stream and batch at random on the CPU, check every result, and watch memory and handles."""
+    # Imported here, since its picture needs matplotlib.
+    from bench.soak import SoakSettings, run_soak
+
+    if threads:
+        torch.set_num_threads(threads)
+    path = out or OUT / "soak.json"
+    document = run_soak(SoakSettings(minutes, model, slots), path, commit)
+    say_written([path, *write_report(path)])
+    if document["samples"][-1]["wrong"]:
+        raise typer.Exit(1)
 
 
 @app.command()

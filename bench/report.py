@@ -103,6 +103,10 @@ def kind(
         from bench import corpus
 
         return corpus.markdown, lambda _: {}
+    if "soak" in document:
+        from bench import soak
+
+        return soak.markdown, lambda document: {".png": soak.figure(document)}
     return markdown, figures
 
 

@@ -9,6 +9,10 @@ ACTIVATIONS = ("snake", "leaky_relu")
 QUANTIZERS = ("factorized", "unnormalized", "unprojected", "ema")
 
 
+# Far beyond any codec's, and still quickly built on the meta device.
+MOST_CODEBOOKS = 1024
+
+
 @dataclass(frozen=True)
 class Config:
     """Constructor arguments of `DAC`, under their published names.
@@ -62,11 +66,12 @@ class Config:
 
         def require(name: str, holds: bool, accepted: str) -> None:
             if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}; accepted: {accepted}")
 
         sizes = ("encoder_dim", "latent_dim", "decoder_dim", "n_codebooks", "codebook_size")
         for name in (*sizes, "sample_rate"):
             require(name, _positive(getattr(self, name)), "a positive integer")
+        require("n_codebooks", self.n_codebooks <= MOST_CODEBOOKS, f"up to {MOST_CODEBOOKS}")
         for name in ("encoder_rates", "decoder_rates", "codebook_dims"):
             values = getattr(self, name)
             require(name, bool(values) and all(map(_positive, values)), "positive integers")
@@ -120,7 +125,8 @@ class Config:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown configuration key {key!r}; accepted: {', '.join(known)}")
+                accepted = ", ".join(known)
+                raise ValueError(f"unknown configuration key {key!r:.80}; accepted: {accepted}")
         try:
             return cls(**values)
         except TypeError as error:

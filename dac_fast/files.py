@@ -5,7 +5,8 @@ import functools
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
         raise OutputError(f"{path}: cannot write: it exists and is not a regular file")
     if not target.parent.is_dir():
         raise OutputError(f"{path}: cannot write: there is no folder {target.parent}")
-    _sweep(target.parent)
+    _sweep_once(target.parent)
     try:
         temporary, lock = _new_temporary(target)
     except OSError as error:
@@ -97,19 +98,23 @@ def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[
         os.close(lock)
 
 
-# The names of temporary files.
-_TEMPORARY = re.compile(r"\..*\.dac_fast-[0-9a-f]{8}(\..*)?", re.DOTALL)
+# The names of temporary files, and of temporary folders, which have no suffix.
+_TEMPORARY = re.compile(r"\..*\.dac_fast-[0-9a-f]{8}(?P<suffix>\..*)?", re.DOTALL)
 
 
-def _new_temporary(target: Path) -> tuple[Path, int]:
-    """A new file beside `target`, and its descriptor, which locks it against `_sweep`."""
+def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file or folder beside `target`, and its descriptor, which locks it against `sweep`."""
     while True:
         # A name has room for 255 bytes.
-        start, end = f".{target.stem[:32]}.dac_fast-", target.suffix[:16]
+        start, end = f".{target.stem[:32]}.dac_fast-", "" if folder else target.suffix[:16]
         path = target.with_name(start + secrets.token_hex(4) + end)
         # Not `tempfile`: its files are private to the user, whatever the umask says.
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        # Where the file system has no locks, `_sweep` removes nothing.
+        if folder:
+            path.mkdir()
+            descriptor = os.open(path, os.O_RDONLY)
+        else:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        # Where the file system has no locks, `sweep` removes nothing.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         # The file may have been swept before it was locked.
@@ -118,21 +123,28 @@ def _new_temporary(target: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-@functools.cache
-def _sweep(folder: Path) -> None:
-    """Removes the temporary files that killed processes have left; once per folder and process."""
+def sweep(folder: Path) -> None:
+    """Removes the temporary files and folders that killed processes have left in a folder."""
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
-            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                _remove_unless_locked(entry.path)
+            if match := _TEMPORARY.fullmatch(entry.name):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if entry.is_file(follow_symlinks=False) or (is_folder and not match["suffix"]):
+                    _remove_unless_locked(entry.path, is_folder)
 
 
-def _remove_unless_locked(path: str) -> None:
+_sweep_once = functools.cache(sweep)
+
+
+def _remove_unless_locked(path: str, is_folder: bool) -> None:
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        descriptor = os.open(path, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            if is_folder:
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
         finally:
             os.close(descriptor)
 
@@ -166,3 +178,32 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, replace: bool = True)
     """Makes `data` the content of the file; raises as `atomic_path`."""
     with atomic_path(path, replace) as temporary:
         temporary.write_bytes(data)
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Writes files into a folder, by their names; what else the folder holds stays there.
+
+    A new folder appears with all of them or not at all. In one that is there, none is replaced
+    before all are on the disk; a process that is killed while it renames them leaves some replaced.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    target = Path(path)
+    make_folder(target.parent)
+    _sweep_once(target.parent)
+    try:
+        temporary, lock = _new_temporary(target, folder=True)
+        try:
+            for name, data in files.items():
+                write_bytes(temporary / name, data)
+            if target.is_dir():
+                for name in files:
+                    os.replace(temporary / name, target / name)
+            else:
+                os.rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error

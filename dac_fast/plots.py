@@ -115,7 +115,9 @@ def training_curves(path: str | os.PathLike[str], runs: Sequence[str | os.PathLi
 def _logged(run: Path, part: str, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The steps at which a run logged a value of that part, and the values."""
     try:
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        # A run that was killed, or goes on, may have written part of its last line.
+        lines = (run / "log.jsonl").read_text().rpartition("\n")[0].splitlines()
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise PlotError(f"{run}: no readable log.jsonl of a training run: {error}") from error
     there = [row for row in rows if row["part"] == part and row.get(key) is not None]

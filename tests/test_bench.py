@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import small_codec
 
-from bench import gpu, precisions, run, timing
+from bench import gpu, precisions, run, soak, timing
 from bench.case import Case, Prepared, Run, Settings, Unavailable
 from bench.cases import end_to_end
 from bench.checks import ops as checks
@@ -347,3 +348,26 @@ def test_gpu_steps_that_fail_or_overrun_are_recorded(tmp_path):
     assert gpu.run_step("fine", ["env"], 30, log, STEP="7")["returncode"] == 0
     assert "===== failing" in log.read_text()
     assert "STEP=7" in log.read_text()
+
+
+def test_a_soak_compares_whatever_ends(tmp_path):
+    model, path = tmp_path / "small.safetensors", tmp_path / "soak.json"
+    small_codec().save(model)
+    settings = soak.SoakSettings(minutes=0.03, model=str(model), slots=4)
+    last = soak.run_soak(settings, path)["samples"][-1]
+    assert min(last["streams"], last["requests"]) > 0
+    assert (last["wrong"], last["tied"]) == (0, 0)
+    assert [each.suffix for each in write_report(path)] == [".md", ".png"]
+    assert (
+        f"| streams that ended, and were compared | {last['streams']} |"
+        in path.with_suffix(".md").read_text()
+    )
+
+    for part in ("codes", "restored"):
+        run = soak.Soak(settings)
+        run.signals[:] = [
+            replace(signal, **{part: getattr(signal, part).flip(-1)}) for signal in run.signals
+        ]
+        while run.counts["streams"] < 4:
+            run.step()
+        assert run.counts["wrong"] > 0

@@ -272,6 +272,17 @@ def test_archives_that_torch_does_not_write(codec, golden, tmp_path):
     path.write_bytes(encrypted)
     with pytest.raises(CheckpointError, match="is compressed or encrypted"):
         DAC.load(path)
+    # The name before a record goes on for 4 kB, and would be quoted.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    named = bytearray(path.read_bytes())
+    start = named.index(b"weights_even/data.pkl")
+    named[start - 4 : start - 2] = b"\xff\x0f"
+    path.write_bytes(named)
+    with pytest.raises(CheckpointError, match="File name in directory") as caught:
+        DAC.load(path)
+    assert len(str(caught.value)) < 500
     data[damaged] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):

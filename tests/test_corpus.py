@@ -317,7 +317,7 @@ def test_finished_shards_are_not_made_again(clips, options, tmp_path):
     paths = sorted((tmp_path / "codes").glob("shard-*"))
     times = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
-    (tmp_path / "codes/.shard-000001.0123abcd.tar").write_bytes(b"of a killed process")
+    (tmp_path / "codes/.shard-000001.dac_fast-0123abcd.tar").write_bytes(b"of a killed process")
     card = made(clips, tmp_path / "codes", options)
     assert card.complete
     assert contents(tmp_path / "codes") == before

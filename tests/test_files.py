@@ -52,7 +52,7 @@ def fresh_process():
     """As if this process had written into no folder yet."""
     from dac_fast import files
 
-    files._sweep.cache_clear()
+    files._sweep_once.cache_clear()
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path, writer, fresh_process):

@@ -52,6 +52,7 @@ def test_a_manifest_says_more(tmp_path):
         '{"path": "a.wav"}',
         '["a.wav"]',
         '{"file": 3}',
+        '{"file": "."}',
         '{"file": "a", "rate": "x"}',
         '{"file": "a", "full_band": "yes"}',
     ],

@@ -71,6 +71,7 @@ def test_overrides_and_bases(tmp_path):
         ("trainer.batch_size=0", "trainer.batch_size is 0; accepted: 1 or more"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]; accepted: a list of a number (2)"),
         ("model.n_codebooks=0", "model: n_codebooks is 0; accepted: a positive integer"),
+        (f"model.n_codebooks={10**30}", f"model: n_codebooks is {10**30}; accepted: up to 1024"),
         ("discriminator=none", "discriminator is 'none'; accepted: discriminator.<key>"),
         ("trainer.steps", "override 'trainer.steps'; accepted: key=value"),
         ("trainer.steps=true", "trainer.steps is True; accepted: a whole number"),

@@ -103,7 +103,7 @@ def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:
 
 def _of_entry(folder: Path, entry: dict[str, Any], domain: str) -> AudioFile:
     """The file that a line of a manifest describes; raises where a value is of another type."""
-    if entry.get("full_band") not in (None, True, False):
+    if entry.get("full_band") not in (None, True, False) or not Path(entry["file"]).name:
         raise ValueError
     types = {"package": str, "full_band": bool, "seconds": float, "rate": int}
     known = {key: type_(entry[key]) for key, type_ in types.items() if entry.get(key) is not None}

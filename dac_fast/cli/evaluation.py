@@ -102,8 +102,6 @@ def evaluate(
                 progress=show,
             )
     _report(evaluation)
-    # One of an earlier evaluation would not be of these numbers.
-    picture.unlink(missing_ok=True)
     evaluation.save(output, plot)
     out.print(f"wrote {output}; {len(evaluation.failures)} files failed")
     if listen:

@@ -1,5 +1,6 @@
 """Commands about models: `convert`, `export`, `download`."""
 
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from dac_fast import inference, load
 from dac_fast.cli.jobs import Existing, may_write
 from dac_fast.cli.options import Codebooks, Model, Program, WhenExisting
 from dac_fast.cli.terminal import out, progress_bar
-from dac_fast.files import atomic_path, make_folder
+from dac_fast.files import make_folder, write_bytes
 from dac_fast.storage import download as storage
 
 
@@ -59,8 +60,10 @@ def export(
         inference.export_onnx(codec, folder, n_quantizers)
     else:
         for path in paths:
-            with atomic_path(path) as temporary:
-                torch.export.save(inference.export(codec, path.stem, n_quantizers), temporary)
+            # Into a file, PyTorch's writer would turn a full disk into a RuntimeError.
+            program = io.BytesIO()
+            torch.export.save(inference.export(codec, path.stem, n_quantizers), program)
+            write_bytes(path, program.getvalue())
     out.print(f"wrote {paths[0]} and {paths[1]}")
 
 

@@ -15,7 +15,6 @@ spare the work.
 import fcntl
 import hashlib
 import json
-import re
 import threading
 import time
 from collections import deque
@@ -29,13 +28,11 @@ from dac_fast.corpus import shards
 from dac_fast.corpus.encoding import named_fields
 from dac_fast.corpus.plan import Plan, Shard, save
 from dac_fast.corpus.shards import Layout, Record
-from dac_fast.files import make_folder, write_bytes
+from dac_fast.files import make_folder, sweep, write_bytes
 from dac_fast.version import __version__
 
 CARD = "dataset.json"
 POLL_SECONDS = 0.2
-# What `atomic_path` calls a file that is not complete.
-TEMPORARY = re.compile(r"\.(shard-\d{6}|dataset|plan|failures)\.[0-9a-f]{8}\.\w+")
 
 
 class DatasetError(ValueError):
@@ -236,9 +233,9 @@ class Folder:
             )
             _save_card(self.path, self.card)
             if complete:
-                for path in (*self.path.iterdir(), *(self.path / "reports").iterdir()):
-                    if TEMPORARY.fullmatch(path.name) or path.name == ".lock":
-                        path.unlink(missing_ok=True)
+                sweep(self.path)
+                sweep(self.path / "reports")
+                (self.path / ".lock").unlink(missing_ok=True)
         return self.card
 
 

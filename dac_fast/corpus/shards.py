@@ -280,7 +280,8 @@ def _metadata(row: Metadata, layout: Layout) -> Metadata:
 def _write_npy(path: Path, records: Sequence[Record], layout: Layout) -> None:
     rows = [record.codes.transpose(0, 2, 1).reshape(-1, layout.codebooks) for record in records]
     empty = np.empty((0, layout.codebooks), "<u2")
-    np.save(path, np.concatenate([empty, *rows]).astype("<u2"))
+    # Not `np.save` into the file, which says nothing of what a full disk did not take.
+    path.write_bytes(_npy(np.concatenate([empty, *rows])))
 
 
 def _index(records: Sequence[Record]) -> bytes:

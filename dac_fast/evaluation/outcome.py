@@ -107,7 +107,8 @@ class Evaluation:
     def save(self, folder: str | os.PathLike[str], plot: bool = True) -> None:
         """Writes `files.csv`, `summary.csv`, `evaluation.json` and, with a codec, a picture.
 
-        The picture is `rate_distortion.png`. Files of these names are replaced.
+        The picture is `rate_distortion.png`. Files of these names are replaced, and a picture of an
+        earlier evaluation is removed where none is drawn.
 
         Args:
             folder: made where there is none.
@@ -122,8 +123,11 @@ class Evaluation:
         write_bytes(folder / "files.csv", _csv(self.files))
         write_bytes(folder / "summary.csv", _csv(self.summary))
         write_bytes(folder / "evaluation.json", _encoded(f"{document}\n"))
+        picture = folder / "rate_distortion.png"
         if plot and any("kbps" in row for row in self.summary):
-            plots.rate_distortion(folder / "rate_distortion.png", self.summary, OVERALL)
+            plots.rate_distortion(picture, self.summary, OVERALL)
+        else:
+            picture.unlink(missing_ok=True)
 
     def table(self) -> Table:
         """The summary, to be printed."""

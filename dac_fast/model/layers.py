@@ -71,11 +71,13 @@ class WeightNorm(nn.Module):
 
     def normed_weight(self) -> Tensor:
         """The weight to convolve with."""
-        if self.folded:
+        # Looked at once: another thread may fold the weight meanwhile.
+        direction, magnitude = map(self._parameters.get, ("weight_v", "weight_g"))
+        if direction is None or magnitude is None:
             return self.weight
         if self._kept:
             return self._kept[0]
-        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        weight = torch._weight_norm(direction, magnitude, 0)
         if self._kept is not None:
             self._kept.append(weight)
         return weight

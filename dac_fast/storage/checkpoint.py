@@ -16,8 +16,6 @@ the tensors against the file's size, and their shapes against a codec that has n
 import io
 import json
 import os
-import secrets
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +24,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dac_fast.config import Config
-from dac_fast.files import OutputError, make_folder, write_bytes
+from dac_fast.config import MOST_CODEBOOKS, Config
+from dac_fast.files import write_bytes, write_folder
 from dac_fast.storage import hugging_face, torch_archive
 from dac_fast.storage.pickled import RefusedError
 
-# Far beyond any codec's, and still quickly built on the meta device.
-MOST_CODEBOOKS = 1024
+# As `MOST_CODEBOOKS`, far beyond any codec's.
 MOST_RATES = 16
 MOST_CHANNELS = 2**16
 MOST_NUMBER = 2**20  # sample rate and hop length, too
@@ -129,7 +126,7 @@ def save(codec: Codec, path: str | os.PathLike[str]) -> None:
         elif path.suffix == ".pth":
             write_bytes(path, _published(state, codec.config))
         elif path.suffix == "":
-            _write_folder(path, _hugging_face(state, codec.config))
+            write_folder(path, _hugging_face(state, codec.config))
         else:
             accepted = ".safetensors, .pth, a folder (no suffix)"
             raise CheckpointError(f"unknown checkpoint format; accepted: {accepted}")
@@ -178,7 +175,7 @@ def _row_norms(weight: Tensor) -> Tensor:
 
 def printable(text: str) -> str:
     """A file's own words for a message of one line: without control characters, and not long."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])[:200]
 
 
 def _weights_file(path: Path) -> Path:
@@ -223,7 +220,6 @@ def _config(values: object) -> Config:
     latent = config.latent_dim or 0
     widest = max(config.encoder_dim << rates, config.decoder_dim, latent, *config.codebook_dims)
     for what, found, most in (
-        ("n_codebooks", config.n_codebooks, MOST_CODEBOOKS),
         ("the number of rates", rates, MOST_RATES),
         ("the number of channels", widest, MOST_CHANNELS),
         ("hop_length", config.hop_length, MOST_NUMBER),
@@ -298,7 +294,8 @@ def _read_published(file: Path) -> tuple[Config, Mapping[str, object]]:
         content = torch_archive.load(file)
     except (zipfile.BadZipFile, RefusedError) as error:
         refused = "no checkpoint, or it holds more than tensors and plain values"
-        raise CheckpointError(f"not a readable checkpoint: {refused} ({error})") from error
+        reason = f"{refused} ({printable(str(error))})"
+        raise CheckpointError(f"not a readable checkpoint: {reason}") from error
     match content:
         case {"state_dict": dict(state), "metadata": {"kwargs": kwargs}}:
             return _config(kwargs), state
@@ -343,22 +340,3 @@ def _require_published(config: Config) -> None:
             raise ValueError(
                 f"{name} {getattr(config, name)!r} fits a .safetensors checkpoint only"
             )
-
-
-def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """A folder of these files: all of them or none. What else a folder holds stays there."""
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    make_folder(temporary)
-    try:
-        for name, data in files.items():
-            write_bytes(temporary / name, data)
-        if path.is_dir():
-            for name in files:
-                os.replace(temporary / name, path / name)
-        else:
-            os.rename(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -291,7 +291,7 @@ def _read(name_or_path: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         near = difflib.get_close_matches(str(name_or_path), recipe_names(), n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise RecipeError(
-            f"no recipe {name_or_path!r}{hint}; "
+            f"no recipe {name_or_path!r:.200}{hint}; "
             f"accepted: a .yaml file or {', '.join(recipe_names())}"
         )
     if str(path) in seen:
@@ -313,7 +313,7 @@ def _parsed(override: str) -> dict[str, Any]:
     """The values that an override "a.b=value" stands for: {"a": {"b": value}}."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise RecipeError(f"override {override!r}; accepted: key=value")
+        raise RecipeError(f"override {override!r:.80}; accepted: key=value")
     try:
         value = yaml.load(text, _Loader)
     except NOT_YAML:
@@ -347,7 +347,8 @@ def _preset(name: str) -> dict[str, Any]:
     Then latent_dim still follows when encoder_dim is changed.
     """
     if name not in PRESETS:
-        raise RecipeError(f"model is {name!r}; accepted: keys of a model, or {', '.join(PRESETS)}")
+        presets = ", ".join(PRESETS)
+        raise RecipeError(f"model is {name!r:.80}; accepted: keys of a model, or {presets}")
     values = PRESETS[name].to_dict()
     if PRESETS[name] == replace(PRESETS[name], latent_dim=None):
         del values["latent_dim"]

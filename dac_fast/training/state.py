@@ -1,6 +1,5 @@
 """Checkpoints of a run: written whole or not at all, and the newest readable one found again."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,12 +80,6 @@ def load_newest(folder: Path, recipe: Recipe) -> tuple[dict[str, Any] | None, li
     if damaged:
         raise StateError(damaged[0])
     return None, []
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes the half-written files of a killed run."""
-    for path in [*folder.glob(".step_*.pt"), *folder.glob(".*.safetensors")]:
-        os.unlink(path)
 
 
 def _require_same_architecture(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

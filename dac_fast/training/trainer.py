@@ -127,7 +127,6 @@ class Run:
             self.initialise(trainer.init_from)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            state.remove_leftovers(self.folder)
             with atomic_path(self.folder / "recipe.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         folder = None if self.rank else self.folder
