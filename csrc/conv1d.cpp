@@ -19,9 +19,9 @@
 namespace dac {
 namespace {
 
-// Rows of one piece of work: enough to fetch a panel of weights for, few enough that their inputs stay in the
-// second-level cache.
-constexpr int64_t kBlockRows = 224;
+// Most rows of one piece of work: enough to fetch a panel of weights for, few enough that their inputs stay in the
+// second-level cache. And the fewest, if a layer would else have less than kPieces pieces for each thread.
+constexpr int64_t kMostBlockRows = 224, kLeastBlockRows = 28, kPieces = 8;
 // Rows that are multiplied at once: as many as the registers hold sums for.
 constexpr int kMostRows = 14;
 
@@ -196,32 +196,60 @@ const char* lacks(S) {
 
 #endif
 
-// Sums to results: n columns of a row, from `column` on. From column `limit` on, counted from there, c is zero.
+// From the sums [rows, kPanel] of some rows of item b to their results, n columns from `column` on.
 template <class S>
 struct Epilogue {
+  const ConvShape& shape;
   const Layer<S>& layer;
-  const float* inverse;
+  const float* inverse;  // 1 / (alpha + 1e-9).
 
-  INLINE void operator()(const float* sums, int64_t b, int64_t row, int64_t column, int n, int64_t limit) const {
-    float c[kPanel], other[kPanel];
-    for (int i = 0; i < kPanel; ++i) c[i] = sums[i] + layer.bias[column + i];
-    if (layer.tanh) {
-      for (int i = 0; i < n; ++i) c[i] = std::tanh(c[i]);
+  INLINE void operator()(float* sums, int64_t b, int64_t first, int rows, int64_t column, int n) const {
+    for (int r = 0; r < rows; ++r) {
+      float* c = sums + r * kPanel;
+      const int64_t row = first + r;
+      for (int i = 0; i < kPanel; ++i) c[i] += layer.bias[column + i];
+      if (layer.tanh) {
+        for (int i = 0; i < n; ++i) c[i] = std::tanh(c[i]);
+      }
+      if (layer.lengths) {
+        const int64_t valid = (layer.lengths[b] + shape.crop) * shape.channels - row * shape.columns - column;
+        for (int64_t i = std::max<int64_t>(valid, 0); i < n; ++i) c[i] = 0;
+      }
+      if (layer.residual.data) add(layer.residual.at(b, row) + column, c, n);
+      if (layer.y.data) store(c, layer.y.at(b, row) + column, n);
     }
-    for (int64_t i = std::max<int64_t>(limit, 0); i < n; ++i) c[i] = 0;
-    if (layer.residual.data) {
-      const S* residual = layer.residual.at(b, row) + column;
-      if (n == kPanel) {
-        for (int i = 0; i < kPanel; ++i) convert(residual[i], other[i]);
-        for (int i = 0; i < kPanel; ++i) c[i] += other[i];
-      } else {
-        for (int i = 0; i < n; ++i) convert(residual[i], other[i]), c[i] += other[i];
+    if (!layer.snaked.data) return;
+    snake(sums, rows, layer.alpha + column, inverse + column);
+    for (int r = 0; r < rows; ++r) store(sums + r * kPanel, layer.snaked.at(b, first + r) + column, n);
+  }
+
+  // In place. All rows in one loop, whose check for arguments that are far off then costs little.
+  static INLINE void snake(float* __restrict sums, int rows, const float* __restrict alpha,
+                           const float* __restrict inverse) {
+    float result[kMostRows * kPanel], largest[kPanel] = {};
+    for (int r = 0; r < rows; ++r) {
+      for (int i = 0; i < kPanel; ++i) {
+        const float c = sums[r * kPanel + i], t = alpha[i] * c, s = sine(reduce(t)), size = std::fabs(t);
+        largest[i] = size > largest[i] ? size : largest[i];
+        result[r * kPanel + i] = c + inverse[i] * (s * s);
       }
     }
-    if (layer.y.data) store(c, layer.y.at(b, row) + column, n);
-    if (!layer.snaked.data) return;
-    forward_block<1>(c, layer.alpha + column, inverse + column, other, kPanel);
-    store(other, layer.snaked.at(b, row) + column, n);
+    int far = 0;
+    for (int i = 0; i < kPanel; ++i) far |= largest[i] > kFar;
+    if (far) {
+      for (int r = 0; r < rows; ++r) forward_block<1>(sums + r * kPanel, alpha, inverse, result + r * kPanel, kPanel);
+    }
+    for (int i = 0; i < rows * kPanel; ++i) sums[i] = result[i];
+  }
+
+  // Whole panels by themselves, since loops of a known length become a few instructions.
+  static INLINE void add(const S* from, float* to, int n) {
+    float value;
+    if (n == kPanel) {
+      for (int i = 0; i < kPanel; ++i) convert(from[i], value), to[i] += value;
+    } else {
+      for (int i = 0; i < n; ++i) convert(from[i], value), to[i] += value;
+    }
   }
 
   static INLINE void store(const float* from, S* to, int n) {
@@ -232,6 +260,13 @@ struct Epilogue {
     }
   }
 };
+
+// Rows of each piece of work, for `others` pieces of the same rows.
+int64_t block_rows(int64_t rows, int64_t others, int threads) {
+  const int64_t wanted = (kPieces * threads + others - 1) / others;
+  const int64_t blocks = std::max((rows + kMostBlockRows - 1) / kMostBlockRows, std::min(wanted, rows / kLeastBlockRows));
+  return (rows + blocks - 1) / std::max<int64_t>(blocks, 1);
+}
 
 // A layer on an input, ready to be computed in pieces.
 template <class S>
@@ -259,20 +294,15 @@ class Product {
       const S* weight = layer_.weight + panel * kPanel * shape_.taps * shape_.inputs;
       const int64_t column = panel * kPanel;
       const int n = static_cast<int>(std::min<int64_t>(kPanel, shape_.columns - column));
-      const Epilogue<S> epilogue = {layer_, inverse_.data()};
+      const Epilogue<S> epilogue = {shape_, layer_, inverse_.data()};
       const int64_t tiles = (end - begin + multipliers_.most_rows - 1) / multipliers_.most_rows;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         // Tiles of almost equal sizes.
         const int64_t first = begin + (end - begin) * tile / tiles, last = begin + (end - begin) * (tile + 1) / tiles;
+        const int rows = static_cast<int>(last - first);
         const Source<S> source = {shape_, x_.at(b, 0), x_.row_stride, first, zeros_.data()};
-        multipliers_.of_rows[last - first - 1](source, weight, sums);
-        for (int64_t row = first; row < last; ++row) {
-          int64_t limit = n;
-          if (layer_.lengths) {
-            limit = std::min(limit, (layer_.lengths[b] + shape_.crop) * shape_.channels - row * shape_.columns - column);
-          }
-          epilogue(sums + (row - first) * kPanel, b, row, column, n, limit);
-        }
+        multipliers_.of_rows[rows - 1](source, weight, sums);
+        epilogue(sums, b, first, rows, column, n);
       }
     });
   }
@@ -298,24 +328,26 @@ const char* conv1d_lacks() {
 template <class S>
 void conv1d(const ConvShape& shape, Rows<const S> x, const Layer<S>& layer, int threads, InstructionSet set) {
   const Product<S> product(shape, x, layer, set);
-  const int64_t panels = product.panels(), blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t panels = product.panels(), size = block_rows(shape.rows, shape.batch * panels, threads);
+  const int64_t blocks = (shape.rows + size - 1) / size;
   const int64_t pieces = shape.batch * blocks;
   // What is larger is read only once: weights, or inputs.
   const bool by_panel = product.weight_size() > shape.batch * shape.positions * shape.inputs;
   parallel_for(pieces * panels, 1, threads, [&](int64_t index, int64_t) {
     const int64_t panel = by_panel ? index / pieces : index % panels;
     const int64_t piece = by_panel ? index % pieces : index / panels;
-    const int64_t begin = piece % blocks * kBlockRows;
-    product.compute(piece / blocks, begin, std::min(begin + kBlockRows, shape.rows), panel);
+    const int64_t begin = piece % blocks * size;
+    product.compute(piece / blocks, begin, std::min(begin + size, shape.rows), panel);
   });
 }
 
 template <class S>
 void residual_unit(const ConvShape& shape, Rows<const S> x, const Layer<S>& first, const Layer<S>& second, int threads,
                    InstructionSet set) {
-  const int64_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows, channels = shape.channels;
+  const int64_t size = block_rows(shape.rows, shape.batch, threads), channels = shape.channels;
+  const int64_t blocks = (shape.rows + size - 1) / size;
   const ConvShape pointwise = {shape.batch, shape.rows, channels, shape.rows, channels, 1, 1, 1, 0, channels, 0};
-  if (shape.batch * blocks < 4 * threads) {
+  if (shape.batch * blocks < kPieces * threads) {
     // Too few pieces to share out.
     std::vector<S> hidden(shape.batch * shape.rows * channels);
     Layer<S> to_hidden = first;
@@ -324,11 +356,11 @@ void residual_unit(const ConvShape& shape, Rows<const S> x, const Layer<S>& firs
     return conv1d(pointwise, {hidden.data(), shape.rows * channels, channels}, second, threads, set);
   }
   parallel_for(shape.batch * blocks, 1, threads, [&](int64_t index, int64_t) {
-    const int64_t b = index / blocks, begin = index % blocks * kBlockRows;
-    const int64_t end = std::min(begin + kBlockRows, shape.rows);
+    const int64_t b = index / blocks, begin = index % blocks * size;
+    const int64_t end = std::min(begin + size, shape.rows);
     // Stays in the cache: nothing but this piece's rows of the second product reads it.
     thread_local std::vector<S> hidden;
-    hidden.resize(kBlockRows * channels);
+    hidden.resize(size * channels);
     Layer<S> to_hidden = first;
     to_hidden.snaked = {hidden.data() - begin * channels, 0, channels};
     const Product<S> wide(shape, x, to_hidden, set);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -15,6 +16,18 @@
 
 namespace dac {
 namespace {
+
+// Waiting for a short while without sleeping: to be woken takes as long as a small layer of a stream.
+template <class Condition>
+void spin_until(const Condition& condition) {
+  static const bool alone = std::thread::hardware_concurrency() < 2;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(alone ? 0 : 50);
+  while (!condition() && std::chrono::steady_clock::now() < end) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
 
 class Pool {
  public:
@@ -32,13 +45,20 @@ class Pool {
       }
       body_ = &body, count_ = count, grain_ = grain;
       next_ = 0, error_ = nullptr;
-      wanted_ = running_ = threads - 1;
+      wanted_ = threads - 1, open_ = true;
       ++job_;
     }
     wake_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    // On a busy machine a worker may get no processor for long: one that has not begun is not waited for.
+    open_ = false;
+    if (joined_ != 0) {
+      lock.unlock();
+      spin_until([this] { return joined_ == 0; });
+      lock.lock();
+      done_.wait(lock, [this] { return joined_ == 0; });
+    }
     if (error_) std::rethrow_exception(error_);
     return true;
   }
@@ -46,15 +66,17 @@ class Pool {
  private:
   void serve(int index) {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
+      spin_until([&] { return job_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return job_ != seen; });
       seen = job_;
-      if (index >= wanted_) continue;
+      if (!open_ || index >= wanted_) continue;
+      ++joined_;
       lock.unlock();
       work();
       lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      if (--joined_ == 0) done_.notify_one();
     }
   }
 
@@ -75,8 +97,10 @@ class Pool {
   int64_t count_ = 0, grain_ = 1;
   std::atomic<int64_t> next_{0};
   std::exception_ptr error_;
-  uint64_t job_ = 0;
-  int workers_ = 0, wanted_ = 0, running_ = 0;
+  std::atomic<uint64_t> job_{0};
+  std::atomic<int> joined_{0};
+  int workers_ = 0, wanted_ = 0;
+  bool open_ = false;
 };
 
 // The pool is never destroyed, because its threads may outlive every static. A forked child has none of its parent's

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from dac_kernels import native
 from torch import Tensor
 
 from dac_fast.inference.buckets import Bucket, Graphs, Request
@@ -160,6 +161,7 @@ class Engine:
         # Graphs cannot be copied or pickled: a copy of the codec has no engine.
         return type(None), ()
 
+    @native.torch_on_one_thread()
     @torch.no_grad()
     def encode(
         self,
@@ -178,6 +180,7 @@ class Engine:
         with float32_products(tf32=False):
             return encoded(self._quantizer(z, n_quantizers, lengths), lengths)
 
+    @native.torch_on_one_thread()
     @torch.no_grad()
     def features(self, audio: Tensor) -> Tensor:
         """Audio [B, 1, T] to the latent [B, D, F] before the quantizer."""
@@ -188,6 +191,7 @@ class Engine:
         """As `DAC.decode`, of checked arguments."""
         return self._run("decode", z, lengths, padded)
 
+    @native.torch_on_one_thread()
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
         """As `DAC.decode_codes`, of checked arguments.

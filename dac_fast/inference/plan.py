@@ -214,6 +214,12 @@ class Convolution:
     def _by_library(
         self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
     ) -> Result:
+        with native.torch_on_all_threads():
+            return self._by_torch(x, padding, lengths, residual)
+
+    def _by_torch(
+        self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
+    ) -> Result:
         bias = self._bias_as_weight
         if self.transposed:
             y = folded.conv_transpose1d(x, self.weight, bias, self.stride, padding)

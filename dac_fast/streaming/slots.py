@@ -4,12 +4,14 @@ They run the layers of the codec's engine, in its precision, where there is one 
 The push of a fixed number of frames can be captured as a CUDA graph.
 """
 
+import contextlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, SupportsIndex
 
 import torch
+from dac_kernels import native
 from torch import Tensor
 
 from dac_fast.config import codebook_count
@@ -171,8 +173,11 @@ class _Streams(ABC):
 
         Outputs are zeros where a stream is not active or has none.
         """
-        y, span = self._chain(self._input(block), span, active)
-        y = self._output(y)
+        # The engine's layers have threads of their own.
+        fused = self._chain.choices is not None
+        with native.torch_on_one_thread() if fused else contextlib.nullcontext():
+            y, span = self._chain(self._input(block), span, active)
+            y = self._output(y)
         if span is not None:
             y = span.mask(y)
         if active is None:

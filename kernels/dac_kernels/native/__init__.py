@@ -20,6 +20,7 @@ from dac_kernels.native.disc_preprocess import disc_preprocess, disc_preprocess_
 from dac_kernels.native.memory import Memory
 from dac_kernels.native.snake import snake, snake_unsupported
 from dac_kernels.native.stft_bands import BANDS, stft_bands, stft_bands_unsupported
+from dac_kernels.native.threads import torch_on_all_threads, torch_on_one_thread
 
 __all__ = [
     "BANDS",
@@ -38,4 +39,6 @@ __all__ = [
     "status",
     "stft_bands",
     "stft_bands_unsupported",
+    "torch_on_all_threads",
+    "torch_on_one_thread",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dac_kernels.native import threads
+
 __all__ = ["call", "contiguous_rows", "differs", "extension", "require", "status", "unsupported"]
 
 try:
@@ -84,4 +86,4 @@ def call(op: str, tensor: Tensor, dtypes: Sequence[torch.dtype], *args: Any) -> 
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
         getattr(extension, f"{op}_cuda_{suffix}")(*args, tensor.get_device(), stream)
     else:
-        getattr(extension, f"{op}_{suffix}")(*args, torch.get_num_threads())
+        getattr(extension, f"{op}_{suffix}")(*args, threads.count())
