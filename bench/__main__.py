@@ -249,7 +249,7 @@ def serve(
 ) -> None:
     """Load the server, and its peers: latencies, time to first audio, streams held."""
     # Imported here, since it needs the extra `serve`.
-    from bench.serve import ServeSettings, run_serve
+    from bench.serving.measure import ServeSettings, run_serve
 
     settings = ServeSettings(
         model=model,

@@ -96,9 +96,9 @@ def kind(
 
         return precisions.markdown, lambda _: {}
     if "load" in document:
-        from bench import serve
+        from bench.serving import page
 
-        return serve.markdown, lambda document: {".png": serve.figure(document)}
+        return page.markdown, lambda document: {".png": page.figure(document)}
     if "corpus" in document:
         from bench import corpus
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from served import noise, serving, small_codec
 
-from bench import serve
 from bench.document import environment
+from bench.serving import load, page
 from dac_fast.serving import AsyncClient
 
 
@@ -17,11 +17,11 @@ def test_a_stream_is_timed_piece_by_piece():
     codes = np.random.default_rng(0).integers(16, size=(3, 300))
     with torch.no_grad():
         audio = codec.decode_codes(torch.from_numpy(codes)[None])[0, 0].numpy()
-    signals = [serve.Signal(codes, audio)]
+    signals = [load.Signal(codes, audio)]
 
     async def main(url):
         async with AsyncClient(url) as client:
-            return await serve._streams(client, signals, 3, 0.2)
+            return await load.streams(client, signals, 3, 0.2)
 
     # Frames of 1 ms: 0.2 s are 50 messages.
     with serving() as served:
@@ -34,13 +34,12 @@ def test_a_stream_is_timed_piece_by_piece():
 
 def test_requests_arrive_at_random_and_all_are_counted():
     async def moments():
-        return [number async for number in serve._arrivals(200, 0.5)]
+        return [number async for number in load.arrivals(200, 0.5)]
 
     assert 60 < len(asyncio.run(moments())) < 140
-    signals = [serve.Signal(np.zeros((3, 3000), np.int64), noise(3.0)[0])]
+    signals = [load.Signal(np.zeros((3, 3000), np.int64), noise(3.0)[0])]
     with serving() as served:
-        server = serve.Server(served.url, 0)
-        answers = asyncio.run(serve._requests(server, signals, (8000, 8), 20, 0.5))
+        answers = asyncio.run(load.requests(served.url, signals, (8000, 8), 20, 0.5))
     assert answers.refused == 0
     assert len(answers.latencies) >= 4
     assert answers.audio_seconds > 0.5 * len(answers.latencies)
@@ -58,12 +57,12 @@ def test_the_page_and_the_picture_have_every_row():
         {"server": "ours", "what": "soak", "memory_mib": [900.0, 905.0, 901.0], **soak},
         {"server": "theirs", "what": "streams", "streams": 0},
     ]
-    load = {"model": "tiny", "seconds": 60.0, "deadline_ms": 50.0, "frames_of_a_message": 4}
-    document = {"schema": 1, "environment": environment("cpu"), "load": load, "rows": rows}
-    text = serve.markdown(document)
+    asked = {"model": "tiny", "seconds": 60.0, "deadline_ms": 50.0, "frames_of_a_message": 4}
+    document = {"schema": 1, "environment": environment("cpu"), "load": asked, "rows": rows}
+    text = page.markdown(document)
     assert "| ours | 12 | 1.0 ms | 2.0 ms | 3.0 ms | 1.0 ms | 2.0 ms | 3.0 ms |" in text
     assert "| theirs | 0 | – | – | – | – | – | – |" in text
     assert "| ours | 2 | 6 | 0 | 7 | 1 | 4.0 | 1.0 ms | 2.0 ms | 3.0 ms |" in text
     assert "5 right, 0 wrong, 2 died on purpose" in text
-    bars = serve.figure(document).axes[0].patches
+    bars = page.figure(document).axes[0].patches
     assert [bar.get_width() for bar in bars] == pytest.approx([12, 0])

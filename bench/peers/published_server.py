@@ -1,7 +1,7 @@
 """The published package behind FastAPI: python published_server.py CHECKPOINT PORT THREADS.
 
 Nothing of this repository is needed, but FastAPI, uvicorn and websockets beside the package. It
-speaks what `bench.serve` asks: `.npy` codes and wav files by HTTP, streams of codes by WebSocket.
+speaks what `bench.serving` asks: `.npy` codes and wav files by HTTP, streams of codes by WebSocket.
 Everything is computed one after the other. A stream is decoded with as many frames to either side
 as the decoder sees, since the package keeps no state.
 """

@@ -1,0 +1,1 @@
+"""A server under load: what is asked, of whom, and what is measured."""
