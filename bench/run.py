@@ -176,7 +176,7 @@ def throughput(milliseconds: float, prepared: Prepared, limits: Json, dtype: str
         floors.append(prepared.bytes_moved / limits["copy_gb_s"] / 1e6)
     if prepared.flops:
         values |= {"flops": prepared.flops, "tflop_s": prepared.flops / milliseconds / 1e9}
-        # A CPU's products in half precision are not measured.
+        # A CPU's products in float16 are not measured.
         if dtype in limits["matmul_tflop_s"]:
             floors.append(prepared.flops / limits["matmul_tflop_s"][dtype] / 1e9)
     if prepared.audio_seconds:

@@ -10,6 +10,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bench.document import Json
 from dac_fast.ops.precision import float32_products
@@ -140,7 +141,10 @@ def summary(rounds: list[list[float]]) -> Json:
 
 
 def limits(device: str, quick: bool = False) -> Json:
-    """What the device does at best here and now: a large copy, a large matrix product per dtype.
+    """What the device does at best here and now: a large copy, and large products per dtype.
+
+    On a CPU the products are matrix products (MKL's, which is slow on processors that are not
+    Intel's) and a convolution with channels innermost (oneDNN's); the faster one counts.
 
     Returns:
         copy_gb_s: bytes read plus bytes written, per second.
@@ -149,11 +153,14 @@ def limits(device: str, quick: bool = False) -> Json:
     on_gpu = device != "cpu"
     copied = 2**22 if quick else 2**30 if on_gpu else 2**28
     size = 256 if quick else 8192 if on_gpu else 2048
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if on_gpu else (torch.float32,)
+    halves = (torch.float16, torch.bfloat16) if on_gpu else (torch.bfloat16,)
+    products = {}
     with float32_products(tf32=False):
-        products = {
-            str(dtype).removeprefix("torch."): _matmul(size, dtype, device) for dtype in dtypes
-        }
+        for dtype in (torch.float32, *halves):
+            rate = _matmul(size, dtype, device)
+            if not on_gpu:
+                rate = max(rate, _convolution(size, dtype))
+            products[str(dtype).removeprefix("torch.")] = rate
     if on_gpu:
         with float32_products(tf32=True):
             products["tf32"] = _matmul(size, torch.float32, device)
@@ -169,6 +176,17 @@ def _copy(size: int, device: str) -> float:
 def _matmul(size: int, dtype: torch.dtype, device: str) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _best(lambda: a @ b, device) / 1e9
+
+
+def _convolution(size: int, dtype: torch.dtype) -> float:
+    """A convolution of 7 and 384 channels on the CPU: a shape of the 44.1 kHz decoder."""
+    channels, taps = 384, 7
+    x = torch.randn(1, channels, 1, 8 * size).to(dtype)
+    weight = torch.randn(channels, channels, 1, taps).to(dtype)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    with torch.no_grad():
+        milliseconds = _best(lambda: F.conv2d(x, weight, padding=(0, taps // 2)), "cpu")
+    return 2 * channels**2 * taps * 8 * size / milliseconds / 1e9
 
 
 def _best(run: Callable[[], object], device: str) -> float:

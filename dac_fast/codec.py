@@ -1,7 +1,8 @@
 """The codec: encoder, quantizer and decoder in one module, with the published state-dict keys."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,32 @@ class DAC(nn.Module):
         options = Options.checked(self, precision, shapes, memory)
         # Frees what an earlier engine holds.
         self.engine = None
+        # Parameters made in inference mode could not be changed outside of it.
+        with torch.inference_mode(False):
+            self.eval()
+            self.fold_weight_norm()
         self.engine = Engine(self, options)
         return self
+
+    @contextlib.contextmanager
+    def _engine_for_now(self) -> Iterator[None]:
+        """Inside, recordings are run by an engine, on a CPU by one made for the purpose.
+
+        That engine sees the weights as they are now, and leaves the codec as it is. Where hooks
+        watch the modules, they run.
+        """
+        parameter = next(self.parameters())
+        suits = parameter.dtype == torch.float32 and self.config.activation == "snake"
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        on_cpu = parameter.device.type == "cpu"
+        if self.engine or self.training or hooked or not (on_cpu and suits):
+            yield
+            return
+        self.engine = Engine(self, Options.checked(self, None, (), memory=0))
+        try:
+            yield
+        finally:
+            self.engine = None
 
     def engine_for(self, x: Tensor | None = None) -> Engine | None:
         """The engine, if there is one and it is to run x.
@@ -222,14 +247,18 @@ class DAC(nn.Module):
         padding: bool = True,
     ) -> DACFile:
         """A recording to a `DACFile`, in constant memory; see `recordings.compress.compress`."""
-        return compress.compress(self, source, chunk_seconds, n_quantizers, normalize_db, padding)
+        with self._engine_for_now():
+            return compress.compress(
+                self, source, chunk_seconds, n_quantizers, normalize_db, padding
+            )
 
     def decompress(self, file: DACFile | str | os.PathLike[str]) -> tuple[np.ndarray, int]:
         """A `DACFile` or its path to (float32 array [C, T], rate in Hz).
 
         See `recordings.compress.decompress`.
         """
-        return compress.decompress(self, file)
+        with self._engine_for_now():
+            return compress.decompress(self, file)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, see `storage.checkpoint.save`."""

@@ -9,11 +9,13 @@ have the same weights:
     transformers          Hugging Face's DacModel; `-compiled`: torch.compile of it
     reference-…           on the CPU: our modules with the reference ops, weight norm folded or not
     auto-folded           on the CPU: our modules, folded, with the ops that `auto` chooses
+    torch-frozen          on the CPU: torch.compile of our folded modules, weights as constants
+    onnxruntime, openvino on the CPU: our ONNX export; `-bf16`: OpenVINO in bfloat16
     recipe                peers/compiled.py
     engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as
                           a CUDA graph
     engine                its default: float32 for encode, so that codes are the reference's,
-                          float16 for decode
+                          float16 for decode on CUDA, float32 on the CPU; `-bf16`: bfloat16 for both
 
 A peer that runs convolutions in TF32, as PyTorch does by default, has the precision "tf32".
 """
@@ -29,7 +31,7 @@ from bench.case import Case, Outputs, Peer, Prepared, Settings
 from bench.checks.codec import Truth
 from bench.checks.random_codec import convolution_flops, random_codec
 from bench.document import Json
-from bench.peers import codecs
+from bench.peers import codecs, exported
 from bench.peers.process import RemoteRun
 from dac_fast.codec import DAC
 from dac_fast.config import PRESETS
@@ -121,7 +123,12 @@ def cpu_peers(codec: DAC, direction: str, source: Tensor, _seconds: float) -> di
         "reference-folded": partial(codecs.modules, folded, direction, source, "reference"),
         "auto-folded": partial(codecs.modules, folded, direction, source, "auto"),
         "transformers": partial(codecs.transformers, codec, direction, source),
+        "torch-frozen": partial(codecs.frozen, codec, direction, source),
+        "onnxruntime": partial(exported.onnx_runtime, codec, direction, source),
+        "openvino": partial(exported.openvino, codec, direction, source),
+        "openvino-bf16": partial(exported.openvino, codec, direction, source, "bfloat16"),
         "engine": partial(codecs.engine, codec, direction, source),
+        "engine-bf16": partial(codecs.engine, codec, direction, source, "bf16"),
     }
 
 

@@ -97,6 +97,14 @@ def transformers(codec: DAC, direction: str, source: Tensor, compiled: bool = Fa
     return _with_defaults(torch.no_grad()(lambda: run(source)), source)
 
 
+def frozen(codec: DAC, direction: str, source: Tensor) -> Run:
+    """torch.compile of the folded modules with the weights as constants, on the CPU."""
+    codec = copy.deepcopy(codec).fold_weight_norm()
+    run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
+    compiled = torch.compile(run, dynamic=False, options={"freezing": True})
+    return Run(_on_backend("reference", lambda: compiled(source)), "float32")
+
+
 def recipe(codec: DAC, direction: str, source: Tensor) -> Run:
     """The usual recipe for fast inference, see compiled.py."""
     folded = FoldedCodec(codec.config, codec.state_dict())

@@ -69,6 +69,10 @@ def _ops() -> Iterator[tuple[object, ...]]:
         for name, arguments in _examples(device).items():
             backend, reason = ops.choose(name, *arguments)
             yield f"{name} on {device}", backend, reason
+    # What the processor can do differs by dtype.
+    x, weight, bias, *options = _examples("cpu")["conv1d"]
+    backend, reason = ops.choose("conv1d", x.bfloat16(), weight.bfloat16(), bias, *options)
+    yield "conv1d in bfloat16 on cpu", backend, reason
 
 
 def _examples(device: str) -> dict[str, tuple[Any, ...]]:

@@ -148,8 +148,7 @@ def load_encoder(model: str, device: str, precision: str, n_quantizers: int | No
         ValueError: there is no such model, or its encoder does not run in that precision.
     """
     codec = load(model, device=device).fold_weight_norm()
-    on_gpu = next(codec.parameters()).is_cuda
-    if precision != "fp32" or (on_gpu and codec.config.activation == "snake"):
+    if precision != "fp32" or codec.config.activation == "snake":
         codec.optimize({"encode": precision}, memory=0)
     return Encoder(codec, n_quantizers)
 

@@ -83,7 +83,9 @@ class Optimizable(Codec, Protocol):
 def use_engine(
     codec: Optimizable, direction: Direction, precision: str | None, tuned_seconds: float
 ) -> None:
-    """Has an engine run one direction where a precision is asked for, and on a GPU.
+    """Has an engine run one direction, if there can be one.
+
+    Where a precision is asked for and there cannot, the error says why.
 
     Args:
         codec: that is to run.
@@ -92,8 +94,7 @@ def use_engine(
         tuned_seconds: audio of the batches that the ways to run each layer are timed on first; 0:
             they are not timed.
     """
-    on_gpu = next(codec.parameters()).is_cuda
-    if precision is None and not (on_gpu and codec.config.activation == "snake"):
+    if precision is None and codec.config.activation != "snake":
         return
     frame = codec.hop_length / codec.sample_rate
     frames = round(DEFAULT_CHUNK_SECONDS / frame) + 2 * windows.reach(codec.decoder)
