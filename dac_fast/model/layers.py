@@ -59,7 +59,9 @@ class WeightNorm(nn.Module):
         self.channels_last = False
         # Within `weights_kept` a list, which holds the weight once it has been computed.
         self._kept: list[Tensor] | None = None
-        magnitude = weight.flatten(1).norm(dim=1)
+        rows = weight.flatten(1)
+        # Nothing is computed on the meta device, whose functions take a second to import.
+        magnitude = rows[:, 0] if weight.is_meta else rows.norm(dim=1)
         self.weight_g = nn.Parameter(magnitude.view(-1, *[1] * (weight.dim() - 1)))
         self.weight_v = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)

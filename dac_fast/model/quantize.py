@@ -53,8 +53,14 @@ class VectorQuantizer(nn.Module):
         if form in ("factorized", "unnormalized"):
             self.in_proj = Conv1d(latent_dim, codebook_dim, kernel_size=1)
             self.out_proj = Conv1d(codebook_dim, latent_dim, kernel_size=1)
-        codebook = EMACodebook if form == "ema" else nn.Embedding
-        self.codebook: EMACodebook | nn.Embedding = codebook(codebook_size, codebook_dim)
+        self.codebook: EMACodebook | nn.Embedding
+        if form == "ema":
+            self.codebook = EMACodebook(codebook_size, codebook_dim)
+        else:
+            entries = torch.empty(codebook_size, codebook_dim)
+            if not entries.is_meta:
+                entries.normal_()
+            self.codebook = nn.Embedding.from_pretrained(entries, freeze=False)
 
     def search(self, latent: Tensor) -> Tensor:
         """Index of the entry that each position of latent [B, d, F] is nearest to: int64 [B, F]."""
