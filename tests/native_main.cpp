@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/conv1d.h"
 #include "../csrc/disc_preprocess.h"
 #include "../csrc/snake.h"
 #include "../csrc/stft_bands.h"
@@ -97,6 +98,69 @@ void snake(double tolerance_float, double tolerance_double) {
   const int64_t batch = between(0, 3), rows = size_up_to(100), size = size_up_to(2000);
   if (single) return snake<float>(batch, rows, size, channels_last, tolerance_float);
   snake<double>(batch, rows, size, channels_last, tolerance_double);
+}
+
+// A layer with mask, residual and Snake, by every instruction set, against the formula.
+template <class S>
+void conv1d(const dac::ConvShape& shape, double tolerance) {
+  if (dac::conv1d_lacks<S>()) return;
+  const auto values = [](int64_t size, double scale) {
+    std::vector<S> to(size);
+    for (S& value : to) dac::convert(static_cast<float>(noise<double>(1, scale)[0]), value);
+    return to;
+  };
+  const auto wide = [](S from) {
+    float to;
+    dac::convert(from, to);
+    return static_cast<double>(to);
+  };
+  const int64_t terms = shape.taps * shape.inputs, columns = shape.columns, row_stride = shape.inputs + 2;
+  const int64_t panels = (columns + dac::kPanel - 1) / dac::kPanel, pairs = 4 / sizeof(S);
+  const std::vector<S> x = values(shape.batch * shape.positions * row_stride, 1);
+  const std::vector<S> residual = values(shape.batch * shape.rows * columns, 1);
+  const std::vector<S> weight = values(panels * terms * dac::kPanel, 1 / std::sqrt(terms));
+  const std::vector<float> bias = noise<float>(panels * dac::kPanel), alpha(panels * dac::kPanel, 1.5f);
+  std::vector<int64_t> lengths(shape.batch);
+  for (int64_t& length : lengths) length = between(0, shape.rows);
+  const dac::Rows<const S> in = {x.data(), shape.positions * row_stride, row_stride};
+  for (const auto set : {dac::InstructionSet::avx2, dac::InstructionSet::avx512}) {
+    if (!dac::supported(set)) continue;
+    std::vector<S> y(residual.size()), snaked(y), again(y);
+    const int64_t item = shape.rows * columns;
+    dac::Layer<S> layer = {weight.data(), bias.data(), alpha.data(), lengths.data(), false,
+                           {residual.data(), item, columns}, {y.data(), item, columns}, {snaked.data(), item, columns}};
+    dac::conv1d<S>(shape, in, layer, some_threads(), set);
+    layer.y.data = nullptr, layer.snaked.data = again.data();
+    dac::conv1d<S>(shape, in, layer, 1, set);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+      expect_near(wide(again[i]), wide(snaked[i]), 0, "snake of a convolution, threads");
+      const int64_t b = i / item, row = i / columns % shape.rows, column = i % columns;
+      double sum = bias[column];
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        const int64_t position = row * shape.stride + tap * shape.dilation - shape.padding;
+        if (position < 0 || position >= shape.positions) continue;
+        for (int64_t k = 0; k < shape.inputs; ++k) {
+          const int64_t at = ((column / dac::kPanel * terms + tap * shape.inputs + k) / pairs * dac::kPanel +
+                              column % dac::kPanel) * pairs + k % pairs;
+          sum += wide(x[(b * shape.positions + position) * row_stride + k]) * wide(weight[at]);
+        }
+      }
+      const double c = (row < lengths[b] ? sum : 0) + wide(residual[i]), sine = std::sin(1.5 * c);
+      expect_near(wide(y[i]), c, tolerance * (1 + std::fabs(c)), "convolution");
+      expect_near(wide(snaked[i]), c + sine * sine / 1.5, 4 * tolerance * (1 + std::fabs(c)), "snake of a convolution");
+    }
+  }
+}
+
+void conv1d() {
+  const int64_t inputs = 2 * between(1, 20), taps = between(1, 7), stride = between(1, 3), dilation = between(1, 9);
+  const int64_t columns = between(1, 80), span = dilation * (taps - 1) + 1, padding = between(0, span);
+  const int64_t positions = std::max<int64_t>(span - 2 * padding, 1) + size_up_to(400);
+  const int64_t rows = (positions + 2 * padding - span) / stride + 1;
+  const dac::ConvShape shape = {between(1, 3), positions, inputs,  rows,    columns, taps,
+                                stride,        dilation,  padding, columns, 0};
+  if (between(0, 1)) return conv1d<float>(shape, 1e-5);
+  conv1d<dac::BFloat16>(shape, 1e-2);
 }
 
 int frames_of(int samples, int window) { return (samples + window / 4 - 1) / (window / 4); }
@@ -244,10 +308,11 @@ void awkward_sizes() {
 }
 
 void random_op() {
-  const int64_t op = between(0, 2);
+  const int64_t op = between(0, 3);
   if (op == 0) snake(4e-7, 1e-14);
   if (op == 1) stft_bands();
   if (op == 2) disc_preprocess();
+  if (op == 3) conv1d();
 }
 
 // Calls body(number) on threads of their own, with random numbers of their own.
@@ -295,6 +360,7 @@ void forks(int count, int others) {
       generator.seed(i);
       snake<float>(1, 40, 1000, false, 4e-7);
       stft_bands<float>(1, 1024, {2048}, false, 1e-5);
+      conv1d<float>({1, 300, 4, 300, 40, 7, 1, 1, 3, 40, 0}, 1e-5);
       _exit(0);
     }
     if (!returns(child)) {
