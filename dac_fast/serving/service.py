@@ -27,7 +27,7 @@ def prepared(
     Args:
         model: a preset or the path of a checkpoint.
         device: to run on.
-        precision, shapes: as of `DAC.optimize`, which is called wherever an engine can run the codec.
+        precision, shapes: of `DAC.optimize`, which is called wherever an engine can run the codec.
     Raises:
         ValueError, OSError: as `dac_fast.load` and `DAC.optimize` say.
     """
