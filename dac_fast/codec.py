@@ -152,10 +152,10 @@ class DAC(nn.Module):
     ) -> "DAC":
         """Have an engine run `encode`, `decode` and what uses them. Returns self.
 
-        The engine has fused layers and CUDA graphs. The codec is folded and in eval mode from then
-        on, and its parameters stay float32. The engine runs what needs no gradients: in training
-        mode, or for an input that requires a gradient, the modules run as they do without an
-        engine. Other threads may use the codec meanwhile. Whatever moves, converts or replaces the
+        The engine has fused layers and, on a GPU, CUDA graphs. The codec is folded and in eval mode
+        from then on, and its parameters stay float32. The engine runs what needs no gradients: in
+        training mode, or for an input that requires a gradient, the modules run as they do without
+        an engine. Other threads may use the codec meanwhile. Whatever moves, converts or replaces the
         weights ends the engine: the next call says so. The engine is not saved, and a copy of the
         codec has none. `str(codec.engine)` says what it does.
 
@@ -164,11 +164,12 @@ class DAC(nn.Module):
                 {"encode": one of these, "decode": one of these}. None: fp32 for encode, so that
                 codes are the reference's; for decode fp16 on CUDA, fp32 on the CPU. The quantizer
                 computes in fp32 in any case.
-            shapes: (batch, frames) pairs, or {"encode": pairs, "decode": pairs}, for CUDA. At each
-                size, the ways to run each layer are timed (the first time kernels are compiled:
-                minutes), and encode and decode_codes, with all codebooks, become a graph. A graph
-                serves requests of its size and smaller ones, down to half of it, ragged batches
-                too. Without shapes, layers run on cuDNN and cuBLAS.
+            shapes: (batch, frames) pairs, or {"encode": pairs, "decode": pairs}. At each size, the
+                ways to run each layer are timed (on CUDA, kernels are compiled the first time:
+                minutes), and on CUDA encode and decode_codes, with all codebooks, become a graph. A
+                graph serves requests of its size and smaller ones, down to half of it, ragged
+                batches too. Without shapes, layers run on cuDNN and cuBLAS; on a CPU by the
+                compiled kernels where the processor has what they need, else on oneDNN and MKL.
             memory: bytes that the graphs may hold; shapes beyond are timed but not captured.
         Raises:
             ValueError: an argument is out of range, the codec is not in float32, or its activation

@@ -172,6 +172,42 @@ def test_the_fastest_way_is_taken_and_named(monkeypatch):
     assert second.endswith("library 3.0000 ms, triton 4.0000 ms")
 
 
+@torch.no_grad()
+def test_layers_choose_on_a_cpu_too(golden):
+    """Each in its own way of those that the processor has; and untimed, in memory used again."""
+    codec = dac_fast.load(golden / "weights_even.pth")
+    codes = torch.zeros(1, codec.config.n_codebooks, 4, dtype=torch.int64)
+    expected = codec.decode_codes(codes)
+    rows = str(codec.optimize(shapes={"decode": [(1, 4)]}).engine).splitlines()
+    timed = [row for row in rows if row.startswith("decoder.model")]
+    assert len(timed) > 10
+    assert all("library" in row or "two layers" in row for row in timed)
+    assert not codec.engine.graphs.buckets
+    assert_same(codec.decode_codes(codes), expected, 1e-4)
+    codec.optimize()
+    first, second = codec.decode_codes(codes), codec.decode_codes((codes + 1) % 16)
+    assert_same(first, expected, 1e-4)
+    assert not torch.equal(first, second)
+    (memory,) = codec.engine.plans["decode"]._idle
+    size = memory.size
+    codec.decode_codes(codes)
+    assert memory.size == size
+
+
+def test_torchs_threads_are_set_and_put_back():
+    native, before = plans.native, torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with native.torch_on_one_thread(), native.torch_on_one_thread():
+            assert (torch.get_num_threads(), native.threads.count()) == (1, 3)
+            with native.torch_on_all_threads():
+                assert (torch.get_num_threads(), native.threads.count()) == (3, 3)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == native.threads.count() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_torchs_switches_are_set_and_put_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul

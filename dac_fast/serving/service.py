@@ -27,13 +27,12 @@ def prepared(
     Args:
         model: a preset or the path of a checkpoint.
         device: to run on.
-        precision, shapes: as of `DAC.optimize`, which codecs with Snake go through.
+        precision, shapes: of `DAC.optimize`, which is called wherever an engine can run the codec.
     Raises:
         ValueError, OSError: as `dac_fast.load` and `DAC.optimize` say.
     """
     codec = load(model, device=device)
-    wanted = precision is not None or bool(shapes)
-    if wanted or codec.config.activation == "snake":
+    if precision is not None or shapes or codec.config.activation == "snake":
         return codec.optimize(precision, shapes)
     return codec.fold_weight_norm()
 
