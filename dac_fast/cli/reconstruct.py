@@ -27,7 +27,6 @@ from dac_fast.evaluation.listen import Clip, compared, write_page
 from dac_fast.recordings.compress import check_options, use_engine
 
 COLUMNS = (
-    Column("file", overflow="fold"),
     "code-\nbooks",
     "kbit/s",
     "ratio",
@@ -78,7 +77,7 @@ def reconstruct(
     # What is imported and set up at the first call is not the codec's speed.
     warm_up = np.zeros((1, codec.sample_rate // 10), np.float32)
     compared(codec, "", warm_up, codec.sample_rate, counts)
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(Column("file", overflow="fold"), *COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
 
     def work(job: Job, advance: Advance) -> float:
         audio, rate = read(job.source)

@@ -209,8 +209,8 @@ class Recipe:
         rate = self.model.sample_rate
         if len(losses.mel_bins) != len(losses.mel_windows):
             raise ValueError(
-                f"losses.mel_bins is {str(list(losses.mel_bins)):.80}; accepted: one number per window of "
-                "losses.mel_windows"
+                f"losses.mel_bins is {list(losses.mel_bins)!s:.80}; "
+                "accepted: one number per window of losses.mel_windows"
             )
         needed = {"data.seconds": _samples_needed(self)}
         if data.validation is not None:
