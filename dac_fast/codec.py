@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from dac_fast.model.quantize import Encoded, ResidualVectorQuantizer
 from dac_fast.recordings import compress
 from dac_fast.storage import checkpoint, download
 from dac_fast.storage.dac2 import DACFile
+
+# Held while an engine for the time of some recordings begins or ends.
+_lending = threading.Lock()
 
 
 class DAC(nn.Module):
@@ -42,6 +46,9 @@ class DAC(nn.Module):
         self.hop_length = c.hop_length
         self.name = ""
         self.engine: Engine | None = None
+        # See `_engine_for_now`.
+        self._lent: Engine | None = None
+        self._borrowers = 0
         self.encoder = Encoder(c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation)
         self.quantizer = ResidualVectorQuantizer(
             c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
@@ -189,21 +196,34 @@ class DAC(nn.Module):
     def _engine_for_now(self) -> Iterator[None]:
         """Inside, recordings are run by an engine, on a CPU by one made for the purpose.
 
-        That engine sees the weights as they are now, and leaves the codec as it is. Where hooks
-        watch the modules, they run.
+        That engine sees the weights as they are now, serves all threads that come meanwhile, and
+        leaves the codec as it is. Where hooks watch the modules, they run.
         """
+        with _lending:
+            lent = self._lent if self._borrowers else None
+            if lent is None and self._lacks_engine():
+                lent = self._lent = self.engine = Engine(
+                    self, Options.checked(self, None, (), memory=0)
+                )
+            if lent:
+                self._borrowers += 1
+        try:
+            yield
+        finally:
+            with _lending:
+                if lent:
+                    self._borrowers -= 1
+                    # Unless somebody has called `optimize` meanwhile.
+                    if not self._borrowers and self.engine is lent:
+                        self.engine = None
+
+    def _lacks_engine(self) -> bool:
+        """Whether recordings would gain by an engine that nobody has made."""
         parameter = next(self.parameters())
         suits = parameter.dtype == torch.float32 and self.config.activation == "snake"
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
         on_cpu = parameter.device.type == "cpu"
-        if self.engine or self.training or hooked or not (on_cpu and suits):
-            yield
-            return
-        self.engine = Engine(self, Options.checked(self, None, (), memory=0))
-        try:
-            yield
-        finally:
-            self.engine = None
+        return not (self.engine or self.training or hooked) and on_cpu and suits
 
     def engine_for(self, x: Tensor | None = None) -> Engine | None:
         """The engine, if there is one and it is to run x.

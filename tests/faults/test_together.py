@@ -81,6 +81,35 @@ def test_threads_on_a_codec_that_is_optimized() -> None:
                 use.result()
 
 
+def test_recordings_of_threads_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there until the last of them ends, and an engine that a user makes stays."""
+    codec = small_codec()
+    inside, ends = threading.Barrier(3), {"first": threading.Event(), "second": threading.Event()}
+
+    def slow(codec: DAC, name: str, *_: object) -> object:
+        inside.wait(20)
+        assert ends[name].wait(20)
+        return codec.engine
+
+    monkeypatch.setattr("dac_fast.codec.compress.compress", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(codec.compress, name) for name in ends)
+        inside.wait(20)
+        lent = codec.engine
+        assert lent is not None
+        ends["first"].set()
+        assert first.result(20) is lent
+        assert codec.engine is lent
+        mine = codec.optimize().engine
+        ends["second"].set()
+        assert second.result(20) is mine
+    assert codec.engine is mine
+    codec.engine = None
+    monkeypatch.undo()
+    codec.compress((noise(0.3), codec.sample_rate))
+    assert codec.engine is None
+
+
 Used = tuple[torch.Tensor, torch.Tensor]
 
 
