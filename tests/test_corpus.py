@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from dac_kernels import native
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -309,6 +310,28 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(clips, model, options
         command.kill()
     made(clips, tmp_path / "codes", options)
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+
+
+def test_a_worker_encodes_on_one_thread(clips, options, tmp_path, monkeypatch):
+    """Whatever the process did before: sums of PyTorch's libraries depend on their threads."""
+    begin, seen = Encoder.begin, set()
+
+    def noted(self, windows):
+        with native.torch_on_all_threads():
+            seen.add((native.threads.count(), torch.get_num_threads()))
+        return begin(self, windows)
+
+    monkeypatch.setattr(Encoder, "begin", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with native.torch_on_one_thread():
+            pass
+        made(clips, tmp_path / "out", replace(options, workers=2))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {(1, 1)}
 
 
 def test_finished_shards_are_not_made_again(clips, options, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-import torch
+from dac_kernels import native
 from torch import Tensor
 
 from dac_fast.corpus.encoding import BATCH_SECONDS, Encoder, Reading, record_of
@@ -41,21 +41,15 @@ def run(
     if batch_seconds is None:
         batch_seconds = BATCH_SECONDS[encoders[0].device.type]
     workers = [_Worker(folder, work, encoder, batch_seconds, meter) for encoder in encoders]
-    threads = torch.get_num_threads()
-    # Sums over a window would depend on how many threads share it.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(workers)) as pool:
-            futures = [pool.submit(worker.run) for worker in workers]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                for worker in workers:
-                    worker.stopped.set()
-            for future in futures:
-                future.result()
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(len(workers)) as pool:
+        futures = [pool.submit(worker.run) for worker in workers]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for worker in workers:
+                worker.stopped.set()
+        for future in futures:
+            future.result()
 
 
 class _Worker:
@@ -74,6 +68,8 @@ class _Worker:
         self.encoder, self.batch_seconds = encoder, batch_seconds
         self.stopped = threading.Event()
 
+    # Sums over a window would depend on how many threads share it.
+    @native.torch_on_one_thread(1)
     def run(self) -> None:
         while not self.stopped.is_set() and (claimed := self.work.claim()):
             [shard] = claimed

@@ -30,8 +30,12 @@ def count() -> int:
 
 
 @contextlib.contextmanager
-def torch_on_one_thread() -> Iterator[None]:
-    """Inside, in this thread, torch computes on one thread; the compiled ops keep theirs."""
+def torch_on_one_thread(count: int | None = None) -> Iterator[None]:
+    """Inside, in this thread, torch computes on one thread; the compiled ops keep theirs.
+
+    Args:
+        count: threads for the compiled ops; None: as many as torch has.
+    """
     global _usual
     if _here.count:
         yield
@@ -41,7 +45,7 @@ def torch_on_one_thread() -> Iterator[None]:
     if not _here.known:
         threads = max(threads, _usual)
     _here.known, _usual = True, threads
-    _here.count = threads
+    _here.count = count or threads
     torch.set_num_threads(1)
     try:
         yield
