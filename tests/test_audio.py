@@ -119,6 +119,13 @@ def test_bad_sources(tmp_path):
             Recording(source)
 
 
+def test_between_two_blocks_numpy_is_as_it_was():
+    before = np.geterr()
+    blocks = Recording((np.zeros(100), 8000)).blocks(8000, 0.005)
+    next(blocks)
+    assert np.geterr() == before
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_samples_are_located(tmp_path, bad):
     x = noise(2, 3000)

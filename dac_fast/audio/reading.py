@@ -166,7 +166,8 @@ def _cut(array: NDArray[np.floating[Any]], size: int) -> Iterator[Samples]:
     for start in range(0, array.shape[1], size):
         # Where float32 has no room for a value, the infinity that comes of it is reported.
         with np.errstate(over="ignore"):
-            yield array[:, start : start + size].astype(np.float32)
+            block = array[:, start : start + size].astype(np.float32)
+        yield block
 
 
 def _open(path: str) -> "soundfile.SoundFile":
