@@ -157,6 +157,24 @@ PRESETS = {
     "tiny": Config(encoder_dim=16, decoder_dim=192, quantizer_dropout=0.5),
 }
 
+# Nobody has published weights of these: the recipes of their names train some.
+UNTRAINED = {
+    "48khz": Config(
+        encoder_rates=(2, 4, 10, 12),
+        decoder_rates=(12, 10, 4, 2),
+        n_codebooks=16,
+        quantizer_dropout=0.5,
+        sample_rate=48000,
+    ),
+    "24khz_12hz": Config(
+        encoder_rates=(4, 6, 8, 10),
+        decoder_rates=(10, 8, 6, 4),
+        n_codebooks=32,
+        quantizer_dropout=0.5,
+        sample_rate=24000,
+    ),
+}
+
 
 def codebook_count(wanted: int | None, available: int) -> int:
     """How many codebooks to use: the first that many of those that are available; None: all.

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from dac_fast.config import PRESETS
+from dac_fast.config import PRESETS, UNTRAINED
 from dac_fast.files import write_bytes
 from dac_fast.storage import checkpoint
 from dac_fast.storage.checkpoint import CheckpointError, printable
@@ -59,8 +59,13 @@ def cached(name: str) -> Path:
     """Where a preset's weights are, or will be once they are downloaded.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset, or one without published weights.
     """
+    if name in UNTRAINED:
+        raise ValueError(
+            f"{name} has no published weights; accepted: the path of a checkpoint, "
+            f"which dac-fast train {name} makes"
+        )
     if name not in PRESETS:
         raise ValueError(
             f"unknown model {name!r}; accepted: {', '.join(PRESETS)}, or the path of a checkpoint"

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from dac_fast.config import PRESETS, Config
+from dac_fast.config import PRESETS, UNTRAINED, Config
 from dac_fast.discriminators import checked_width
 from dac_fast.ops import BANDS
 from dac_fast.ops.reference import minimum_length
@@ -346,11 +346,12 @@ def _preset(name: str) -> dict[str, Any]:
 
     Then latent_dim still follows when encoder_dim is changed.
     """
-    if name not in PRESETS:
-        presets = ", ".join(PRESETS)
-        raise RecipeError(f"model is {name!r:.80}; accepted: keys of a model, or {presets}")
-    values = PRESETS[name].to_dict()
-    if PRESETS[name] == replace(PRESETS[name], latent_dim=None):
+    presets = PRESETS | UNTRAINED
+    if name not in presets:
+        accepted = ", ".join(presets)
+        raise RecipeError(f"model is {name!r:.80}; accepted: keys of a model, or {accepted}")
+    values = presets[name].to_dict()
+    if presets[name] == replace(presets[name], latent_dim=None):
         del values["latent_dim"]
     return values
 
