@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo demo-serve test faults lint bench clean
+.PHONY: demo demo-serve test faults lint docs bench clean
 
 demo: .venv/demo
 	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo \
@@ -30,6 +30,11 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The site is build/site; a warning is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html is the documentation"
+
 bench: .venv/installed
 	$(BIN)/python -m bench run
 
@@ -51,4 +56,9 @@ clean:
 .venv/installed: .venv/demo
 	@echo "installing what the tests use: a minute or more, by your network"
 	@$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+.venv/docs: .venv/demo
+	@echo "installing what the documentation site is made with"
+	@$(BIN)/pip install --quiet --editable ".[docs]"
 	@touch $@

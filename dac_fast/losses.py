@@ -165,8 +165,8 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
         mel_fmin, mel_fmax: per scale, edges of the filterbank in Hz; None: 0 and half the sample
             rate throughout.
         sample_rate: of the audio, in Hz.
-        window_lengths, loss_fn, clamp_eps, mag_weight, log_weight, pow, weight, match_stride,
-            window_type: see `MultiScaleSTFTLoss`.
+        window_lengths, loss_fn, clamp_eps, mag_weight: see `MultiScaleSTFTLoss`.
+        log_weight, pow, weight, match_stride, window_type: see there, too.
     Raises:
         ValueError: the lists have different lengths.
     """

@@ -78,7 +78,7 @@ def conv1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A convolution and what surrounds it: c = [tanh](conv(x) + bias), masked, + residual.
+    """A convolution and what follows it: c = conv(x) + bias, tanh, mask, + residual.
 
     Args:
         x: [B, in, T], any float dtype; fast with channels innermost in memory.

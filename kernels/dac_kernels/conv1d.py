@@ -327,9 +327,9 @@ def conv1d(
     keep: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c = [tanh](conv(x) + bias), zero past lengths, + residual; and snake(c). For inference.
+    """c = conv(x) + bias, its tanh where asked, zero past lengths, + residual; and snake(c).
 
-    Gradients are refused.
+    For inference: gradients are refused.
 
     Args:
         x: [B, in, T], float32, float16 or bfloat16; copied unless its channels lie innermost in
