@@ -315,6 +315,27 @@ def corpus(
 
 
 @app.command()
+def codes(
+    published_python: Annotated[
+        str, typer.Option(metavar="PATH", help="A Python that can import the published package.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Of recordings.")],
+    minutes: Annotated[float, typer.Option(help="Of audio, at most.")] = 5.0,
+    preset: Annotated[str, typer.Option(help="The model's size.")] = "44khz",
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Compare codes of recordings with the published package's, on the CPU."""
+    from bench.codes import run_codes
+    from dac_fast.audio.sources import files_below
+
+    path = out or OUT / "cpu_codes.json"
+    files = [Path(file.path) for file in files_below(data)]
+    run_codes(files, minutes, published_python, path, preset, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
     """Turn result files into pages and pictures."""
     for path in results:

@@ -41,6 +41,7 @@ def environment(device: str, commit: str | None = None) -> Json:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cpu": _cpu_model(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
     if device == "cuda":

@@ -95,6 +95,10 @@ def kind(
         from bench import precisions
 
         return precisions.markdown, lambda _: {}
+    if "compared" in document:
+        from bench import codes
+
+        return codes.markdown, lambda _: {}
     if "load" in document:
         from bench.serving import page
 

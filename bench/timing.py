@@ -147,12 +147,14 @@ def limits(device: str, quick: bool = False) -> Json:
 
     Returns:
         copy_gb_s: bytes read plus bytes written, per second.
-        matmul_tflop_s: per dtype, on CUDA with "tf32" as one of them.
+        matmul_tflop_s: per dtype that the device multiplies, on CUDA with "tf32" as one of them.
     """
     on_gpu = device != "cpu"
     copied = 2**22 if quick else 2**30 if on_gpu else 2**28
     size = 256 if quick else 8192 if on_gpu else 2048
-    halves = (torch.float16, torch.bfloat16) if on_gpu else (torch.bfloat16,)
+    # A CPU that does not multiply bfloat16 natively takes minutes for these products.
+    cpu_halves = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    halves = (torch.float16, torch.bfloat16) if on_gpu else cpu_halves
     products = {}
     with float32_products(tf32=False):
         for dtype in (torch.float32, *halves):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from served import small_codec
 
-from bench import gpu, precisions, run, soak, timing
+from bench import codes, gpu, precisions, run, soak, timing
 from bench.case import Case, Prepared, Run, Settings, Unavailable
 from bench.cases import end_to_end
 from bench.checks import ops as checks
@@ -212,8 +212,9 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
 
 
-def test_the_published_package_runs_in_a_python_of_its_own(tmp_path):
-    """Ours stands in for it, behind its names."""
+@pytest.fixture
+def stand_in(tmp_path):
+    """A Python in which ours stands in for the published package: frame 60 has a wrong code."""
     (tmp_path / "dac.py").write_text(
         "import dac_fast\n\n\n"
         "class DAC(dac_fast.DAC):\n"
@@ -221,25 +222,44 @@ def test_the_published_package_runs_in_a_python_of_its_own(tmp_path):
         "        print('this goes to the log')\n"
         "        return audio\n\n"
         "    def encode(self, audio):\n"
-        "        return None, super().encode(audio).codes\n"
+        "        codes = super().encode(audio).codes\n"
+        "        codes[0, -1, 60:61] ^= 1\n"
+        "        return None, codes\n"
     )
     python = tmp_path / "python"
     paths = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={paths} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
+    return python
+
+
+def test_the_published_package_runs_in_a_python_of_its_own(stand_in):
     case = next(case for case in end_to_end.cases("cpu", quick=True) if case.direction == "both")
 
-    def published(python):
-        settings = replace(SETTINGS, peers=["published"], published_python=str(python))
+    def published():
+        settings = replace(SETTINGS, peers=["published"], published_python=str(stand_in))
         (row,) = run.run_case(case, settings, LIMITS)
         return row
 
-    row = published(python)
+    row = published()
     assert row["status"] == "timed", row
     assert row["snr_db"] > 90
     assert row["agreement"] > 0.99
-    (tmp_path / "dac.py").write_text("raise ImportError('no torch here')")
-    assert published(python)["reason"].endswith("process ended: ImportError: no torch here")
+    stand_in.with_name("dac.py").write_text("raise ImportError('no torch here')")
+    assert published()["reason"].endswith("process ended: ImportError: no torch here")
+
+
+def test_codes_that_differ_from_the_published_ones_are_judged_by_their_regret(
+    tmp_path, stand_in, monkeypatch
+):
+    monkeypatch.setattr(codes, "SECONDS", 1)
+    clip, out = ROOT / "bench/tabla_cc0.wav", tmp_path / "codes.json"
+    document = codes.run_codes([clip], 1 / 60, str(stand_in), out, "tiny")
+    (row,) = document["rows"]
+    assert row["seconds"] == pytest.approx(1, abs=0.01)
+    assert row["differ"] == row["frames_that_differ"] == 1
+    assert row["regret_ours"] < codes.NEAR_TIE < row["regret_published"]
+    assert f"{row['codes'] - 1} of {row['codes']} codes are equal" in codes.markdown(document)
 
 
 def test_the_ends_of_a_long_input_are_checked():

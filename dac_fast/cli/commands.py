@@ -7,6 +7,7 @@ then 1. A command is a function with typer's annotations, entered in `COMMANDS`.
 import sys
 from typing import Annotated
 
+import torch
 import typer
 
 from dac_fast.cli.doctor import doctor
@@ -19,6 +20,7 @@ from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out
 from dac_fast.cli.tokenize import tokenize
 from dac_fast.cli.training import curves, train
+from dac_fast.processors import processors
 from dac_fast.version import __version__
 
 # In the order in which the help lists them.
@@ -55,6 +57,7 @@ def version_option(
     if version:
         out.print(__version__)
         raise typer.Exit
+    torch.set_num_threads(min(torch.get_num_threads(), processors()))
 
 
 def main() -> None:

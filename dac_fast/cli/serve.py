@@ -1,12 +1,12 @@
 """`dac-fast serve`: the codec by HTTP and WebSocket."""
 
-import os
 from typing import Annotated
 
 import typer
 
 from dac_fast.cli.options import Device, Model, Precision
 from dac_fast.ops.device import checked_device
+from dac_fast.processors import processors
 
 
 def serve(
@@ -113,7 +113,7 @@ def serve(
         step_frames=step_frames,
         chunk_seconds=chunk_seconds,
     )
-    torch.set_num_threads(threads or max((os.cpu_count() or 1) - 1, 1))
+    torch.set_num_threads(threads or max(processors() - 1, 1))
     listener = listen(host, port)
     codec = prepared(model, place, precision and precision.value, _shapes(shapes))
     address = f"http://{host}:{listener.getsockname()[1]}"

@@ -31,6 +31,7 @@ from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import Codes, Layout, Record
 from dac_fast.corpus.sources import Item
+from dac_fast.processors import processors
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window
 
@@ -182,7 +183,7 @@ def _connected(address: str | None, wanted: Wanted) -> Iterator[Pools]:
         pools = Pools.of(wanted, int(there.get("CPU", 1)), int(there.get("GPU", 0)))
     else:
         gpus = torch.cuda.device_count()
-        pools = Pools.of(wanted, os.cpu_count() or 1, gpus)
+        pools = Pools.of(wanted, processors(), gpus)
         # Ray counts a CPU for every reader and worker, so that none waits for another's place.
         tasks = pools.readers + pools.most
         ray.init(

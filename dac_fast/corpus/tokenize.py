@@ -19,6 +19,7 @@ from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import SUFFIXES
 from dac_fast.corpus.sources import Found, absolute, digest, files_of, require_pyarrow
 from dac_fast.files import OutputError
+from dac_fast.processors import processors
 from dac_fast.recordings.compress import check_options
 
 CODES = ("npy", "dac")
@@ -234,7 +235,7 @@ def _run_local(folder: Folder, work: Work, options: Options, meter: Meter) -> No
     gpus, device = torch.cuda.device_count(), options.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    least_most = options.workers or ((gpus if device == "cuda" else os.cpu_count()) or 1)
+    least_most = options.workers or (gpus if device == "cuda" else processors())
     workers = least_most if isinstance(least_most, int) else least_most[1]
     encoders = [
         load_encoder(

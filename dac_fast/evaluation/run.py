@@ -34,6 +34,7 @@ from dac_fast.audio.sources import AudioFile, audio_files, files_below
 from dac_fast.codec import DAC
 from dac_fast.evaluation.measure import CodecTask, Pair, PairTask, Source, Task, visqol_choice
 from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
+from dac_fast.processors import processors
 
 # Is called with the files done and their total.
 Progress: TypeAlias = Callable[[int, int], None]
@@ -173,9 +174,7 @@ def _measured(
     task: Task[Source], sources: Sequence[Source], jobs: int | None, progress: Progress
 ) -> list[Measured]:
     """What the task finds about every source, in their order."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = processors()
     jobs = min(cores if jobs is None else jobs, len(sources))
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; accepted: 1 or more")

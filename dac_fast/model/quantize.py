@@ -19,6 +19,8 @@ from dac_fast.ops.reference import nearest_code, valid_mask
 
 # Quantised z [B, D, F], codes int64 [B, N, F], latents [B, sum d, F], commitment and codebook loss.
 Quantized: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of each stage: projections in with their biases, codebooks, projections out with their biases.
+Weights: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 class Encoded(NamedTuple):
@@ -121,6 +123,10 @@ class ResidualVectorQuantizer(nn.Module):
             [bias for _, bias in projections],
         )
 
+    def weights(self, n: int) -> Weights:
+        """The weights of the first n stages, in the order in which `ops.rvq_encode` takes them."""
+        return (*self._encode_weights(n), *self._decode_weights(n))
+
     def forward(
         self,
         z: Tensor,
@@ -152,8 +158,7 @@ class ResidualVectorQuantizer(nn.Module):
             z = z.to(self.stages(1)[0].codebook.weight.dtype)
             if self.form != "factorized":
                 return self._encode_stages(z, n, counts, lengths)
-            weights = (*self._encode_weights(n), *self._decode_weights(n))
-            return ops.rvq_encode(z, *weights, counts, lengths)
+            return ops.rvq_encode(z, *self.weights(n), counts, lengths)
 
     def _encode_stages(
         self, z: Tensor, n: int, counts: Tensor | None, lengths: Tensor | None

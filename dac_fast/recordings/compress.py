@@ -28,6 +28,7 @@ from dac_fast.audio.reading import Recording, Source
 from dac_fast.audio.resample import Samples, resampled
 from dac_fast.config import codebook_count
 from dac_fast.model.interface import Codec
+from dac_fast.processors import processors
 from dac_fast.recordings import windows
 from dac_fast.recordings.pipeline import results
 from dac_fast.recordings.windows import Window
@@ -61,7 +62,7 @@ class Batching:
         on_gpu = device.type == "cuda"
         if seconds is None:
             seconds = 60.0 if on_gpu else 0.0
-        return cls(seconds, threads=min(4, os.cpu_count() or 1) if on_gpu else 1)
+        return cls(seconds, threads=min(4, processors()) if on_gpu else 1)
 
 
 def _batch_seconds(codec: Codec) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dac_fast.codec import load
 from dac_fast.files import atomic_path
+from dac_fast.processors import processors
 from dac_fast.storage import checkpoint
 from dac_fast.training import state, validation
 from dac_fast.training.data import Batches, Excerpts, loader, moved
@@ -153,7 +154,7 @@ class Run:
             return self.recipe.data.workers
         # torchrun says how many processes share this machine.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
-        return min(8, (os.cpu_count() or 1) // here)
+        return min(8, processors() // here)
 
     def train(self) -> Summary:
         """Does all steps that are left."""
