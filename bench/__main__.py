@@ -336,6 +336,21 @@ def codes(
 
 
 @app.command()
+def halves(
+    preset: Annotated[str, typer.Option(help="Of the codec.")] = "44khz",
+    rounds: Annotated[int, typer.Option(help="How often each part is loaded.")] = 3,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Measure memory and time of loading half a codec, against the whole."""
+    from bench.halves import run_halves
+
+    path = out or OUT / "cpu_halves.json"
+    run_halves(preset, rounds, path, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
     """Turn result files into pages and pictures."""
     for path in results:

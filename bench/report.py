@@ -103,6 +103,10 @@ def kind(
         from bench.serving import page
 
         return page.markdown, lambda document: {".png": page.figure(document)}
+    if "halves" in document:
+        from bench import halves
+
+        return halves.markdown, lambda _: {}
     if "corpus" in document:
         from bench import corpus
 

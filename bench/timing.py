@@ -180,11 +180,15 @@ def _matmul(size: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _convolution(size: int, dtype: torch.dtype) -> float:
-    """oneDNN's convolution of 7 and 384 channels, a shape of the 44.1 kHz decoder; 0 without it.
+    """oneDNN's convolution of 7 and 384 channels, a shape of the 44.1 kHz decoder.
+
+    0 where there is no oneDNN, or none in bfloat16 on this processor.
 
     The weight is packed beforehand, by functions that torch has for its own compiler.
     """
     if not torch.backends.mkldnn.is_available():
+        return 0.0
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0.0
     channels, taps, positions = 384, 7, 2 * size
     around = ([0, taps // 2], [1, 1], [1, 1], 1)

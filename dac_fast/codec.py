@@ -15,6 +15,7 @@ from dac_fast.config import PRESETS, Config
 from dac_fast.inference.engine import Engine, Options, PrecisionOption, ShapesOption
 from dac_fast.model.autoencoder import Decoder, Encoder
 from dac_fast.model.frames import encoded, filled_up, whole_frames
+from dac_fast.model.halves import check_parts, keep_half, key_filter, require
 from dac_fast.model.layers import WeightNorm
 from dac_fast.model.quantize import Encoded, ResidualVectorQuantizer
 from dac_fast.recordings import compress
@@ -33,6 +34,7 @@ class DAC(nn.Module):
         sample_rate: in Hz.
         hop_length: samples per latent frame.
         name: preset name where the weights came by one ("44khz"), else "".
+        parts: "encoder" or "decoder" where only that half was loaded; None: both.
         engine: what runs encode and decode after `optimize`, else None. Setting it to None goes
             back to the modules.
     """
@@ -45,6 +47,7 @@ class DAC(nn.Module):
         self.sample_rate = c.sample_rate
         self.hop_length = c.hop_length
         self.name = ""
+        self.parts: str | None = None
         self.engine: Engine | None = None
         # See `_engine_for_now`.
         self._lent: Engine | None = None
@@ -73,6 +76,7 @@ class DAC(nn.Module):
         Raises:
             ValueError: the shape, a length or n_quantizers is out of range.
         """
+        require(self, "encoder")
         _check_shape("audio", audio, channels=1)
         lengths = _checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
@@ -97,6 +101,7 @@ class DAC(nn.Module):
         Raises:
             ValueError: the shape or a length is out of range.
         """
+        require(self, "decoder")
         _check_shape("latent", z, channels=self.config.latent_dim)
         lengths = _checked_lengths(lengths, z, padded)
         if engine := self.engine_for(z):
@@ -111,6 +116,7 @@ class DAC(nn.Module):
         Raises:
             ValueError: the shape, a code or a length is out of range.
         """
+        require(self, "decoder")
         _check_shape("codes", codes)
         lengths = _checked_lengths(lengths, codes, padded)
         check_range = _range_check(codes, self.config.codebook_size)
@@ -268,6 +274,7 @@ class DAC(nn.Module):
         padding: bool = True,
     ) -> DACFile:
         """A recording to a `DACFile`, in constant memory; see `recordings.compress.compress`."""
+        require(self, "encoder")
         with self._engine_for_now():
             return compress.compress(
                 self, source, chunk_seconds, n_quantizers, normalize_db, padding
@@ -278,23 +285,31 @@ class DAC(nn.Module):
 
         See `recordings.compress.decompress`.
         """
+        require(self, "decoder")
         with self._engine_for_now():
             return compress.decompress(self, file)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint, see `storage.checkpoint.save`."""
+        """Write a checkpoint, see `storage.checkpoint.save`; of a whole codec."""
+        require(self, "encoder", "decoder")
         checkpoint.save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "DAC":
+    def load(cls, path: str | os.PathLike[str], parts: str | None = None) -> "DAC":
         """Read a checkpoint in any of the formats of `storage.checkpoint.read`; in eval mode.
 
+        Args:
+            path: of the checkpoint.
+            parts: "encoder" or "decoder": read and hold that half alone; None: both.
         Raises:
             CheckpointError: it is no codec checkpoint, or damaged.
+            ValueError: `parts` is something else.
         """
-        config, state = checkpoint.read(path)
+        check_parts(parts)
+        config, state = checkpoint.read(path, key_filter(parts))
         with torch.device("meta"):
             codec = cls(**config.to_dict())
+        keep_half(codec, parts)
         checkpoint.restore(codec, state, path)
         return codec.eval()
 
@@ -305,6 +320,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     engine: bool | dict[str, Any] | None = None,
+    parts: str | None = None,
 ) -> DAC:
     """A codec in eval mode.
 
@@ -314,18 +330,23 @@ def load(
             a Hugging Face folder.
         device, dtype: of the parameters.
         engine: True, or arguments of `DAC.optimize`, which is called then.
+        parts: "encoder" (for `encode`, `compress`, `StreamingEncoder`) or "decoder" (for `decode`,
+            `decode_codes`, `decompress`, `StreamingDecoder`): the other half is neither read nor
+            held, and whatever needs it raises a `MissingPartError`. Both have the quantizer. None:
+            the whole codec.
     Raises:
-        ValueError: no such preset or path, the checkpoint is damaged or no codec's, or as
+        ValueError: no such preset, path or half, the checkpoint is damaged or no codec's, or as
             `DAC.optimize` says.
         OSError: the weights cannot be downloaded.
     """
+    check_parts(parts)
     path = Path(name_or_path)
     # A preset's name means the preset; ./44khz is the folder of that name.
     is_path = str(name_or_path) not in PRESETS and (
         path.exists() or bool(path.suffix) or len(path.parts) > 1
     )
     name = "" if is_path else str(name_or_path)
-    codec = DAC.load(download.download(name) if name else path)
+    codec = DAC.load(download.download(name) if name else path, parts)
     codec.name = name
     codec = codec.to(device=device, dtype=dtype)
     if engine is None or engine is False:

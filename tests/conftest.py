@@ -1,6 +1,7 @@
 """Shared fixtures. The Triton interpreter must be chosen before Triton is imported, hence here."""
 
 import os
+import sys
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def pytest_collection_modifyitems(items):
 def golden():
     """The folder of golden vectors (see its README)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def dac_fast_cli(capsys, monkeypatch):
+    """Call `dac-fast ARGUMENTS`: (exit code, standard output, standard error)."""
+
+    from dac_fast.cli import commands
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dac-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            commands.main()
+        captured = capsys.readouterr()
+        return exited.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

@@ -17,21 +17,7 @@ from dac_fast import DACFile, load
 from dac_fast.audio.reading import read
 from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
-from dac_fast.cli import commands, report
-
-
-@pytest.fixture
-def dac_fast_cli(capsys, monkeypatch):
-    """Call `dac-fast ARGUMENTS`: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dac-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            commands.main()
-        captured = capsys.readouterr()
-        return exited.value.code or 0, captured.out, captured.err
-
-    return call
+from dac_fast.cli import report
 
 
 @pytest.fixture

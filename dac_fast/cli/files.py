@@ -70,7 +70,7 @@ def encode(
     with piped(inputs, output, ".dac") as (sources, target):
         kind = Kind(AUDIO_SUFFIXES, ".dac", (".dac",), unread=UNREAD_SUFFIXES)
         jobs = plan(sources, target, kind)
-        codec = load_codec(model, device)
+        codec = load_codec(model, device, "encoder")
         check_options(codec, chunk_seconds, n_quantizers, normalize)
         batches = batching(device, batch_seconds)
         use_engine(codec, "encode", _name(precision), batches.seconds if tune else 0)
@@ -164,7 +164,7 @@ def decode(
         name = model or file.model
         with loading:
             if name not in codecs:
-                codec = load_codec(name, device)
+                codec = load_codec(name, device, "decoder")
                 use_engine(codec, "decode", _name(precision), batches.seconds if tune else 0)
                 codecs[name] = codec
             return codecs[name], file

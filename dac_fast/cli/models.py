@@ -10,9 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from dac_fast import inference, load
 from dac_fast.cli.jobs import Existing, may_write
-from dac_fast.cli.options import Codebooks, Model, Program, WhenExisting
+from dac_fast.cli.options import Codebooks, Model, Parts, Program, WhenExisting
 from dac_fast.cli.terminal import out, progress_bar
 from dac_fast.files import make_folder, write_bytes
+from dac_fast.model.halves import PARTS
 from dac_fast.storage import download as storage
 
 
@@ -44,6 +45,7 @@ def export(
     ],
     model: Model = "tiny",
     n_quantizers: Codebooks = None,
+    parts: Parts = None,
     format: Annotated[Program, typer.Option(help="pt2 is torch.export's.")] = Program.onnx,
     existing: WhenExisting = Existing.error,
 ) -> None:
@@ -51,11 +53,12 @@ def export(
 
     Both take any batch and length.
     """
-    paths = [folder / f"{part}.{format.value}" for part in ("encoder", "decoder")]
+    written = [parts.value] if parts else PARTS
+    paths = [folder / f"{part}.{format.value}" for part in written]
     if not may_write(existing, *paths):
         return
     make_folder(folder)
-    codec = load(model)
+    codec = load(model, parts=parts and parts.value)
     if format is Program.onnx:
         inference.export_onnx(codec, folder, n_quantizers)
     else:
@@ -64,7 +67,7 @@ def export(
             program = io.BytesIO()
             torch.export.save(inference.export(codec, path.stem, n_quantizers), program)
             write_bytes(path, program.getvalue())
-    out.print(f"wrote {paths[0]} and {paths[1]}")
+    out.print(f"wrote {' and '.join(map(str, paths))}")
 
 
 def download(

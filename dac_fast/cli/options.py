@@ -31,6 +31,13 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class Part(str, Enum):
+    """Halves of a model."""
+
+    encoder = "encoder"
+    decoder = "decoder"
+
+
 class Program(str, Enum):
     """Formats of exported models."""
 
@@ -60,6 +67,9 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
+Parts = Annotated[
+    Part | None, typer.Option(help="Load that half of the model alone. Default: both.")
+]
 Codebooks = Annotated[
     int | None,
     typer.Option(
@@ -97,9 +107,10 @@ WhenExisting = Annotated[
 ]
 
 
-def load_codec(name: str, device: str) -> DAC:
-    """The codec of that name on that device, folded for inference."""
-    return load(name, device=checked_device(device, "--device")).fold_weight_norm()
+def load_codec(name: str, device: str, parts: str | None = None) -> DAC:
+    """The codec of that name, or half of it, on that device, folded for inference."""
+    place = checked_device(device, "--device")
+    return load(name, device=place, parts=parts).fold_weight_norm()
 
 
 def say_toy(model: str) -> None:

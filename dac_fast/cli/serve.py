@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from dac_fast.cli.options import Device, Model, Precision
+from dac_fast.cli.options import Device, Model, Parts, Precision
 from dac_fast.ops.device import checked_device
 from dac_fast.processors import processors
 
 
 def serve(
     model: Model = "tiny",
+    parts: Parts = None,
     device: Device = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")
@@ -115,9 +116,10 @@ def serve(
     )
     torch.set_num_threads(threads or max(processors() - 1, 1))
     listener = listen(host, port)
-    codec = prepared(model, place, precision and precision.value, _shapes(shapes))
+    half = parts and parts.value
+    codec = prepared(model, place, precision and precision.value, _shapes(shapes), half)
     address = f"http://{host}:{listener.getsockname()[1]}"
-    typer.echo(f"serving {model} on {place} at {address}")
+    typer.echo(f"serving {half + ' of ' if half else ''}{model} on {place} at {address}")
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"whoever reaches {host} may use it; --token asks for one", err=True)
     run(create_app(codec, settings), listener)

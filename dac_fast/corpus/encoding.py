@@ -147,7 +147,7 @@ def load_encoder(model: str, device: str, precision: str, n_quantizers: int | No
     Raises:
         ValueError: there is no such model, or its encoder does not run in that precision.
     """
-    codec = load(model, device=device).fold_weight_norm()
+    codec = load(model, device=device, parts="encoder").fold_weight_norm()
     if precision != "fp32" or codec.config.activation == "snake":
         codec.optimize({"encode": precision}, memory=0)
     return Encoder(codec, n_quantizers)

@@ -252,7 +252,8 @@ def _run_local(folder: Folder, work: Work, options: Options, meter: Meter) -> No
 def _run_on_ray(folder: Folder, work: Work, options: Options, meter: Meter) -> None:
     # Actors do not have this process's working folder.
     model = options.model if options.model in PRESETS else str(Path(options.model).absolute())
-    spec = on_ray.Spec(model, load(model).config, folder.card, options.precision)
+    config = load(model, parts="encoder").config
+    spec = on_ray.Spec(model, config, folder.card, options.precision)
     device = options.device.partition(":")[0]
     wanted = on_ray.Wanted(device, options.workers, options.readers, options.batch_seconds)
     on_ray.run(folder, work, spec, wanted, options.address, meter)

@@ -5,7 +5,7 @@ always computes in IEEE single precision, since small differences decide a searc
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from dac_fast.inference.buckets import Bucket, Graphs, Request
 from dac_fast.inference.plan import Plan, choosing
 from dac_fast.model.frames import encoded
+from dac_fast.model.halves import DIRECTIONS, directions_of
 from dac_fast.model.interface import Codec
 from dac_fast.model.quantize import Encoded
 from dac_fast.ops.precision import float32_products
 
-DIRECTIONS = ("encode", "decode")
 MEBIBYTE = 1 << 20
 
 
@@ -86,34 +86,38 @@ class Options:
                 f"the codec's activation is {codec.config.activation!r}; "
                 "accepted by the engine: 'snake'"
             )
-        return cls(_precisions(precision, parameter.device), _shapes(shapes), memory)
+        directions = directions_of(codec)
+        precisions = _precisions(precision, directions, parameter.device)
+        return cls(precisions, _shapes(shapes, directions), memory)
 
 
-def _precisions(precision: PrecisionOption, device: torch.device) -> dict[str, str]:
+def _precisions(
+    precision: PrecisionOption, directions: Sequence[str], device: torch.device
+) -> dict[str, str]:
     default = {"encode": "fp32", "decode": "fp16" if device.type == "cuda" else "fp32"}
     if not isinstance(precision, Mapping):
-        precision = dict.fromkeys(DIRECTIONS, precision)
+        precision = dict.fromkeys(directions, precision)
     for direction, name in precision.items():
-        if direction not in DIRECTIONS or name not in (None, *PRECISIONS):
+        if direction not in directions or name not in (None, *PRECISIONS):
             raise ValueError(
                 f"precision is {name!r} for {direction!r}; "
-                f"accepted: {', '.join(PRECISIONS)} for {' and '.join(DIRECTIONS)}"
+                f"accepted: {', '.join(PRECISIONS)} for {' and '.join(directions)}"
             )
-    return {direction: precision.get(direction) or default[direction] for direction in DIRECTIONS}
+    return {direction: precision.get(direction) or default[direction] for direction in directions}
 
 
-def _shapes(shapes: ShapesOption) -> dict[str, list[tuple[int, int]]]:
+def _shapes(shapes: ShapesOption, directions: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
     if not isinstance(shapes, Mapping):
-        shapes = dict.fromkeys(DIRECTIONS, tuple(shapes))
+        shapes = dict.fromkeys(directions, tuple(shapes))
     for direction, pairs in shapes.items():
         for pair in pairs:
             fits = len(pair) == 2 and all(isinstance(size, int) and size > 0 for size in pair)
-            if direction not in DIRECTIONS or not fits:
+            if direction not in directions or not fits:
                 raise ValueError(
                     f"shapes has {pair} for {direction!r}; accepted: pairs of positive integers, "
-                    f"(batch, frames), for {' and '.join(DIRECTIONS)}"
+                    f"(batch, frames), for {' and '.join(directions)}"
                 )
-    return {direction: list(shapes.get(direction, ())) for direction in DIRECTIONS}
+    return {direction: list(shapes.get(direction, ())) for direction in directions}
 
 
 class Engine:
@@ -127,7 +131,8 @@ class Engine:
         options: of `DAC.optimize`.
 
     Attributes:
-        precision: by direction, "encode" and "decode", the name of its precision.
+        precision: by direction, "encode" and "decode" or the one that the codec has a half for, the
+            name of its precision.
         plans: by direction, the fused layers.
         graphs: the captured sizes.
         hits, misses: requests to encode or to decode codes that a graph served, and others.
@@ -145,10 +150,10 @@ class Engine:
         # Tensors made in inference mode cannot be changed outside of it, nor watched for changes.
         with torch.inference_mode(False):
             self._config, self._quantizer = codec.config, codec.quantizer
-            self.plans = {
-                "encode": Plan("encoder", codec.encoder, *PRECISIONS[self.precision["encode"]]),
-                "decode": Plan("decoder", codec.decoder, *PRECISIONS[self.precision["decode"]]),
-            }
+            self.plans: dict[str, Plan] = {}
+            for direction in directions_of(codec):
+                part, precision = DIRECTIONS[direction], PRECISIONS[self.precision[direction]]
+                self.plans[direction] = Plan(part, getattr(codec, part), *precision)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
                     self._warm_up(options.shapes)
@@ -308,8 +313,8 @@ class Engine:
     def _warm_up(self, shapes: dict[str, list[tuple[int, int]]], capture: bool = True) -> None:
         """Let the layers choose at these sizes, and capture them, the largest first."""
         # The examples prove nothing.
-        self._proven.update(DIRECTIONS)
-        sizes = [(direction, *shape) for direction in DIRECTIONS for shape in shapes[direction]]
+        self._proven.update(self.plans)
+        sizes = [(direction, *shape) for direction in shapes for shape in shapes[direction]]
         try:
             with torch.no_grad():
                 for direction, batch, frames in sorted(sizes, key=lambda size: -size[1] * size[2]):
@@ -339,10 +344,10 @@ class Engine:
     def __str__(self) -> str:
         graphs = self.graphs
         lines = [
-            f"{direction} in {self.precision[direction]} on {self.device}"
-            for direction in DIRECTIONS
+            f"{direction} in {precision} on {self.device}"
+            for direction, precision in self.precision.items()
         ]
-        for direction in DIRECTIONS:
+        for direction in self.plans:
             buckets = graphs.buckets.get(direction, ())
             sizes = ", ".join(f"{bucket.batch} × {bucket.frames}" for bucket in buckets)
             lines.append(f"graphs of {direction} (items × frames): {sizes or 'none'}")

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from dac_fast import ops
 from dac_fast.config import codebook_count
 from dac_fast.files import atomic_path, make_folder
+from dac_fast.model.halves import PARTS, require
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
-
-PARTS = ("encoder", "decoder")
 
 
 class Encode(nn.Module):
@@ -107,7 +106,7 @@ def export(
         part: "encoder" or "decoder", see the top of this file.
         n_quantizers: codebooks N; None: all.
     Raises:
-        ValueError: part or n_quantizers is out of range.
+        ValueError: part or n_quantizers is out of range, or the part was not loaded.
     """
     return _traced(_module(codec, part, n_quantizers))
 
@@ -115,6 +114,7 @@ def export(
 def _module(codec: Codec, part: str, n_quantizers: int | None) -> Encode | Decode:
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; accepted: {' or '.join(PARTS)}")
+    require(codec, part)
     count = codebook_count(n_quantizers, codec.config.n_codebooks)
     with torch.no_grad():
         module = Encode(codec, count) if part == "encoder" else Decode(codec, count)
@@ -139,14 +139,15 @@ def export_onnx(
 ) -> list[Path]:
     """Write encoder.onnx (audio to codes) and decoder.onnx (codes to audio), in float32.
 
-    Both take any batch and length, and have the codec's sample_rate and hop_length as metadata.
+    Of half a codec, it writes the one. They take any batch and length, and have the codec's
+    sample_rate and hop_length as metadata.
 
     Args:
         codec: the `DAC`; it stays as it is.
         folder: is made where it is missing.
         n_quantizers: codebooks N; None: all.
     Returns:
-        the two paths.
+        the paths.
     Raises:
         ValueError: n_quantizers is out of range, or the packages are not installed.
         OSError: the folder cannot be written.
@@ -158,7 +159,7 @@ def export_onnx(
             "ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'"
         ) from error
     programs = {}
-    for part in PARTS:
+    for part in [codec.parts] if codec.parts else PARTS:
         module = _module(codec, part, n_quantizers).float().cpu()
         shapes = {
             "audio": ir.Shape(["batch", 1, "samples"]),

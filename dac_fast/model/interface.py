@@ -17,6 +17,7 @@ class Codec(Protocol):
     sample_rate: int
     hop_length: int
     name: str
+    parts: str | None
     encoder: Encoder
     quantizer: ResidualVectorQuantizer
     decoder: Decoder

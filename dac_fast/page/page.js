@@ -404,6 +404,7 @@ async function begin() {
     const described = await server.models();
     [model] = described.models;
     limits = described.limits;
+    if (model.parts) throw new Error(`This server has the model's ${model.parts} alone, which makes nothing to hear.`);
     showModel(`${model.name}, up to ${model.kbps.toFixed(1)} kbit/s`);
     say("");
   } catch (error) {

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording, Source
 from dac_fast.audio.resample import Samples, resampled
 from dac_fast.config import codebook_count
+from dac_fast.model.halves import Direction
 from dac_fast.model.interface import Codec
 from dac_fast.processors import processors
 from dac_fast.recordings import windows
@@ -38,7 +39,6 @@ DEFAULT_CHUNK_SECONDS = 10.0
 # Samples of a chunk, of all channels: from 38 channels on, chunks of 44.1 kHz get shorter.
 CHUNK_SAMPLES = 1 << 24
 
-Direction = Literal["encode", "decode"]
 # Is called with the seconds of audio done since its last call.
 Progress = Callable[[float], None]
 Named = TypeVar("Named")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dac_fast.model.halves import Absent
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
 from dac_fast.ops.upload import upload
@@ -99,6 +100,7 @@ class _Tape:
 
 def convolutions(module: nn.Module) -> list[Conv1d | ConvTranspose1d]:
     """The convolutions of a module, in the order in which a signal meets them."""
+    module = module.sizes if isinstance(module, Absent) else module
     return [m for m in module.modules() if isinstance(m, (Conv1d, ConvTranspose1d))]
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 import dac_fast
 from dac_fast import page
 from dac_fast.codec import DAC
+from dac_fast.model.halves import MissingPartError
 from dac_fast.serving import endpoints, sockets
 from dac_fast.serving.limits import Gate
 from dac_fast.serving.service import Service, service_of
@@ -67,7 +68,8 @@ def create_app(codec: DAC, settings: Settings | None = None) -> FastAPI:
 
 
 async def _bad_input(request: Request, error: Exception) -> JSONResponse:
-    status = 413 if isinstance(error, endpoints.TooMuchError) else 400
+    statuses: dict[type[Exception], int] = {endpoints.TooMuchError: 413, MissingPartError: 501}
+    status = statuses.get(type(error), 400)
     return JSONResponse({"detail": " ".join(str(error).split())}, status)
 
 
@@ -88,6 +90,7 @@ async def models(service: Annotated[Service, Depends(service_of)]) -> dict[str, 
         "n_codebooks": codec.config.n_codebooks,
         "codebook_size": codec.config.codebook_size,
         "kbps": codec.config.bitrate / 1000,
+        "parts": codec.parts,
         "device": str(next(codec.parameters()).device),
         "precision": codec.engine.precision if codec.engine else "fp32",
         "look_ahead": {

@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import anyio
 import torch
 from torch import Tensor
 
 from dac_fast.codec import DAC
+from dac_fast.model.halves import Direction
 from dac_fast.model.interface import Codec
 
-Direction: TypeAlias = Literal["encode", "decode"]
 T = TypeVar("T")
 
 

@@ -16,7 +16,7 @@ import websockets.sync.client
 from numpy.typing import ArrayLike, NDArray
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
-from dac_fast.serving.batching import Direction
+from dac_fast.model.halves import Direction
 from dac_fast.storage.dac2 import DACFile
 
 # The bytes of an audio file, its path, or (array [C, T] or [T], rate in Hz).

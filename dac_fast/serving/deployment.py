@@ -26,6 +26,8 @@ class Arguments(BaseModel):
 
     # A preset, or the path of a checkpoint that every node has.
     model: str = "tiny"
+    # "encoder" or "decoder": that half alone.
+    parts: str | None = None
     # "cuda" where a replica has a GPU.
     device: str = "cpu"
     precision: str | None = None
@@ -55,7 +57,9 @@ def _application(arguments: Arguments) -> Callable[[], ASGIApp]:
         """Called in every replica."""
         torch.set_num_threads(arguments.threads)
         device = torch.device(arguments.device)
-        codec = prepared(arguments.model, device, arguments.precision, arguments.shapes)
+        codec = prepared(
+            arguments.model, device, arguments.precision, arguments.shapes, arguments.parts
+        )
         return create_app(codec, arguments.settings)
 
     return application

@@ -15,6 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from dac_fast.audio.reading import AudioError, Recording, read
 from dac_fast.metrics import quality
+from dac_fast.model.halves import require
 from dac_fast.recordings.compress import compress, decompressed_blocks
 from dac_fast.serving.batching import batched
 from dac_fast.serving.formats import (
@@ -53,6 +54,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"description": "The body stopped coming."},
     413: {"description": "The body, its length or its channels are more than accepted."},
     429: {"description": "Too many requests are in progress; Retry-After says when to try again."},
+    501: {"description": "The server has the other half of the model alone."},
     503: {"description": "The server ends."},
     504: {"description": "The request took too long."},
 }
@@ -77,6 +79,7 @@ async def encode(
     ] = -16.0,
 ) -> Response:
     """Audio to codes: a .dac file, ours (dac2) or the published package's (dac1), .npy or JSON."""
+    require(service.codec, "encoder")
     job, level = service.worker.job(), None if normalize_db == "none" else normalize_db
     codec = batched(service.codec, job)
 
@@ -98,6 +101,7 @@ async def decode(
     format: Literal["wav", "flac", "ogg"] = "wav",
 ) -> Response:
     """Codes to audio of the recording's length, rate and level, sent while it is made."""
+    require(service.codec, "decoder")
     job = service.worker.job()
 
     def parse() -> DACFile:
@@ -139,6 +143,7 @@ async def reconstruct(
     The header X-Dac-Report says, as JSON, what it cost and how near it came: kbps (all channels),
     ratio (to 16-bit PCM), si_sdr (dB) and mel_distance, null where there is none.
     """
+    require(service.codec, "encoder", "decoder")
     job = service.worker.job()
     codec = batched(service.codec, job)
 

@@ -21,6 +21,7 @@ def prepared(
     device: torch.device,
     precision: str | None = None,
     shapes: Sequence[tuple[int, int]] = (),
+    parts: str | None = None,
 ) -> DAC:
     """A codec that is ready to be served.
 
@@ -28,10 +29,11 @@ def prepared(
         model: a preset or the path of a checkpoint.
         device: to run on.
         precision, shapes: of `DAC.optimize`, which is called wherever an engine can run the codec.
+        parts: of `dac_fast.load`; a server of one half answers what the other is needed for by 501.
     Raises:
         ValueError, OSError: as `dac_fast.load` and `DAC.optimize` say.
     """
-    codec = load(model, device=device)
+    codec = load(model, device=device, parts=parts)
     if precision is not None or shapes or codec.config.activation == "snake":
         return codec.optimize(precision, shapes)
     return codec.fold_weight_norm()

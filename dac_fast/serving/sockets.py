@@ -11,7 +11,8 @@ N to a frame; samples as float32 or int16, as "format" says. The text message {"
 client ends its signal: the server sends the rest, in all what the whole signal would give, and
 closes with 1000. The other codes that it closes with, each with a reason:
 
-    1003  a message that is neither binary nor {"end": true}
+    1003  a message that is neither binary nor {"end": true}; or the server has the other half of
+          the model alone
     1007  a header, a code or a length that is not accepted
     1008  the token is missing or wrong; or silence, slow reading or the whole stream took too long
     1009  a message that is too large
@@ -34,7 +35,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from dac_fast.serving.batching import Direction
+from dac_fast.model.halves import DIRECTIONS, Direction, MissingPartError, require
 from dac_fast.serving.formats import to_int16
 from dac_fast.serving.service import Service, service_of
 from dac_fast.serving.streams import NoSlotError, Output, Stream
@@ -98,7 +99,6 @@ class _Connection:
         self._socket = socket
         self._service = service
         self._direction = direction
-        self._pool = service.worker.pools[direction]
         self._codebooks = service.codec.config.n_codebooks
         self._as_int16 = False
         # What came of the stream and is not sent yet, whether it is the last, and its bytes.
@@ -134,6 +134,11 @@ class _Connection:
             token = f"Bearer {header.token}" if header.token else authorization
             if not service.admits(token or ""):
                 raise _Refused(1008, "the token is missing or wrong")
+            try:
+                require(service.codec, DIRECTIONS[self._direction])
+            except MissingPartError as error:
+                raise _Refused(1003, str(error)) from None
+            self._pool = service.worker.pools[self._direction]
             if header.n_quantizers and header.n_quantizers > self._codebooks:
                 wanted = f"{header.n_quantizers} codebooks"
                 raise _Refused(1007, f"{wanted}; accepted: 1 to {self._codebooks}")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from dac_fast.codec import DAC
-from dac_fast.serving.batching import Direction
+from dac_fast.model.halves import Direction
 from dac_fast.serving.telemetry import Telemetry
 from dac_fast.streaming import DecoderStreams, EncoderStreams
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dac_fast.codec import DAC
-from dac_fast.serving.batching import Call, Direction, Job, compute, gather
+from dac_fast.model.halves import directions_of
+from dac_fast.serving.batching import Call, Job, compute, gather
 from dac_fast.serving.streams import Output, Pool
 from dac_fast.serving.telemetry import Telemetry
 
@@ -36,7 +37,7 @@ class Worker:
         max_batch_seconds, max_wait_seconds: as of `Settings`.
         telemetry: counts.
     Attributes:
-        pools: the streams, by direction.
+        pools: the streams, by direction; of half a codec, its own direction's alone.
         warm: done when everything was run for a first time.
     """
 
@@ -58,10 +59,9 @@ class Worker:
         self._threads = anyio.CapacityLimiter(max_requests)
         self._stopping = False
         self.warm: Future[None] = Future()
-        directions: tuple[Direction, ...] = ("encode", "decode")
         self.pools = {
             direction: Pool(codec, direction, slots, step_frames, self._wake, telemetry)
-            for direction in directions
+            for direction in directions_of(codec)
         }
         # A daemon: an interpreter that ends for another reason does not wait for it.
         self._thread = threading.Thread(target=self._work, name="dac-model", daemon=True)

@@ -17,7 +17,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,10 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.boo
 PUBLISHED_WEIGHTS = ("weights.pth", "dac/weights.pth", "*/dac/weights.pth")
 
 
+# Of a tensor's key, whether to read the tensor.
+Wanted = Callable[[str], bool]
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that is not the model it should be."""
 
@@ -61,9 +65,19 @@ class Codec(Protocol):
         """Takes the tensors' values; with `assign`, the tensors themselves."""
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
+def everything(key: str) -> bool:
+    """Wants every tensor."""
+    return True
+
+
+def read(
+    path: str | os.PathLike[str], wanted: Wanted = everything
+) -> tuple[Config, dict[str, Tensor]]:
     """Configuration and state dict, under the published names, of a checkpoint file or folder.
 
+    Args:
+        path: of the checkpoint.
+        wanted: says by its key whether a tensor is read.
     Raises:
         CheckpointError: it is missing, damaged, or no codec checkpoint.
     """
@@ -71,11 +85,11 @@ def read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
     try:
         file = _weights_file(path)
         if file.name == hugging_face.WEIGHTS and _config_beside(file).exists():
-            config, state = _read_hugging_face(file)
+            config, state = _read_hugging_face(file, wanted)
         elif file.suffix == ".safetensors":
-            config, state = _read_safetensors(file)
+            config, state = _read_safetensors(file, wanted)
         else:
-            config, state = _read_published(file)
+            config, state = _read_published(file, wanted)
         return config, _finite(unfolded(_owned(state, file.stat().st_size)))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
@@ -261,37 +275,40 @@ def _finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _read_safetensors(file: Path) -> tuple[Config, Mapping[str, object]]:
-    metadata, state = _tensors(file)
-    if "dac_fast" not in metadata:
-        raise CheckpointError(f"no configuration inside, and no {hugging_face.CONFIG} beside it")
-    values = json.loads(metadata["dac_fast"])
-    if isinstance(values, dict):
-        values.pop("name", None)
-    return _config(values), state
+def _read_safetensors(file: Path, wanted: Wanted) -> tuple[Config, Mapping[str, object]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata() or {}
+        if "dac_fast" not in metadata:
+            beside = f"no {hugging_face.CONFIG} beside it"
+            raise CheckpointError(f"no configuration inside, and {beside}")
+        values = json.loads(metadata["dac_fast"])
+        if isinstance(values, dict):
+            values.pop("name", None)
+        keys = filter(wanted, content.keys())
+        return _config(values), {key: content.get_tensor(key) for key in keys}
 
 
-def _read_hugging_face(file: Path) -> tuple[Config, Mapping[str, object]]:
+def _read_hugging_face(file: Path, wanted: Wanted) -> tuple[Config, Mapping[str, object]]:
+    from safetensors import safe_open
+
     beside = _config_beside(file)
     if not beside.is_file() or beside.stat().st_size > MOST_CONFIG_BYTES:
         accepted = f"a regular file of up to {MOST_CONFIG_BYTES} bytes"
         raise CheckpointError(f"{beside.name} is not {accepted}")
     config = _config(hugging_face.values_of(json.loads(beside.read_text(encoding="utf-8"))))
-    return config, hugging_face.published(_tensors(file)[1], config)
-
-
-def _tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a .safetensors file."""
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as content:
         keys = content.keys()
-        return content.metadata() or {}, {key: content.get_tensor(key) for key in keys}
+        names = hugging_face.published(dict(zip(keys, keys, strict=True)), config)
+        return config, {
+            ours: content.get_tensor(key) for ours, key in names.items() if wanted(ours)
+        }
 
 
-def _read_published(file: Path) -> tuple[Config, Mapping[str, object]]:
+def _read_published(file: Path, wanted: Wanted) -> tuple[Config, Mapping[str, object]]:
     try:
-        content = torch_archive.load(file)
+        content = torch_archive.load(file, wanted)
     except (zipfile.BadZipFile, RefusedError) as error:
         refused = "no checkpoint, or it holds more than tensors and plain values"
         reason = f"{refused} ({printable(str(error))})"

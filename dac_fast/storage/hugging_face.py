@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from dac_fast.config import Config
+
+Value = TypeVar("Value")
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -89,10 +91,10 @@ def preprocessor_of(config: Config) -> dict[str, object]:
     }
 
 
-def published(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def published(state: Mapping[str, Value], config: Config) -> dict[str, Value]:
     """Their state dict under the published names; names that are not theirs stay."""
     names = _published_names(config)
-    return {_renamed(key, lambda module: names.get(module, module)): t for key, t in state.items()}
+    return {_renamed(key, lambda module: names.get(module, module)): v for key, v in state.items()}
 
 
 def theirs(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@
 
 import math
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +32,30 @@ DTYPES = {
 ENCRYPTED = 1
 
 
-def load(path: Path) -> object:
+@dataclass(frozen=True)
+class _Storage:
+    """A tensor's numbers in the archive: their type, and the name of the record."""
+
+    kind: str
+    record: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that has not been read."""
+
+    storage: _Storage
+    offset: int
+    sizes: list[int]
+    strides: list[int]
+
+
+def load(path: Path, wanted: Callable[[str], bool]) -> object:
     """The dicts, lists, plain values and tensors of floats in the archive, on the CPU.
 
+    Args:
+        path: of the archive.
+        wanted: says by its key in a dict whether a tensor is read; else the dict lacks it.
     Raises:
         ValueError: it is no such archive, or holds anything else; `zipfile` raises others, too.
     """
@@ -52,25 +75,27 @@ def load(path: Path) -> object:
             raise ValueError(f"a torch.package, which is a program; accepted: {weights}")
         if len(pickles) != 1:
             raise ValueError("no archive of torch.save: it has no data.pkl")
-        machine = _Machine(archive, pickles[0].removesuffix("data.pkl"))
+        machine = _Machine(archive, pickles[0].removesuffix("data.pkl"), wanted)
         return machine.run(archive.read(pickles[0]))
 
 
 class _Machine(Machine):
     """The stack machine, with torch's names, and the archive that storages lie in."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
+    def __init__(
+        self, archive: zipfile.ZipFile, folder: str, wanted: Callable[[str], bool]
+    ) -> None:
         super().__init__(NAMES)
-        self.archive, self.folder = archive, folder
+        self.archive, self.folder, self.wanted = archive, folder, wanted
         self.storages: dict[str, Tensor] = {}
 
     def made(self, name: object, arguments: object) -> object:
         match name, arguments:
             case Name("OrderedDict"), ():
                 return {}
-            case Name("tensor"), (Tensor() as storage, int(offset), sizes, strides, *_):
-                return _view(storage, offset, dimensions(sizes), dimensions(strides))
-            case Name("parameter"), (Tensor() as tensor, *_):
+            case Name("tensor"), (_Storage() as storage, int(offset), sizes, strides, *_):
+                return _Stored(storage, offset, dimensions(sizes), dimensions(strides))
+            case Name("parameter"), (_Stored() as tensor, *_):
                 return tensor
         return super().made(name, arguments)
 
@@ -82,13 +107,28 @@ class _Machine(Machine):
     def persistent(self, identifier: object) -> object:
         match identifier:
             case ("storage", Name(kind), str(key), *_) if kind in DTYPES:
-                if key not in self.storages:
-                    # zipfile checks the CRC-32 of what it reads.
-                    data = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-                    flat = torch.frombuffer(data, dtype=DTYPES[kind]) if data else torch.empty(0)
-                    self.storages[key] = flat
-                return self.storages[key]
+                return _Storage(kind, f"{self.folder}data/{key}")
         return super().persistent(identifier)
+
+    def update(self, values: list[object]) -> None:
+        read: list[object] = []
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if isinstance(value, _Stored):
+                if isinstance(key, str) and not self.wanted(key):
+                    continue
+                value = self.tensor(value)
+            read += [key, value]
+        super().update(read)
+
+    def tensor(self, stored: _Stored) -> Tensor:
+        """The tensor, a view of its storage, which is read once."""
+        kind, record = stored.storage.kind, stored.storage.record
+        if record not in self.storages:
+            # zipfile checks the CRC-32 of what it reads.
+            data = bytearray(self.archive.read(record))
+            flat = torch.frombuffer(data, dtype=DTYPES[kind]) if data else torch.empty(0)
+            self.storages[record] = flat
+        return _view(self.storages[record], stored.offset, stored.sizes, stored.strides)
 
 
 def _view(storage: Tensor, offset: int, sizes: list[int], strides: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dac_fast.config import codebook_count
 from dac_fast.inference.engine import Engine
 from dac_fast.inference.plan import Plan, choosing
+from dac_fast.model.halves import DIRECTIONS, Direction, require
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Chain
 from dac_fast.ops import cuda_graph
@@ -33,12 +34,14 @@ class OptimizableCodec(Codec, Protocol):
     def engine_for(self) -> Engine | None: ...  # noqa: D102
 
 
-def layers_of(codec: OptimizableCodec, direction: str) -> Plan | Chain:
+def layers_of(codec: OptimizableCodec, direction: Direction) -> Plan | Chain:
     """The layers that run a direction: the engine's where the codec has one, else the modules.
 
     Raises:
+        MissingPartError: the direction's part was not loaded.
         RuntimeError: the engine is of weights that the codec no longer has.
     """
+    require(codec, DIRECTIONS[direction])
     if engine := codec.engine_for():
         return engine.plans[direction]
     return codec.encoder.block if direction == "encode" else codec.decoder.model
