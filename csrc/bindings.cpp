@@ -65,7 +65,14 @@ void bind_snake(py::module_& m, const std::string& type) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("snake_forward_" + type).c_str(),
         [](const SnakeShape& shape, const AnyRows& x, Address alpha, const AnyRows& y, int threads) {
-          snake_forward<S>(shape, x.of<const S>(), at<const Wide<S>>(alpha), y.of<S>(), threads);
+          const auto* values = at<const Wide<S>>(alpha);
+          snake_forward<S>(shape, x.of<const S>(), values, values, y.of<S>(), threads);
+        },
+        unlocked);
+  m.def(("snake_beta_forward_" + type).c_str(),
+        [](const SnakeShape& shape, const AnyRows& x, Address alpha, Address beta, const AnyRows& y, int threads) {
+          snake_forward<S>(shape, x.of<const S>(), at<const Wide<S>>(alpha), at<const Wide<S>>(beta), y.of<S>(),
+                           threads);
         },
         unlocked);
   m.def(("snake_backward_" + type).c_str(),

@@ -87,9 +87,9 @@ INLINE double sum(const T* term, int64_t n) {
 }
 
 template <class T>
-std::vector<T> inverses(const T* alpha, int64_t channels) {
+std::vector<T> inverses(const T* beta, int64_t channels) {
   std::vector<T> inverse(channels);
-  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / (alpha[c] + static_cast<T>(1e-9));
+  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / (beta[c] + static_cast<T>(1e-9));
   return inverse;
 }
 
@@ -175,9 +175,9 @@ void backward_channels_last(const SnakeShape& shape, Rows<const S> grad, Rows<co
 }  // namespace
 
 template <class S>
-void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, Rows<S> y, int threads,
-                   InstructionSet set) {
-  const std::vector<Wide<S>> inverse = inverses(alpha, shape.channels());
+void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, const Wide<S>* beta, Rows<S> y,
+                   int threads, InstructionSet set) {
+  const std::vector<Wide<S>> inverse = inverses(beta, shape.channels());
   const Segments segments(shape);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
     run(set, [&]() __attribute__((always_inline)) {
@@ -203,7 +203,8 @@ void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x
 }
 
 #define DAC_SNAKE(S)                                                                                                \
-  template void snake_forward(const SnakeShape&, Rows<const S>, const Wide<S>*, Rows<S>, int, InstructionSet);      \
+  template void snake_forward(const SnakeShape&, Rows<const S>, const Wide<S>*, const Wide<S>*, Rows<S>, int,       \
+                              InstructionSet);                                                                      \
   template void snake_backward(const SnakeShape&, Rows<const S>, Rows<const S>, const Wide<S>*, Rows<S>, Wide<S>*, \
                                int, InstructionSet)
 DAC_SNAKE(float);

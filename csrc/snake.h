@@ -1,4 +1,4 @@
-// Snake activation on the CPU: y = x + sin(alpha x)^2 / (alpha + 1e-9), and its gradients.
+// Snake activation on the CPU: y = x + sin(alpha x)^2 / (beta + 1e-9). Where beta is alpha, also its gradients.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,10 @@ struct SnakeShape {
 template <class S>
 using Wide = std::conditional_t<(sizeof(S) > 2), S, float>;
 
-// alpha: one value per channel. S is float, double, BFloat16 or Float16.
+// alpha, beta: one value per channel. S is float, double, BFloat16 or Float16.
 template <class S>
-void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, Rows<S> y, int threads,
-                   InstructionSet set = best_instruction_set());
+void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, const Wide<S>* beta, Rows<S> y,
+                   int threads, InstructionSet set = best_instruction_set());
 
 // From the gradient of y, those of x and of alpha. The latter's bits do not depend on the number of threads.
 template <class S>

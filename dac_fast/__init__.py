@@ -2,7 +2,7 @@
 
 from dac_fast.codec import DAC, load
 from dac_fast.config import PRESETS, Config
-from dac_fast.drop_in import accelerate, restore
+from dac_fast.drop_in import accelerate, accelerate_decoder, restore
 from dac_fast.ops import use_backend
 from dac_fast.storage.dac2 import DACFile
 from dac_fast.streaming.signal import StreamingDecoder, StreamingEncoder
@@ -17,6 +17,7 @@ __all__ = [
     "StreamingEncoder",
     "__version__",
     "accelerate",
+    "accelerate_decoder",
     "load",
     "restore",
     "use_backend",

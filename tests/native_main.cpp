@@ -76,7 +76,7 @@ void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double
     if (!dac::supported(set)) continue;
     std::vector<S> y(count), grad_x(count), grad_alpha(shape.channels()), again(shape.channels());
     const dac::Rows<const S> in = {x.data(), rows * stride, stride}, upstream = {grad.data(), rows * size, size};
-    dac::snake_forward<S>(shape, in, alpha.data(), {y.data(), rows * size, size}, some_threads(), set);
+    dac::snake_forward<S>(shape, in, alpha.data(), alpha.data(), {y.data(), rows * size, size}, some_threads(), set);
     dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, grad_alpha.data(),
                            some_threads(), set);
     dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, again.data(), 1, set);
@@ -352,7 +352,7 @@ void forks(int count, int others) {
     const std::vector<float> x(16400), alpha(2, 1);
     std::vector<float> y(16400);
     const dac::Rows<const float> from = {x.data(), 16400, 8200};
-    while (!done) dac::snake_forward<float>({1, 2, 8200, false}, from, alpha.data(), {y.data(), 16400, 8200}, 2);
+    while (!done) dac::snake_forward<float>({1, 2, 8200, false}, from, alpha.data(), alpha.data(), {y.data(), 16400, 8200}, 2);
   });
   for (int i = 0; i < count; ++i) {
     const pid_t child = fork();

@@ -188,7 +188,7 @@ def test_layers_choose_on_a_cpu_too(golden):
     first, second = codec.decode_codes(codes), codec.decode_codes((codes + 1) % 16)
     assert_same(first, expected, 1e-4)
     assert not torch.equal(first, second)
-    (memory,) = codec.engine.plans["decode"]._idle
+    (memory,) = codec.engine.plans["decode"]._scratch._idle
     size = memory.size
     codec.decode_codes(codes)
     assert memory.size == size

@@ -92,6 +92,22 @@ def test_snake(layout, shape, dtype):
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_snake_beta(layout, dtype):
+    torch.manual_seed(0)
+    leaf_shape, view = LAYOUTS[layout]
+    x = view(3 * torch.randn(leaf_shape(2, 40, 63), dtype=dtype))
+    scales = [torch.randn(1, 40, 1, dtype=dtype) for _ in range(2)]
+    for log_scale in (False, True):
+        alpha, beta = scales if log_scale else [scale.abs() + 0.1 for scale in scales]
+        same = reference.snake_beta(x, alpha, beta, log_scale)
+        exact = reference.snake_beta(x.double(), alpha.double(), beta.double(), log_scale)
+        assert_as_good_as(native.snake_beta(x, alpha, beta, log_scale), same, exact)
+    with pytest.raises(RuntimeError, match="snake_beta cannot run: it computes no gradients"):
+        native.snake_beta(x.clone().requires_grad_(), alpha, beta)
+
+
 def test_snake_of_extreme_values():
     """Past the polynomial's range, for infinities, NaN and alphas near zero: as PyTorch."""
     x = torch.tensor(

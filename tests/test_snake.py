@@ -51,12 +51,6 @@ def with_gradients(op, inputs, seed=1, dtype=None):
     return y, *torch.autograd.grad(y, inputs, g.to(y.dtype))
 
 
-def beta_reference(x, alpha, beta, log_scale=False):
-    if log_scale:
-        alpha, beta = alpha.exp(), beta.exp()
-    return x + torch.sin(alpha * x).square() / (beta + 1e-9)
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("shape", [(2, 3, 1), (1, 5, 63), (2, 96, 40), (1, 2, 1000)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,12 +70,12 @@ def test_as_accurate_as_pytorch(shape, layout, dtype):
 def test_snake_beta(log_scale):
     x, alpha = make((2, 5, 63), "contiguous", torch.float32)
     beta = (alpha.detach().flip(1) + 2).requires_grad_()
-    for run in (snake_beta, beta_reference):
+    for run in (snake_beta, reference.snake_beta):
         assert run(x, alpha, beta, log_scale).shape == x.shape
     actual = with_gradients(lambda *a: snake_beta(*a, log_scale), (x, alpha, beta))
-    same = with_gradients(lambda *a: beta_reference(*a, log_scale), (x, alpha, beta))
+    same = with_gradients(lambda *a: reference.snake_beta(*a, log_scale), (x, alpha, beta))
     exact = with_gradients(
-        lambda *a: beta_reference(*a, log_scale), (x, alpha, beta), dtype=torch.float64
+        lambda *a: reference.snake_beta(*a, log_scale), (x, alpha, beta), dtype=torch.float64
     )
     for a, s, e in zip(actual, same, exact, strict=True):
         assert_as_good_as(a, s, e)

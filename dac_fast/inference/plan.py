@@ -240,30 +240,38 @@ class Convolution:
 class Unit:
     """A residual unit without its first Snake, which the layer before has computed.
 
-    It runs as one kernel, or as two convolutions. Args: those of `Convolution`.
+    It runs as one kernel, or as two convolutions.
+
+    Args:
+        name: of the module that the unit stands for.
+        first: the dilated convolution, with the Snake in the middle, which is all that it gives.
+        second: the convolution of 1, with the Snake that follows the unit.
     """
 
-    def __init__(
-        self,
+    def __init__(self, name: str, first: Convolution, second: Convolution):
+        self.name = name
+        self.choices = first.choices
+        self.first, self.second = first, second
+
+    @classmethod
+    def of(
+        cls,
         name: str,
         unit: ResidualUnit,
         dtype: torch.dtype,
         tf32: bool,
         choices: Choices,
         alpha: Tensor | None,
-        keep: bool = True,
-    ):
-        self.name = name
-        self.choices = choices
+        keep: bool,
+    ) -> "Unit":
+        """The unit of a module; the other arguments are those of `Convolution`."""
         _, dilated, middle, pointwise = unit.block
         assert isinstance(dilated, Conv1d)
         assert isinstance(middle, Snake)
         assert isinstance(pointwise, Conv1d)
-        common = (dtype, tf32, choices)
-        self.first = Convolution(
-            f"{name}.block.1", dilated, *common, _constant(middle.alpha), keep=False
-        )
-        self.second = Convolution(f"{name}.block.3", pointwise, *common, alpha, keep)
+        common, between = (dtype, tf32, choices), _constant(middle.alpha)
+        first = Convolution(f"{name}.block.1", dilated, *common, between, keep=False)
+        return cls(name, first, Convolution(f"{name}.block.3", pointwise, *common, alpha, keep))
 
     def output_length(self, length: Length, padded: bool) -> Length:
         """Positions that come out of `length`."""
@@ -303,6 +311,26 @@ class Unit:
         return self.second(None, hidden, lengths, padded, residual=x[..., crop : x.shape[2] - crop])
 
 
+class Scratch:
+    """Memory on the CPU for the results of layers; threads have some each."""
+
+    def __init__(self) -> None:
+        # That no call uses at the moment.
+        self._idle: list[native.Memory] = []
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[native.Memory]:
+        """Inside, results on the CPU lie in memory that this call has for itself."""
+        try:
+            memory = self._idle.pop()
+        except IndexError:
+            memory = native.Memory()
+        with memory.in_force():
+            yield memory
+        if memory.size <= KEPT_BYTES:
+            self._idle.append(memory)
+
+
 class Plan:
     """An encoder or decoder in one precision, for inference: its results have no gradients.
 
@@ -319,8 +347,7 @@ class Plan:
         self.tf32 = tf32
         self.choices = Choices()
         self.layers: list[Convolution | Unit] = []
-        # Memory that no call uses at the moment.
-        self._idle: list[native.Memory] = []
+        self._scratch = Scratch()
         # Positions of a frame in the input, and in the output: a hop and 1, or 1 and a hop.
         self._frame_in = self._frame_out = 1
         steps = list(_steps(name, module))
@@ -334,7 +361,7 @@ class Plan:
                 alpha = _constant(activation.alpha) if isinstance(activation, Snake) else None
                 keep = not isinstance(following, Snake)
                 if isinstance(step, ResidualUnit):
-                    self.layers.append(Unit(path, step, *common, alpha, keep))
+                    self.layers.append(Unit.of(path, step, *common, alpha, keep))
                 elif isinstance(step, Conv1d | ConvTranspose1d):
                     tanh = isinstance(following, nn.Tanh)
                     self.layers.append(Convolution(path, step, *common, alpha, keep, tanh))
@@ -370,7 +397,7 @@ class Plan:
         # Channels innermost, as in all that follows.
         y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         snaked: Tensor | None = None
-        with float32_products(self.tf32), self._memory() as memory:
+        with float32_products(self.tf32), self._scratch.lent() as memory:
             for layer in self.layers:
                 if lengths is not None:
                     lengths = layer.output_length(lengths, padded)
@@ -386,18 +413,6 @@ class Plan:
                 y = filled_up(y, x.shape[2] // self._frame_in * self._frame_out)
             # On a CPU the next call writes where y lies.
             return y.to(x.dtype, copy=x.device.type == "cpu")
-
-    @contextlib.contextmanager
-    def _memory(self) -> Iterator[native.Memory]:
-        """Inside, results on the CPU lie in memory that this call has for itself."""
-        try:
-            memory = self._idle.pop()
-        except IndexError:
-            memory = native.Memory()
-        with memory.in_force():
-            yield memory
-        if memory.size <= KEPT_BYTES:
-            self._idle.append(memory)
 
 
 def _steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,12 +26,19 @@ def set_channels_last(network: nn.Module) -> None:
 
 
 def conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` with channels innermost, from arguments of any layout."""
     # PyTorch knows this layout for images only: a signal is an image of height 1.
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
-    return innermost(F.conv2d(x, weight, bias, (1, stride), (0, padding), (1, dilation))).squeeze(2)
+    y = F.conv2d(x, weight, bias, (1, stride), (0, padding), (1, dilation), groups)
+    return innermost(y).squeeze(2)
 
 
 def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:

@@ -91,9 +91,13 @@ class WeightNorm(nn.Module):
         The weight's second axis becomes innermost in memory, for `dac_fast.model.folded`.
         """
         if not self.folded:
-            weight = self.normed_weight().transpose(1, 2).contiguous().transpose(1, 2)
-            self.weight = nn.Parameter(weight, requires_grad=False)
-            del self.weight_g, self.weight_v
+            self.hold(self.normed_weight())
+
+    def hold(self, weight: Tensor) -> None:
+        """Stores another weight, as one tensor, in place of direction and magnitude."""
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        del self.weight_g, self.weight_v
 
 
 @contextlib.contextmanager

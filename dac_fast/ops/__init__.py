@@ -33,6 +33,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # Per op, the backends that have it beside the reference, the one that `auto` prefers first.
 IMPLEMENTATIONS: dict[str, dict[str, ModuleType]] = {
     "snake": {"triton": triton_snake, "native": native},
+    "snake_beta": {"triton": triton_snake, "native": native},
     "conv1d": {"triton": triton_conv1d, "native": native},
     "conv_transpose1d": {"triton": triton_conv1d, "native": native},
     "residual_unit": {"triton": triton_residual_unit, "native": native},
@@ -175,6 +176,7 @@ def _dispatched(op: Callable[P, R]) -> Callable[P, R]:
 
 
 snake = _dispatched(reference.snake)
+snake_beta = _dispatched(reference.snake_beta)
 conv1d = _dispatched(reference.conv1d)
 conv_transpose1d = _dispatched(reference.conv_transpose1d)
 residual_unit = _dispatched(reference.residual_unit)

@@ -30,6 +30,21 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     return (x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()).to(x.dtype)
 
 
+def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> Tensor:
+    """BigVGAN's Snake, `x + sin(alpha x)^2 / (beta + 1e-9)` (arXiv 2206.04658).
+
+    Args:
+        x: [B, C, T], any float dtype.
+        alpha, beta: [1, C, 1].
+        log_scale: alpha and beta hold logarithms.
+    Returns:
+        of x's shape and dtype.
+    """
+    if log_scale:
+        alpha, beta = alpha.exp(), beta.exp()
+    return (x + (beta + 1e-9).reciprocal() * torch.sin(alpha * x).square()).to(x.dtype)
+
+
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
     """Which positions lie before their item's length: booleans [B, 1, size].
 

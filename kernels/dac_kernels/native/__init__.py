@@ -18,7 +18,12 @@ from dac_kernels.native.conv1d import (
 )
 from dac_kernels.native.disc_preprocess import disc_preprocess, disc_preprocess_unsupported
 from dac_kernels.native.memory import Memory
-from dac_kernels.native.snake import snake, snake_unsupported
+from dac_kernels.native.snake import (
+    snake,
+    snake_beta,
+    snake_beta_unsupported,
+    snake_unsupported,
+)
 from dac_kernels.native.stft_bands import BANDS, stft_bands, stft_bands_unsupported
 from dac_kernels.native.threads import torch_on_all_threads, torch_on_one_thread
 
@@ -35,6 +40,8 @@ __all__ = [
     "residual_unit",
     "residual_unit_unsupported",
     "snake",
+    "snake_beta",
+    "snake_beta_unsupported",
     "snake_unsupported",
     "status",
     "stft_bands",

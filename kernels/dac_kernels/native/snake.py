@@ -45,6 +45,33 @@ def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
     return differs("alpha", alpha, alpha.shape, x)
 
 
+def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False) -> Tensor:
+    """`x + sin(alpha x)^2 / (beta + 1e-9)`, BigVGAN's variant, on the CPU, for inference.
+
+    Args:
+        x: as for `snake`.
+        alpha, beta: as its alpha.
+        log_scale: alpha and beta hold logarithms.
+    Raises:
+        RuntimeError: see `snake_beta_unsupported`.
+    """
+    require("snake_beta", snake_beta_unsupported(x, alpha, beta))
+    if log_scale:
+        alpha, beta = alpha.exp(), beta.exp()
+    y: Tensor = _snake_beta(x, alpha, beta)
+    return y
+
+
+def snake_beta_unsupported(
+    x: Tensor, alpha: Tensor, beta: Tensor, log_scale: bool = False
+) -> str | None:
+    """Why `snake_beta` cannot run on these tensors, or None."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, alpha, beta)):
+        return "it computes no gradients"
+    reason = snake_unsupported(x, beta)
+    return snake_unsupported(x, alpha) or (reason and reason.replace("alpha", "beta"))
+
+
 def _channels_last(x: Tensor) -> bool:
     """Whether the channels of x [B, C, T], and not time, lie next to each other."""
     return x.stride(1) == 1 and (x.stride(2) != 1 or x.shape[2] == 1)
@@ -79,22 +106,33 @@ def _snake_shape(x: Tensor, channels_last: bool) -> extension.SnakeShape:
     return extension.SnakeShape(batch, rows, size, channels_last)
 
 
-def _output(x: Tensor, alpha: Tensor) -> Tensor:
-    """Room for what `_snake` returns, once its arguments are checked."""
-    require("snake", snake_unsupported(x, alpha))
+def _output(x: Tensor, *per_channel: Tensor) -> Tensor:
+    """Room for what `_snake` and `_snake_beta` return, once their arguments are checked."""
+    for values in per_channel:
+        require("snake", snake_unsupported(x, values))
     return _empty_like(x)
+
+
+def _forward(function: str, x: Tensor, *per_channel: Tensor) -> Tensor:
+    y, last = _output(x, *per_channel), _channels_last(x)
+    x, wide = _with_runs(x, last), [_wide(values) for values in per_channel]
+    addresses = (values.data_ptr() for values in wide)
+    call(function, x, [x.dtype], _snake_shape(x, last), _rows(x, last), *addresses, _rows(y, last))
+    return y
 
 
 @torch.library.custom_op("dac_native::snake", mutates_args=())
 def _snake(x: Tensor, alpha: Tensor) -> Tensor:
-    y, last = _output(x, alpha), _channels_last(x)
-    x, alpha = _with_runs(x, last), _wide(alpha)
-    tensors = _rows(x, last), alpha.data_ptr(), _rows(y, last)
-    call("snake_forward", x, [x.dtype], _snake_shape(x, last), *tensors)
-    return y
+    return _forward("snake_forward", x, alpha)
+
+
+@torch.library.custom_op("dac_native::snake_beta", mutates_args=())
+def _snake_beta(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return _forward("snake_beta_forward", x, alpha, beta)
 
 
 _snake.register_fake(_output)
+_snake_beta.register_fake(_output)
 
 
 def _gradients(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
