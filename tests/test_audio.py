@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dac_fast import audio
+from dac_fast.audio import ffmpeg
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import AudioError, Recording
 from dac_fast.audio.writing import AudioWriter
@@ -62,6 +63,66 @@ def test_files_come_back(tmp_path, name, channels, samples, rate, subtype, error
         assert np.corrcoef(x[0], y[0])[0, 1] > 0.9  # a lossy format, on noise
     else:
         assert np.abs(x - y).max() <= error
+
+
+@pytest.fixture
+def by_ffmpeg(tmp_path):
+    """Writes audio [C, T] at 44.1 kHz to a file of a format that ffmpeg alone reads."""
+    if not ffmpeg.installed():
+        pytest.skip("ffmpeg is not installed")
+
+    def encoded(x, name, *options):
+        audio.write(tmp_path / "given.wav", x, 44100, "FLOAT")
+        given = ("-i", tmp_path / "given.wav", *options, tmp_path / name)
+        subprocess.run(["ffmpeg", "-v", "error", "-y", *given], check=True)
+        return tmp_path / name
+
+    return encoded
+
+
+@pytest.mark.parametrize("name", ["-a.m4a", "a.aac", "a.WMA", "a.wv", "a.mp4"])
+def test_files_that_ffmpeg_reads(by_ffmpeg, name):
+    x = np.sin(np.outer([0.02, 0.03], np.arange(50000)), dtype=np.float32) / 4
+    path = by_ffmpeg(x, name)
+    recording = Recording(path)
+    assert (recording.channels, recording.sample_rate) == (2, 44100)
+    assert abs(recording.frames - 50000) < 5000
+    y = np.concatenate(list(recording.blocks(seconds=0.3)), axis=1)
+    assert recording.frames == y.shape[1]
+    assert np.array_equal(y, audio.read(path)[0]), "the block size shows"
+    # An encoder's delay may be left at the beginning.
+    spectra = np.abs(np.fft.rfft(y[:, 10000:40000]))
+    assert np.abs(spectra.argmax(axis=1) - 30000 * np.array([0.02, 0.03]) / (2 * np.pi)).max() < 1
+
+
+def test_what_ffmpeg_cannot_read_is_one_line(by_ffmpeg, tmp_path, monkeypatch):
+    path = by_ffmpeg(noise(1, 200000), "a.m4a", "-movflags", "faststart")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AudioError, match=r"a.m4a: damaged or cut short beyond [12]\.\d+ s \(.*\)$"):
+        audio.read(path)
+    # A playlist would have ffmpeg read what it names.
+    (tmp_path / "list.m4a").write_text(f"#EXTM3U\n#EXTINF:1,\nfile:{path}\n#EXT-X-ENDLIST\n")
+    silent = tmp_path / "silent.mp4"
+    given = ("-f", "lavfi", "-i", "color=size=16x16:duration=0.1", silent)
+    subprocess.run(["ffmpeg", "-v", "error", *given], check=True)
+    for name in ("list.m4a", "silent.mp4"):
+        with pytest.raises(AudioError, match=rf"{name}: not an audio file .* \([^\n]*\)$"):
+            Recording(tmp_path / name)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(AudioError, match=r"ffmpeg reads it, and is not installed\)$"):
+        Recording(path)
+
+
+def test_ffmpeg_ends_with_its_reader(by_ffmpeg):
+    blocks = ffmpeg.blocks(str(by_ffmpeg(noise(1, 400000), "a.m4a")), 10, 1, 44100)
+    next(blocks)
+    children = f"/proc/self/task/{os.getpid()}/children"
+    with open(children) as file:
+        assert file.read().split()
+    blocks.close()
+    with open(children) as file:
+        assert not file.read().split()
 
 
 def test_clipping(tmp_path):

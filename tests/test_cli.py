@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dac_fast import DACFile, load
+from dac_fast.audio import ffmpeg
 from dac_fast.audio.reading import read
 from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
@@ -462,10 +463,12 @@ def test_other_settings_are_not_mixed(dac_fast_cli, folder, tmp_path):
     assert DACFile.load(tmp_path / "a.dac").n_codebooks == 3
 
 
-def test_audio_that_is_not_read_is_named(dac_fast_cli, folder, tmp_path):
+def test_audio_that_is_not_read_is_named(dac_fast_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ffmpeg, "installed", lambda: False)
     for name in ("1.m4a", "deep/2.AAC", "3.wma", "4.m4a", ".5.m4a"):
         (folder / name).touch()
     _, out, err = dac_fast_cli("encode", folder, "-o", tmp_path / "codes")
     assert "encoded 2 of 4, 2 failed" in out
     names = "1.m4a, 3.wma, 4.m4a, …"
-    assert f"left out 4 files, whose formats are not read: {names}\n" in err
+    why = "only ffmpeg reads, which is not installed"
+    assert f"left out 4 files, whose formats {why}: {names}\n" in err

@@ -1,6 +1,6 @@
 """Audio files and arrays, read block by block: memory does not grow with the recording.
 
-soundfile, which reads the files, is imported where it is used.
+soundfile, which reads most files, is imported where it is used; `ffmpeg` reads the others.
 """
 
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dac_fast.audio import ffmpeg
 from dac_fast.audio.resample import Samples, resampled
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ MAX_CHANNELS = 1024
 # Samples of a block, of all channels.
 BLOCK_SAMPLES = 1 << 20
 
-# The suffixes that a folder is searched for. A file that is named itself may have any.
+# Of what libsndfile reads. A file that is named itself may have any suffix.
 AUDIO_SUFFIXES = (
     ".wav",
     ".flac",
@@ -36,21 +37,7 @@ AUDIO_SUFFIXES = (
     ".caf",
     ".w64",
 )
-# Suffixes of audio that libsndfile does not read, and of video with audio.
-UNREAD_SUFFIXES = (
-    ".aac",
-    ".ac3",
-    ".amr",
-    ".ape",
-    ".dsf",
-    ".m4a",
-    ".m4b",
-    ".mka",
-    ".mp4",
-    ".webm",
-    ".wma",
-    ".wv",
-)
+KNOWN_SUFFIXES = (*AUDIO_SUFFIXES, *ffmpeg.SUFFIXES)
 
 # A file's path, or an array [C, T] or [T] of floats and its sample rate in Hz.
 Source: TypeAlias = str | os.PathLike[str] | tuple[NDArray[np.floating[Any]], int]
@@ -60,8 +47,13 @@ class AudioError(ValueError):
     """Audio that cannot be read or written; one line that names it and says why."""
 
 
+def readable_suffixes() -> tuple[str, ...]:
+    """The suffixes that a folder is searched for: ffmpeg's too, where it is installed."""
+    return KNOWN_SUFFIXES if ffmpeg.installed() else AUDIO_SUFFIXES
+
+
 class Recording:
-    """Audio from a file (wav, flac, ogg, mp3 and whatever else libsndfile reads) or from memory.
+    """Audio from a file (of any format that libsndfile or ffmpeg reads) or from memory.
 
     Args:
         source: a path, or (array [C, T] or [T] of floats, sample rate).
@@ -69,7 +61,8 @@ class Recording:
     Attributes:
         name: the path as given, or "array".
         channels, sample_rate: as the source has them.
-        frames: samples per channel, as the file declares them; an estimate for some MP3 files.
+        frames: samples per channel, as the file declares them; an estimate for some MP3 files and
+            for those that ffmpeg reads.
 
     Raises:
         AudioError: no such file, not audio, cut short, no samples, or a rate or shape out of range.
@@ -83,11 +76,9 @@ class Recording:
         self._array: NDArray[np.floating[Any]] | None = None
         if isinstance(source, (str, os.PathLike)):
             self.name = os.fspath(source)
-            with _open(self.name) as file:
-                self.channels, self.sample_rate = file.channels, file.samplerate
-                self.frames = file.frames
-                self._identity = _identity(self.name)
-            _require_whole_wav(self.name)
+            _require_file(self.name)
+            self._identity = _identity(self.name)
+            self.channels, self.sample_rate, self.frames = _header(self.name)
         else:
             self.name = "array"
             self._array, self.sample_rate = _checked_array(source)
@@ -118,7 +109,7 @@ class Recording:
     def _pieces(self, size: int) -> Iterator[Samples]:
         """Blocks of `size` samples at the source's own rate, checked."""
         start = 0
-        for piece in self._from_file(size) if self._array is None else _cut(self._array, size):
+        for piece in self._pieces_unchecked(size):
             finite = np.isfinite(piece).all(axis=0)
             if not finite.all():
                 second = (start + int(finite.argmin())) / self.sample_rate
@@ -126,7 +117,25 @@ class Recording:
             start += piece.shape[1]
             yield piece
 
-    def _from_file(self, size: int) -> Iterator[Samples]:
+    def _pieces_unchecked(self, size: int) -> Iterator[Samples]:
+        if self._array is not None:
+            return _cut(self._array, size)
+        return self._by_ffmpeg(size) if ffmpeg.reads(self.name) else self._by_libsndfile(size)
+
+    def _by_ffmpeg(self, size: int) -> Iterator[Samples]:
+        read = 0
+        try:
+            for piece in ffmpeg.blocks(self.name, size, self.channels, self.sample_rate):
+                read += len(piece)
+                self._require_unchanged()
+                yield np.ascontiguousarray(piece.T)
+        except ffmpeg.FfmpegError as error:
+            raise self._damaged(read, error) from error
+        if read == 0:
+            raise AudioError(f"{self.name}: holds no samples")
+        self.frames = read
+
+    def _by_libsndfile(self, size: int) -> Iterator[Samples]:
         import soundfile
 
         with _open(self.name) as file:
@@ -135,10 +144,7 @@ class Recording:
                 try:
                     piece = file.read(size, dtype="float32", always_2d=True)
                 except soundfile.SoundFileError as error:
-                    second = read / self.sample_rate
-                    raise AudioError(
-                        f"{self.name}: damaged or cut short beyond {second:.3f} s ({error})"
-                    ) from error
+                    raise self._damaged(read, error) from error
                 if not len(piece):
                     break
                 read += len(piece)
@@ -149,6 +155,10 @@ class Recording:
                     f"{self.name}: cut short: {read} of {self.frames} samples are there"
                 )
             self.frames = read
+
+    def _damaged(self, read: int, error: Exception) -> AudioError:
+        second = read / self.sample_rate
+        return AudioError(f"{self.name}: damaged or cut short beyond {second:.3f} s ({error})")
 
     def _require_unchanged(self) -> None:
         """Raises where the file is no longer the one that was opened first."""
@@ -170,15 +180,31 @@ def _cut(array: NDArray[np.floating[Any]], size: int) -> Iterator[Samples]:
         yield block
 
 
-def _open(path: str) -> "soundfile.SoundFile":
-    import soundfile
-
+def _require_file(path: str) -> None:
     if not os.path.exists(path):
         raise AudioError(f"{path}: no such file")
     if not os.path.isfile(path):
         raise AudioError(f"{path}: not a file")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: the file is empty")
+
+
+def _header(path: str) -> tuple[int, int, int]:
+    """Channels, sample rate and samples per channel, as the file declares them."""
+    if ffmpeg.reads(path):
+        try:
+            return ffmpeg.probe(path)
+        except ffmpeg.FfmpegError as error:
+            raise AudioError(f"{path}: not an audio file that can be read ({error})") from error
+    with _open(path) as file:
+        header = file.channels, file.samplerate, file.frames
+    _require_whole_wav(path)
+    return header
+
+
+def _open(path: str) -> "soundfile.SoundFile":
+    import soundfile
+
     try:
         file = soundfile.SoundFile(path)
     # TypeError: soundfile takes a ".raw" suffix for headerless samples, whatever the file holds.

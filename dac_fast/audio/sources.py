@@ -7,12 +7,14 @@ from), "seconds" and "rate".
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dac_fast import files
-from dac_fast.audio.reading import AUDIO_SUFFIXES
+from dac_fast.audio import ffmpeg
+from dac_fast.audio.reading import readable_suffixes
 
 MANIFEST = "manifest.jsonl"
 
@@ -62,7 +64,7 @@ def audio_files(source: str | os.PathLike[str], domain: str = "") -> list[AudioF
     manifest = source / MANIFEST if source.is_dir() else source
     found = _of_manifest(manifest, domain) if manifest.is_file() else files_below(source, domain)
     if not found:
-        raise SourceError(f"no audio in {source}; accepted: {' '.join(AUDIO_SUFFIXES)}")
+        raise SourceError(f"no audio in {source}; accepted: {' '.join(readable_suffixes())}")
     return sorted(found, key=lambda file: file.name)
 
 
@@ -81,8 +83,22 @@ def files_below(folder: str | os.PathLike[str], domain: str = "") -> list[AudioF
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder or .jsonl manifest")
-    paths = files.files_below(folder, AUDIO_SUFFIXES, refuse)
+    paths = files.files_below(folder, readable_suffixes(), refuse)
     return [_audio_file(folder, str(path.relative_to(folder)), domain) for path in paths]
+
+
+def left_out(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> str:
+    """A line on a folder's files that only ffmpeg reads, unless `suffixes` has theirs.
+
+    "": there are none.
+    """
+    unread = tuple(suffix for suffix in ffmpeg.SUFFIXES if suffix not in suffixes)
+    found = files.files_below(Path(folder), unread, lambda error: None)
+    if not found:
+        return ""
+    names = ", ".join(file.name for file in found[:3]) + (", …" if len(found) > 3 else "")
+    why = "are not read" if ffmpeg.installed() else "only ffmpeg reads, which is not installed"
+    return f"left out {len(found)} files, whose formats {why}: {names}"
 
 
 def _of_manifest(manifest: Path, domain: str) -> list[AudioFile]:

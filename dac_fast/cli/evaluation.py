@@ -7,7 +7,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from dac_fast.cli.jobs import Existing, may_write
-from dac_fast.cli.options import Device, Model, WhenExisting, counts_in, load_codec
+from dac_fast.cli.options import (
+    Device,
+    Model,
+    WhenExisting,
+    counts_in,
+    load_codec,
+    say_left_out,
+    say_toy,
+)
 from dac_fast.cli.terminal import err, fail, out, progress_bar
 from dac_fast.evaluation.listen import clips_of, write_page
 from dac_fast.evaluation.outcome import Evaluation
@@ -67,6 +75,9 @@ def evaluate(
     if not may_write(existing, *tables, picture, *([listen] if listen else [])):
         return
     make_folder(output)
+    say_left_out([data, *([restored] if restored else [])])
+    if not restored:
+        say_toy(model)
     counts = None if codebooks is None else counts_in(codebooks)
     columns = (
         TextColumn("{task.description}"),

@@ -9,7 +9,7 @@ import typer
 
 from dac_fast import DAC
 from dac_fast.audio import writing
-from dac_fast.audio.reading import AUDIO_SUFFIXES, UNREAD_SUFFIXES
+from dac_fast.audio.reading import KNOWN_SUFFIXES, readable_suffixes
 from dac_fast.audio.resample import Samples
 from dac_fast.cli.jobs import Advance, Existing, Job, Kind, attempt, by_size, plan, run
 from dac_fast.cli.options import (
@@ -28,6 +28,7 @@ from dac_fast.cli.options import (
     WhenExisting,
     batching,
     load_codec,
+    say_left_out,
     say_toy,
 )
 from dac_fast.cli.pipes import piped
@@ -68,8 +69,8 @@ def encode(
         )
     normalize = None if no_normalize else normalize_db
     with piped(inputs, output, ".dac") as (sources, target):
-        kind = Kind(AUDIO_SUFFIXES, ".dac", (".dac",), unread=UNREAD_SUFFIXES)
-        jobs = plan(sources, target, kind)
+        say_left_out(sources)
+        jobs = plan(sources, target, Kind(readable_suffixes(), ".dac", (".dac",)))
         codec = load_codec(model, device, "encoder")
         check_options(codec, chunk_seconds, n_quantizers, normalize)
         batches = batching(device, batch_seconds)
@@ -196,7 +197,7 @@ def decode(
 
     with piped(inputs, output, suffix) as (sources, target):
         run(
-            plan(sources, target, Kind((".dac",), suffix, AUDIO_SUFFIXES)),
+            plan(sources, target, Kind((".dac",), suffix, KNOWN_SUFFIXES)),
             work,
             "decoded",
             existing,

@@ -11,7 +11,7 @@ import typer
 
 from dac_fast.cli.report import SKIPPED, Report
 from dac_fast.cli.stopping import Stop, Stopped
-from dac_fast.cli.terminal import err, out
+from dac_fast.cli.terminal import out
 from dac_fast.files import files_below, make_folder
 from dac_fast.recordings.pipeline import FAULTS
 
@@ -64,14 +64,12 @@ class Kind:
         suffix: of the outputs.
         targets: suffixes that an output named by the user may have.
         extra: suffixes of what is written beside each output.
-        unread: suffixes of files in folders that the user may expect to be taken.
     """
 
     sources: tuple[str, ...]
     suffix: str
     targets: tuple[str, ...]
     extra: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
 
 
 def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
@@ -92,7 +90,6 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             unreadable: list[OSError] = []
             found = files_below(item, kind.sources, unreadable.append)
             jobs += [Job(item, item, problem=str(error)) for error in unreadable]
-            _say_unread(files_below(item, kind.unread, lambda error: None))
             if not found and not unreadable:
                 raise ValueError(f"{item} holds no file that ends in {', '.join(kind.sources)}")
         above = item if item.is_dir() else item.parent
@@ -103,12 +100,6 @@ def plan(inputs: list[Path], output: Path | None, kind: Kind) -> list[Job]:
             jobs.append(Job(source, target, extra))
     claims = Counter(job.target for job in jobs)
     return [_checked(job, claims[job.target]) for job in jobs]
-
-
-def _say_unread(files: list[Path]) -> None:
-    if files:
-        names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
-        err.print(f"left out {len(files)} files, whose formats are not read: {names}")
 
 
 def _is_file(output: Path | None, inputs: list[Path], kind: Kind) -> bool:

@@ -1,6 +1,8 @@
 """Options that several commands share, and what they mean."""
 
 import math
+import os
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +10,10 @@ from typing import Annotated
 import typer
 
 from dac_fast import DAC, load
+from dac_fast.audio.reading import readable_suffixes
+from dac_fast.audio.sources import left_out
 from dac_fast.cli.jobs import Existing
-from dac_fast.cli.terminal import out
+from dac_fast.cli.terminal import err, out
 from dac_fast.config import PRESETS
 from dac_fast.ops.device import checked_device
 from dac_fast.recordings.compress import Batching
@@ -117,6 +121,18 @@ def say_toy(model: str) -> None:
     """Says that the default model is a small one, where it is taken."""
     if model == "tiny":
         out.print("model tiny: bundled to try things out, and small; --model 44khz sounds better")
+
+
+def say_left_out(
+    sources: Iterable[str | os.PathLike[str]], suffixes: Sequence[str] | None = None
+) -> None:
+    """Names the audio in those of the sources that are folders which is not of these suffixes.
+
+    None: of what can be read.
+    """
+    for folder in filter(os.path.isdir, sources):
+        if line := left_out(folder, readable_suffixes() if suffixes is None else suffixes):
+            err.print(line)
 
 
 def counts_in(codebooks: str) -> list[int]:

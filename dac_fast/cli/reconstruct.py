@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from dac_fast import plots
 from dac_fast.audio import writing
-from dac_fast.audio.reading import AUDIO_SUFFIXES, UNREAD_SUFFIXES, read
+from dac_fast.audio.reading import KNOWN_SUFFIXES, read, readable_suffixes
 from dac_fast.cli.jobs import Advance, Existing, Job, Kind, one_by_one, plan, run
 from dac_fast.cli.options import (
     Device,
@@ -20,6 +20,7 @@ from dac_fast.cli.options import (
     WhenExisting,
     counts_in,
     load_codec,
+    say_left_out,
     say_toy,
 )
 from dac_fast.cli.terminal import out
@@ -70,8 +71,8 @@ def reconstruct(
         check_options(codec, n_quantizers=count)
     fewer = {count: f".{count}_codebooks.wav" for count in counts[:-1]}
     extra = (*fewer.values(), *([".png"] if plot else []), *([".html"] if listen else []))
-    kind = Kind(AUDIO_SUFFIXES, ".wav", AUDIO_SUFFIXES, extra, UNREAD_SUFFIXES)
-    jobs = plan(inputs, output, kind)
+    say_left_out(inputs)
+    jobs = plan(inputs, output, Kind(readable_suffixes(), ".wav", KNOWN_SUFFIXES, extra))
     use_engine(codec, "decode", None, 0)
     say_toy(model)
     # What is imported and set up at the first call is not the codec's speed.

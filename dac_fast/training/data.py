@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dac_fast.audio import ffmpeg
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.resample import resampled
 from dac_fast.audio.sources import AudioFile
@@ -170,11 +171,22 @@ def read_excerpt(
     # Where training's other parts are tested, soundfile may be missing.
     import soundfile
 
+    def wanted(rate: int) -> int:
+        return math.ceil(samples * rate / sample_rate) + 1
+
+    def start(frames: int, rate: int) -> int:
+        return int(random.integers(max(frames - wanted(rate), 0) + 1))
+
     try:
-        with soundfile.SoundFile(path) as file:
-            wanted = math.ceil(samples * file.samplerate / sample_rate) + 1
-            file.seek(int(random.integers(max(file.frames - wanted, 0) + 1)))
-            block, rate = file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+        if ffmpeg.reads(path):
+            channels, rate, frames = ffmpeg.probe(path)
+            second = start(frames, rate) / rate
+            block = next(ffmpeg.blocks(path, wanted(rate), channels, rate, second), np.empty(0))
+        else:
+            with soundfile.SoundFile(path) as file:
+                rate = file.samplerate
+                file.seek(start(file.frames, rate))
+                block = file.read(wanted(rate), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise UnreadableError(" ".join(str(error).split())) from error
     if not len(block):

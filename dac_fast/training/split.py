@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from dac_fast.audio.reading import AudioError, Recording
-from dac_fast.audio.sources import AudioFile, SourceError, audio_files
+from dac_fast.audio.reading import AudioError, Recording, readable_suffixes
+from dac_fast.audio.sources import AudioFile, SourceError, audio_files, left_out
 from dac_fast.training.recipe import DataConfig, Sources
 
 
@@ -22,11 +22,13 @@ class Split:
     Attributes:
         training, validation: the files to train and validate on.
         unreadable: why the others cannot be read, by their paths.
+        notes: lines on audio that is left out.
     """
 
     training: list[AudioFile]
     validation: list[AudioFile]
     unreadable: dict[str, str]
+    notes: list[str]
 
 
 def split_files(data: DataConfig, sample_rate: int) -> Split:
@@ -37,16 +39,18 @@ def split_files(data: DataConfig, sample_rate: int) -> Split:
     """
     assert data.train is not None
     files, unreadable = find_files(data.train, sample_rate, data.full_band)
+    lines = (left_out(path, readable_suffixes()) for _, path in _listed(data.train))
+    notes = [line for line in lines if line]
     if data.validation is None:
-        return Split(files, [], unreadable)
+        return Split(files, [], unreadable, notes)
     if isinstance(data.validation, float):
-        return Split(*hold_out(files, data.validation), unreadable)
+        return Split(*hold_out(files, data.validation), unreadable, notes)
     held, more = find_files(data.validation, sample_rate, data.full_band, "data.validation")
     paths = {os.path.realpath(file.path) for file in held}
     files = [file for file in files if os.path.realpath(file.path) not in paths]
     if not files:
         raise DataError("data.train: all of its files are those of data.validation")
-    return Split(files, held, unreadable | more)
+    return Split(files, held, unreadable | more, notes)
 
 
 def find_files(

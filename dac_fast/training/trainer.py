@@ -118,6 +118,7 @@ class Run:
         self.done = 0
         self.best: float | None = None
         content, notes = state.load_newest(self.folder, recipe)
+        notes += self.split.notes
         if content is not None:
             self.step.load_state_dict(content)
             self.done = content["step"]
