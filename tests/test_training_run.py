@@ -262,6 +262,22 @@ def test_another_architecture_is_refused(tones, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_goes_on_with_other_settings_when_told_to(tones, tmp_path):
+    quiet_train(tones, tmp_path, "trainer.steps=1")
+    before = (tmp_path / "recipe.yaml").read_text()
+    changed = ("trainer.steps=2", "trainer.batch_size=3", "data.seconds=0.2")
+    was = "data.seconds 0.128, now 0.2; trainer.batch_size 2, now 3; trainer.steps 1, now 2"
+    accepted = "the same, another trainer.folder, or --allow-changes"
+    message = rf"step_00000001.pt was trained with {was}; accepted: {accepted}$"
+    with pytest.raises(StateError, match=message):
+        quiet_train(tones, tmp_path, *changed)
+    assert (tmp_path / "recipe.yaml").read_text() == before
+    out = Console(file=io.StringIO(), width=300)
+    assert train("tiny", settings(tones, tmp_path, *changed), out, allow_changes=True).step == 2
+    assert f"{tmp_path} was trained with {was}" in out.file.getvalue()
+    assert "batch_size: 3" in (tmp_path / "recipe.yaml").read_text()
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_line(tones, tmp_path, device):
     with pytest.raises(RecipeError, match=f"^trainer.device is '{device}'; "):

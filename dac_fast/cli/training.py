@@ -16,12 +16,18 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, as data.train=FOLDER.")
     ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes", help="Go on with the folder's run by a recipe that trains otherwise."
+        ),
+    ] = False,
 ) -> None:
     """Train a codec by a recipe, or go on with the run in its folder.
 
     Several processes: under torchrun.
     """
-    summary = training.train(recipe, overrides or [], err)
+    summary = training.train(recipe, overrides or [], err, allow_changes)
     best = "" if summary.best is None else f", best mel distance on validation {summary.best:.4f}"
     out.print(f"{summary.folder}: step {summary.step}{best}")
     if summary.signal is not None:

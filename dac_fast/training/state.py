@@ -10,9 +10,28 @@ import torch
 from dac_fast.files import atomic_path
 from dac_fast.training.recipe import Recipe
 
+# Settings that may change within a run: what a step computes does not depend on them.
+FREE = {
+    "data.workers",
+    "trainer.steps",
+    "trainer.device",
+    "trainer.init_from",
+    "trainer.log_every",
+    "trainer.validate_every",
+    "trainer.sample_every",
+    "trainer.save_every",
+    "trainer.samples",
+    "trainer.keep_last",
+    "trainer.keep_steps",
+    "trainer.gradient_checkpointing",
+    "trainer.cuda_graph",
+    "trainer.max_nonfinite",
+    "trainer.tensorboard",
+}
+
 
 class StateError(ValueError):
-    """A training checkpoint is not readable, or of another architecture; one line."""
+    """A training checkpoint is not readable, or of another recipe; one line."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -56,15 +75,21 @@ def save(
             old.unlink(missing_ok=True)
 
 
-def load_newest(folder: Path, recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
+def load_newest(
+    folder: Path, recipe: Recipe, allow_changes: bool = False
+) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint of a run that can be read.
 
+    Args:
+        folder: of the run.
+        recipe: to go on with.
+        allow_changes: whether it may train otherwise than the checkpoint's.
     Returns:
-        its content (None where the run has no checkpoint), and a line on each newer one that cannot
-        be read.
+        its content (None where the run has no checkpoint), and lines to show: on newer ones that
+        cannot be read, and on the settings that change.
     Raises:
         StateError: there are checkpoints, but none can be read; or the newest that can is of
-            another model or discriminator than the recipe's.
+            another model or discriminator than the recipe's, or of other settings.
     """
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
@@ -76,10 +101,27 @@ def load_newest(folder: Path, recipe: Recipe) -> tuple[dict[str, Any] | None, li
             damaged.append(f"{path}: not a readable checkpoint: {reason}")
             continue
         _require_same_architecture(path, content["recipe"], recipe.to_dict())
-        return content, damaged
+        changed = _changed(content["recipe"], recipe.to_dict())
+        if not changed:
+            return content, damaged
+        shown = "; ".join(f"{key} {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        if not allow_changes and changed.keys() - FREE:
+            accepted = "the same, another trainer.folder, or --allow-changes"
+            raise StateError(f"{path} was trained with {shown}; accepted: {accepted}")
+        return content, [*damaged, f"{folder} was trained with {shown}"]
     if damaged:
         raise StateError(damaged[0])
     return None, []
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of two recipes that differ, with both values; of settings that both have."""
+    changed = {}
+    for part in (name for name, values in now.items() if isinstance(values, dict)):
+        for key in now[part].keys() & before[part].keys() - {"folder"}:
+            if now[part][key] != before[part][key]:
+                changed[f"{part}.{key}"] = before[part][key], now[part][key]
+    return dict(sorted(changed.items()))
 
 
 def _require_same_architecture(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

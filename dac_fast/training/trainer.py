@@ -57,13 +57,20 @@ class Summary:
     unreadable: dict[str, str]
 
 
-def train(recipe: str, overrides: Sequence[str] = (), console: Console | None = None) -> Summary:
+def train(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    allow_changes: bool = False,
+) -> Summary:
     """Trains by a recipe, or goes on with the run that is in its folder.
 
     Args:
         recipe: name or .yaml file, see `load_recipe`.
         overrides: "key=value" each.
         console: to report on; None: the standard error stream.
+        allow_changes: go on even where the run was trained with other settings; otherwise that is
+            an error, which names them.
     Raises:
         RecipeError, DataError, StateError, CheckpointError, ValueError: something that the user can
             put right, in one line.
@@ -82,12 +89,14 @@ def train(recipe: str, overrides: Sequence[str] = (), console: Console | None = 
                 f"accepted: multiples of the {processes.count} processes"
             )
         console = Console(quiet=True) if processes.rank else console or Console(stderr=True)
-        return run_in(processes, parsed, console)
+        return run_in(processes, parsed, console, allow_changes)
 
 
-def run_in(processes: Processes, recipe: Recipe, console: Console) -> Summary:
+def run_in(
+    processes: Processes, recipe: Recipe, console: Console, allow_changes: bool
+) -> Summary:
     """Trains in one of the processes; its run is gone when the group of processes ends."""
-    run = Run(recipe, processes, console)
+    run = Run(recipe, processes, console, allow_changes)
     try:
         return run.train()
     finally:
@@ -103,7 +112,9 @@ class Run:
         unreadable: why files were skipped, by their paths.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, processes: Processes, console: Console, allow_changes: bool
+    ) -> None:
         self.recipe = recipe
         self.processes = processes
         self.rank = processes.rank
@@ -117,7 +128,7 @@ class Run:
         self.step = TrainingStep(recipe, self.device, precision)
         self.done = 0
         self.best: float | None = None
-        content, notes = state.load_newest(self.folder, recipe)
+        content, notes = state.load_newest(self.folder, recipe, allow_changes)
         notes += self.split.notes
         if content is not None:
             self.step.load_state_dict(content)
