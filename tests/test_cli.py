@@ -181,6 +181,19 @@ def test_faults_of_single_files_do_not_stop_the_others(
     assert (code, "'native' cannot run rvq_decode" in err) == (1, True)
 
 
+def test_the_help_of_train_has_recipes_and_keys(dac_fast_cli):
+    code, out, _ = dac_fast_cli("train", "--help")
+    assert code == 0
+    for fact in (
+        "Recipes: 16khz, ",
+        "  model.encoder_rates=[2,4,8,8]\n",
+        "  data.validation=0.05\n",
+        "steps: total number of training steps.",
+        "  trainer.init_from=null\n",
+    ):
+        assert fact in out
+
+
 def test_curves_of_runs(dac_fast_cli, tmp_path):
     rows = [
         {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i}

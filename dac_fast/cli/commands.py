@@ -19,7 +19,7 @@ from dac_fast.cli.reconstruct import reconstruct
 from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out
 from dac_fast.cli.tokenize import tokenize
-from dac_fast.cli.training import curves, train
+from dac_fast.cli.training import TrainCommand, curves, train
 from dac_fast.processors import processors
 from dac_fast.version import __version__
 
@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=TrainCommand if command is train else None)(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,14 +1,35 @@
 """Commands about training runs: `train`, `curves`."""
 
+import inspect
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dac_fast import plots, training
 from dac_fast.cli.jobs import Existing, may_write
 from dac_fast.cli.options import WhenExisting
 from dac_fast.cli.terminal import err, out
+from dac_fast.config import Config
+from dac_fast.training.recipe import Recipe
+
+
+class TrainCommand(TyperCommand):
+    """The command `train`, whose help goes on with the recipes and the keys."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Prints it."""
+        super().format_help(ctx, formatter)
+        out.print(f"Recipes: {', '.join(training.recipe_names())}\n")
+        out.print("Keys, each with its default where a recipe says nothing else:")
+        recipe = Recipe(Config())
+        for part, values in recipe.to_dict().items():
+            if isinstance(values, dict):
+                out.print(f"\n{part}: {inspect.getdoc(type(getattr(recipe, part)))}\n")
+                for key, value in values.items():
+                    out.print(f"  {part}.{key}={json.dumps(value, separators=(',', ':'))}")
 
 
 def train(
