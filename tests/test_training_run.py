@@ -49,6 +49,7 @@ SMALL = (
     "trainer.save_every=2",
     "trainer.validate_every=4",
     "trainer.tensorboard=false",
+    "trainer.samples=0",
     "trainer.device=cpu",
 )
 RUN = (
@@ -276,6 +277,28 @@ def test_a_run_goes_on_with_other_settings_when_told_to(tones, tmp_path):
     assert train("tiny", settings(tones, tmp_path, *changed), out, allow_changes=True).step == 2
     assert f"{tmp_path} was trained with {was}" in out.file.getvalue()
     assert "batch_size: 3" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_run_from_weights_begins_with_what_these_do(tones, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="draws spectrograms")
+    # As where TensorBoard is not installed.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    quiet_train(tones, tmp_path / "a", "trainer.steps=1")
+    out = Console(file=io.StringIO(), width=300)
+    overrides = ("trainer.steps=1", "trainer.samples=1", "trainer.tensorboard=true")
+    start_from = f"trainer.init_from={tmp_path / 'a' / 'codec.safetensors'}"
+    train("tiny", settings(tones, tmp_path / "b", start_from, *overrides), out)
+    ((first, _), (last,)) = (logged(tmp_path / run, "validation") for run in "ba")
+    assert first == {**last, "step": 0}
+    samples = tmp_path / "b" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == [
+        "0_original.flac",
+        *(f"0_step_0000000{step}.{end}" for step in (0, 1) for end in ("flac", "png")),
+    ]
+    assert soundfile.info(samples / "0_step_00000001.flac").frames == int(0.3 * RATE)
+    assert "no TensorBoard, which is not installed (pip install 'dac-fast[train]')" in (
+        out.file.getvalue()
+    )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

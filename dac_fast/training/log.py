@@ -1,4 +1,4 @@
-"""The reports of a run: a progress bar or lines, `log.jsonl`, and TensorBoard if installed."""
+"""The reports of a run: a progress bar or lines, `log.jsonl`, samples, TensorBoard if installed."""
 
 import json
 import math
@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dac_fast.files import atomic_path
+from dac_fast import plots
+from dac_fast.audio.writing import write
+from dac_fast.files import atomic_path, make_folder
 from dac_fast.spectral import analysis_window, magnitude_spectrogram
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ SHOWN = ("steps_per_second", "loss", "mel", "adversarial", "feature", "discrimin
 class Log:
     """The reports of one run.
 
-    A line of `log.jsonl` is an object with "step", "part" ("train" or "validation") and values.
+    A line of `log.jsonl` is an object with "step", "part" ("train" or "validation") and values. The
+    folder `samples` has validation excerpts, and what the codec makes of them, to hear and to see.
 
     Args:
         folder: of the run; None: write no files. Lines of steps after `step`, which a killed run
@@ -40,12 +43,12 @@ class Log:
         self, folder: Path | None, step: int, steps: int, tensorboard: bool, console: Console
     ) -> None:
         self.console = console
+        self._folder = folder
         self._path = folder / "log.jsonl" if folder else None
         if self._path and self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             with atomic_path(self._path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines))
-        self._writer = _tensorboard_writer(folder, step) if folder and tensorboard else None
         self._printed = 0.0
         self._progress = Progress(
             MofNCompleteColumn(),
@@ -57,6 +60,7 @@ class Log:
         )
         self._task = self._progress.add_task("train", total=steps, completed=step, values="")
         self._progress.start()
+        self._writer = self._tensorboard_writer(folder, step) if folder and tensorboard else None
 
     def note(self, text: str) -> None:
         """Prints a line."""
@@ -89,17 +93,36 @@ class Log:
             self._printed = time.monotonic()
             self.note(f"step {step}  {part}: {text}")
 
-    def audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
-        """Puts a signal [T] and its spectrogram, in dB below its peak, into TensorBoard."""
-        if self._writer is None:
+    def sample(
+        self, step: int, number: int, original: Tensor, restored: Tensor, sample_rate: int
+    ) -> None:
+        """Shows an excerpt [T] and what the codec makes of it, [T], as audio and spectrograms.
+
+        Raises:
+            OSError: the folder of samples cannot be written.
+        """
+        if self._folder is None:
             return
-        audio = audio.detach().float().cpu().clamp(-1, 1)
-        self._writer.add_audio(name, audio, step, sample_rate)
-        magnitude = magnitude_spectrogram(audio[None, None], analysis_window(1024))[0, 0]
-        level = 20 * torch.log10(magnitude / magnitude.max().clamp(min=1e-8) + 1e-5)
-        self._writer.add_image(
-            f"{name}/spectrogram", (level.flip(0)[None] / 80 + 1).clamp(0, 1), step
-        )
+        signals = {
+            name: signal.detach().float().cpu().clamp(-1, 1)
+            for name, signal in (("original", original), ("restored", restored))
+        }
+        make_folder(self._folder / "samples")
+        path = self._folder / "samples" / f"{number}_step_{step:08d}.flac"
+        write(path, signals["restored"].numpy(), sample_rate)
+        write(path.with_name(f"{number}_original.flac"), signals["original"].numpy(), sample_rate)
+        pictures = {name: signal.numpy() for name, signal in signals.items()}
+        try:
+            plots.spectrograms(path.with_suffix(".png"), pictures, sample_rate)
+        except plots.PlotError as error:
+            self.note(f"step {step}: {path.parent} gets no spectrograms: {error}")
+        if self._writer:
+            for name, signal in signals.items():
+                self._writer.add_audio(f"sample_{number}/{name}", signal, step, sample_rate)
+                image = _decibels_below_peak(signal)[None] / 80 + 1
+                self._writer.add_image(
+                    f"sample_{number}/{name}/spectrogram", image.clamp(0, 1), step
+                )
 
     def close(self) -> None:
         """Ends the bar, and closes the files."""
@@ -107,13 +130,21 @@ class Log:
         if self._writer:
             self._writer.close()
 
+    def _tensorboard_writer(self, folder: Path, step: int) -> "SummaryWriter | None":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            install = "pip install 'dac-fast[train]'"
+            self.note(f"no TensorBoard, which is not installed ({install}): see {self._path}")
+            return None
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-def _tensorboard_writer(folder: Path, step: int) -> "SummaryWriter | None":
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+def _decibels_below_peak(audio: Tensor) -> Tensor:
+    """The spectrogram of a signal [T], the highest frequency first."""
+    magnitude = magnitude_spectrogram(audio[None, None], analysis_window(1024))[0, 0]
+    level = 20 * torch.log10(magnitude / magnitude.max().clamp(min=1e-8) + 1e-5)
+    return level.flip(0)
 
 
 def _step_of(line: str) -> float:

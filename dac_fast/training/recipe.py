@@ -154,7 +154,7 @@ class TrainerConfig:
         ema: decay of the moving average of the generator's weights, which is validated and
             exported; 0: no average.
         log_every, validate_every, sample_every, save_every: in steps.
-        samples: validation items whose audio and spectrograms go to TensorBoard.
+        samples: validation items whose audio and spectrograms are shown, in the run's folder too.
         keep_last: checkpoints kept, beside those of the steps in `keep_steps`.
         gradient_checkpointing: compute the codec's blocks twice and keep less of them, for GPUs
             with little memory.

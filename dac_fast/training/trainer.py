@@ -5,6 +5,7 @@ last checkpoint as if it had never stopped: on the CPU in float32 to the last bi
 Ctrl-C end a run after the step it is in, with a checkpoint.
 """
 
+import functools
 import os
 import signal
 import time
@@ -92,9 +93,7 @@ def train(
         return run_in(processes, parsed, console, allow_changes)
 
 
-def run_in(
-    processes: Processes, recipe: Recipe, console: Console, allow_changes: bool
-) -> Summary:
+def run_in(processes: Processes, recipe: Recipe, console: Console, allow_changes: bool) -> Summary:
     """Trains in one of the processes; its run is gone when the group of processes ends."""
     run = Run(recipe, processes, console, allow_changes)
     try:
@@ -184,6 +183,9 @@ class Run:
         clock = Clock()
         stopping = False
         with Stop() as stop:
+            if self.done == 0 and trainer.init_from and self.split.validation:
+                self.validate()
+                self.show_samples()
             pin_memory = self.device.type == "cuda"
             loaded = loader(excerpts, batches, self.workers(), pin_memory)
             for batch in moved(loaded, self.device):
@@ -266,14 +268,16 @@ class Run:
 
     @torch.no_grad()
     def show_samples(self) -> None:
-        """Puts the first validation excerpts, original and restored, into TensorBoard."""
+        """Shows the first validation excerpts, original and restored."""
         if self.rank or not self.validation_audio:
             return
         codec = self.step.best_codec().eval()
         for i, audio in enumerate(self.validation_audio[0][: self.recipe.trainer.samples]):
             restored = codec(audio[None].to(self.device))["audio"][0, 0]
-            self.log.audio(self.done, f"sample_{i}/original", audio[0], codec.sample_rate)
-            self.log.audio(self.done, f"sample_{i}/restored", restored, codec.sample_rate)
+            show = functools.partial(
+                self.log.sample, self.done, i, audio[0], restored, codec.sample_rate
+            )
+            self.try_to_write(show)
 
     def save(self, must: bool) -> None:
         """Writes a checkpoint and the codec.
