@@ -477,6 +477,10 @@ def test_download_from_a_folder_and_without_a_network(release, monkeypatch):
     ) as caught:
         download.download("16khz")
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "accepted without it: the path of a checkpoint (--model PATH), or a mirror that has "
+        "0.0.5/weights_16khz.pth (DAC_FAST_MIRROR, or dac-fast download --mirror)"
+    )
     assert download.download("16khz", mirror=str(release.folder)).exists()
 
 

@@ -194,6 +194,17 @@ def test_the_help_of_train_has_recipes_and_keys(dac_fast_cli):
         assert fact in out
 
 
+def test_weights_that_cannot_be_had(dac_fast_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAC_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DAC_FAST_MIRROR", str(tmp_path / "none"))
+    code, out, err = dac_fast_cli("encode", folder / "a.wav", "-m", "44khz")
+    downloading, error = err.splitlines()
+    assert (code, out) == (1, "")
+    assert downloading == f"downloading 44khz into {tmp_path}/cache, once"
+    assert error.startswith(f"error: cannot get 44khz from {tmp_path}/none/0.0.1/weights.pth: No such")
+    assert "--model PATH" in error
+
+
 def test_curves_of_runs(dac_fast_cli, tmp_path):
     rows = [
         {"step": i, "part": part, "mel": 1 / i, "mel_distance": 2 / i}

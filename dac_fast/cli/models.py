@@ -6,15 +6,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from dac_fast import inference, load
 from dac_fast.cli.jobs import Existing, may_write
 from dac_fast.cli.options import Codebooks, Model, Parts, Program, WhenExisting
-from dac_fast.cli.terminal import out, progress_bar
+from dac_fast.cli.terminal import out
+from dac_fast.cli.weights import fetch, fetch_if_published
 from dac_fast.files import make_folder, write_bytes
 from dac_fast.model.halves import PARTS
-from dac_fast.storage import download as storage
 
 
 def convert(
@@ -33,6 +32,7 @@ def convert(
     if not may_write(existing, target):
         return
     make_folder(target.parent)
+    fetch_if_published(source)
     codec = load(source)
     (codec.fold_weight_norm() if fold else codec).save(target)
     out.print(f"wrote {target}")
@@ -58,6 +58,7 @@ def export(
     if not may_write(existing, *paths):
         return
     make_folder(folder)
+    fetch_if_published(model)
     codec = load(model, parts=parts and parts.value)
     if format is Program.onnx:
         inference.export_onnx(codec, folder, n_quantizers)
@@ -80,18 +81,5 @@ def download(
     ] = None,
 ) -> None:
     """Download published weights into the cache; a download that broke off is continued."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
     for name in names:
-        with progress_bar(*columns) as bar:
-            task = bar.add_task(name, total=None)
-
-            def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)  # noqa: B023
-
-            path = storage.download(name, mirror, show)
-        out.print(f"{name}: {path}")
+        out.print(f"{name}: {fetch(name, mirror)}")

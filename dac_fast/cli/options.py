@@ -14,6 +14,7 @@ from dac_fast.audio.reading import readable_suffixes
 from dac_fast.audio.sources import left_out
 from dac_fast.cli.jobs import Existing
 from dac_fast.cli.terminal import err, out
+from dac_fast.cli.weights import fetch_if_published
 from dac_fast.config import PRESETS
 from dac_fast.ops.device import checked_device
 from dac_fast.recordings.compress import Batching
@@ -114,6 +115,7 @@ WhenExisting = Annotated[
 def load_codec(name: str, device: str, parts: str | None = None) -> DAC:
     """The codec of that name, or half of it, on that device, folded for inference."""
     place = checked_device(device, "--device")
+    fetch_if_published(name)
     return load(name, device=place, parts=parts).fold_weight_norm()
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from dac_fast.cli.options import Device, Model, Parts, Precision
+from dac_fast.cli.weights import fetch_if_published
 from dac_fast.ops.device import checked_device
 from dac_fast.processors import processors
 
@@ -117,6 +118,7 @@ def serve(
     torch.set_num_threads(threads or max(processors() - 1, 1))
     listener = listen(host, port)
     half = parts and parts.value
+    fetch_if_published(model)
     codec = prepared(model, place, precision and precision.value, _shapes(shapes), half)
     address = f"http://{host}:{listener.getsockname()[1]}"
     typer.echo(f"serving {half + ' of ' if half else ''}{model} on {place} at {address}")

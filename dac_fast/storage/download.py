@@ -108,7 +108,13 @@ def download(
     # ValueError: an address that is none.
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = printable(str(getattr(error, "reason", None) or error or type(error).__name__))
-        raise DownloadError(f"cannot get {name} from {source}: {reason}") from error
+        accepted = (
+            "the path of a checkpoint (--model PATH), or a mirror that has "
+            f"{PUBLISHED[name]} (DAC_FAST_MIRROR, or dac-fast download --mirror)"
+        )
+        raise DownloadError(
+            f"cannot get {name} from {source}: {reason}; accepted without it: {accepted}"
+        ) from error
     return target
 
 
