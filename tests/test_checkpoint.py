@@ -108,6 +108,7 @@ def test_damaged_and_hostile_checkpoints(codec, golden, tmp_path, monkeypatch):
         (tmp_path / file).write_bytes(content)
     torch.save({"state_dict": Hostile(), "metadata": {"kwargs": {}}}, "hostile2.pth")
     torch.save({"weights": 1}, "other.pth")
+    torch.save({"step": 1}, "step_1.pt")
     save_file(state, "bare.safetensors")
     save_file({k: v for k, v in state.items() if k != name}, "lacks.safetensors", config)
     save_file({**state, "more": torch.zeros(1)}, "more.safetensors", config)
@@ -116,11 +117,12 @@ def test_damaged_and_hostile_checkpoints(codec, golden, tmp_path, monkeypatch):
     save_file(state, "key.safetensors", {"dac_fast": '{"encodr_dim": 8}'})
     messages = {
         "cut.safetensors": "not a readable checkpoint",
-        "cut.pth": "not a readable checkpoint",
-        "empty.pth": "not a readable checkpoint",
+        "cut.pth": "not a checkpoint, or a damaged one: .*; accepted: .safetensors, or what",
+        "empty.pth": "not a checkpoint, or a damaged one: File is not a zip file",
         "text.safetensors": "not a readable checkpoint",
-        "hostile.pth": "no checkpoint, or it holds more than tensors and plain values",
-        "hostile2.pth": "no checkpoint, or it holds more than tensors and plain values",
+        "hostile.pth": "not a checkpoint, or a damaged one: File is not a zip file",
+        "step_1.pt": "the state of a training run; accepted: best.safetensors or codec.safetensors",
+        "hostile2.pth": "not a readable checkpoint: it holds more than tensors and plain values",
         "other.pth": "lacks state_dict",
         "bare.safetensors": "no configuration inside",
         "lacks.safetensors": f"lacks {name}",
@@ -285,7 +287,7 @@ def test_archives_that_torch_does_not_write(codec, golden, tmp_path):
     assert len(str(caught.value)) < 500
     data[damaged] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match="or a damaged one: Bad CRC-32"):
         DAC.load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("package/.data/extern_modules", "torch")
@@ -307,10 +309,11 @@ def test_folders_of_the_published_training(codec, tmp_path):
         CheckpointError, match="2 checkpoints; accepted: best/dac/weights.pth, latest/"
     ):
         DAC.load(run)
-    with pytest.raises(
-        CheckpointError, match="not a checkpoint: a folder with neither config.json"
-    ):
+    with pytest.raises(CheckpointError, match="not a checkpoint: a folder without config.json"):
         DAC.load(tmp_path)
+    # Ours has both in one folder.
+    codec.save(tmp_path / "codec.safetensors")
+    assert DAC.load(tmp_path).config == codec.config
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")

@@ -201,7 +201,9 @@ def test_weights_that_cannot_be_had(dac_fast_cli, folder, tmp_path, monkeypatch)
     downloading, error = err.splitlines()
     assert (code, out) == (1, "")
     assert downloading == f"downloading 44khz into {tmp_path}/cache, once"
-    assert error.startswith(f"error: cannot get 44khz from {tmp_path}/none/0.0.1/weights.pth: No such")
+    assert error.startswith(
+        f"error: cannot get 44khz from {tmp_path}/none/0.0.1/weights.pth: No such"
+    )
     assert "--model PATH" in error
 
 

@@ -3,7 +3,7 @@
 - `.safetensors`: ours; the configuration is JSON in the file's metadata, under "dac_fast".
 - `.pth`: the published package's, {"state_dict": ..., "metadata": {"kwargs": ...}} by `torch.save`.
 - a folder: Hugging Face's `DacModel`, its names mapped to the published ones; the folders that
-  training with the published package leaves are read too.
+  training leaves, here or with the published package, are read too.
 
 A weight may be stored normed (`weight_g`, `weight_v`), in the newer spelling of that
 (`parametrizations.weight.original0`, `original1`), or folded (`weight`); the first is what `read`
@@ -16,6 +16,7 @@ the tensors against the file's size, and their shapes against a codec that has n
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,8 +39,9 @@ MOST_CONFIG_BYTES = 2**20
 # Of the tensors that are read; boolean is the state of a codebook of moving averages.
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}
 
-# What training with the published package leaves, in a run's folder and in those below it.
+# What training leaves in a run's folder, and in those below it: the published package's, and ours.
 PUBLISHED_WEIGHTS = ("weights.pth", "dac/weights.pth", "*/dac/weights.pth")
+OUR_WEIGHTS = ("best.safetensors", "codec.safetensors")
 
 
 # Of a tensor's key, whether to read the tensor.
@@ -199,14 +201,22 @@ def _weights_file(path: Path) -> Path:
     if path.is_dir() and _config_beside(path / hugging_face.WEIGHTS).exists():
         path /= hugging_face.WEIGHTS
     elif path.is_dir():
-        found = sorted(file for pattern in PUBLISHED_WEIGHTS for file in path.glob(pattern))
+        patterns = (*PUBLISHED_WEIGHTS, *OUR_WEIGHTS)
+        found = sorted(file for pattern in patterns for file in path.glob(pattern))
         if not found:
-            accepted = f"{hugging_face.CONFIG} (Hugging Face) or weights.pth (published package)"
-            raise CheckpointError(f"not a checkpoint: a folder with neither {accepted}")
+            accepted = (
+                f"{hugging_face.CONFIG} (Hugging Face), weights.pth (published package) or "
+                f"{OUR_WEIGHTS[0]} (a training run)"
+            )
+            raise CheckpointError(f"not a checkpoint: a folder without {accepted}")
         if len(found) > 1:
             names = ", ".join(str(file.relative_to(path)) for file in found)
             raise CheckpointError(f"a folder of {len(found)} checkpoints; accepted: {names}")
         path = found[0]
+    elif re.fullmatch(r"step_\d+\.pt", path.name):
+        accepted = f"{' or '.join(OUR_WEIGHTS)} beside it"
+        state = "not a checkpoint but the state of a training run"
+        raise CheckpointError(f"{state}; accepted: {accepted}")
     if not path.is_file():
         raise CheckpointError(f"not a checkpoint: {path.name} is missing or not a regular file")
     return path
@@ -309,8 +319,11 @@ def _read_hugging_face(file: Path, wanted: Wanted) -> tuple[Config, Mapping[str,
 def _read_published(file: Path, wanted: Wanted) -> tuple[Config, Mapping[str, object]]:
     try:
         content = torch_archive.load(file, wanted)
-    except (zipfile.BadZipFile, RefusedError) as error:
-        refused = "no checkpoint, or it holds more than tensors and plain values"
+    except zipfile.BadZipFile as error:
+        reason = f"{printable(str(error))}; accepted: .safetensors, or what torch.save writes"
+        raise CheckpointError(f"not a checkpoint, or a damaged one: {reason}") from error
+    except RefusedError as error:
+        refused = "it holds more than tensors and plain values"
         reason = f"{refused} ({printable(str(error))})"
         raise CheckpointError(f"not a readable checkpoint: {reason}") from error
     match content:
