@@ -261,6 +261,7 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
         ),
         (["encode", "a.wav", "--no-padding"], "accepted: with --format dac1"),
         (["encode", "a.wav", "-o", "a.wav/x/y.dac"], "a.wav"),
+        (["reconstruct", "a.wav", "-o", "-"], "- with reconstruct; accepted: files and folders"),
         (["encode", "a.wav", "deep", "-o", "one.dac"], "accepted for several inputs: a folder"),
         (["encode", "deep/none"], "holds no file that ends in"),
         (

@@ -261,6 +261,12 @@ def test_what_sources_say_is_carried_along(clips, options, tmp_path):
         assert tar.getnames()[0] == "%2F/%2E%2E/b%2E%25.npy"
 
 
+def test_links_to_folders_are_followed(clips, tmp_path):
+    (tmp_path / "linked").symlink_to(clips)
+    names = [file.name for file in files_of([str(tmp_path)])]
+    assert names == [f"linked/{file.name}" for file in files_of([str(clips)])]
+
+
 def test_sources_of_other_filesystems(clips, options, tmp_path):
     import fsspec
 

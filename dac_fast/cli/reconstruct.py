@@ -23,6 +23,7 @@ from dac_fast.cli.options import (
     say_left_out,
     say_toy,
 )
+from dac_fast.cli.pipes import STANDARD
 from dac_fast.cli.terminal import out
 from dac_fast.evaluation.listen import Clip, compared, write_page
 from dac_fast.recordings.compress import check_options, use_engine
@@ -65,6 +66,8 @@ def reconstruct(
     existing: WhenExisting = Existing.error,
 ) -> None:
     """Compress and restore recordings, and say what it cost and how near they come."""
+    if STANDARD in (*inputs, output):
+        raise ValueError("- with reconstruct; accepted: files and folders; encode, decode take -")
     codec = load_codec(model, device)
     counts = sorted({codec.config.n_codebooks} if codebooks is None else set(counts_in(codebooks)))
     for count in counts:

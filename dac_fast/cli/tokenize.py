@@ -8,6 +8,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from dac_fast.audio.reading import AUDIO_SUFFIXES
 from dac_fast.cli.options import (
     Codebooks,
     Device,
@@ -15,6 +16,8 @@ from dac_fast.cli.options import (
     NoNormalize,
     NormalizeDb,
     Precision,
+    say_left_out,
+    say_toy,
 )
 from dac_fast.cli.terminal import err, out
 from dac_fast.ops.device import checked_device
@@ -160,6 +163,9 @@ def tokenize(
         budget_hours=float("inf") if budget_hours is None else budget_hours,
         retry_failures=retry_failures,
     )
+    say_toy(model)
+    # Not by ffmpeg, whose versions decode differently: a dataset is to be the same everywhere.
+    say_left_out(sources, AUDIO_SUFFIXES)
     if dry_run:
         out.print(_forecast(forecast(sources, options)))
         return

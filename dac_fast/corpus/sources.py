@@ -23,6 +23,7 @@ import fsspec
 
 from dac_fast.audio.reading import AUDIO_SUFFIXES, AudioError
 from dac_fast.audio.sources import MANIFEST
+from dac_fast.files import files_below
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -187,7 +188,7 @@ def _files_of(source: str) -> list[Found]:
         root = path.rstrip("/")
         if filesystem.exists(f"{root}/{MANIFEST}"):
             return _files_of(f"{source.rstrip('/')}/{MANIFEST}")
-        names = [inside[len(root) + 1 :] for inside in sorted(filesystem.find(root))]
+        names = _names_below(filesystem, root)
         files = [found(f"{root}/{name}", name) for name in names if is_source(name)]
     elif not filesystem.exists(path):
         if not any(mark in source for mark in "*?["):
@@ -206,6 +207,18 @@ def _files_of(source: str) -> list[Found]:
     if not files:
         raise SourceError(f"{source}: nothing to tokenize in it")
     return files
+
+
+def _names_below(filesystem: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    """The files in a folder and its subfolders; on this machine, links to folders are followed."""
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(str(error))
+
+    if "file" in filesystem.protocol:
+        below = files_below(Path(root), KINDS, refuse)
+        return sorted(path.relative_to(root).as_posix() for path in below)
+    return [inside[len(root) + 1 :] for inside in sorted(filesystem.find(root))]
 
 
 def _manifest_files(source: str, content: bytes, folder: str) -> Iterator[Found]:
