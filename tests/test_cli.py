@@ -18,7 +18,7 @@ from dac_fast.audio import ffmpeg
 from dac_fast.audio.reading import read
 from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
-from dac_fast.cli import report
+from dac_fast.cli import evaluation, report
 
 
 @pytest.fixture
@@ -444,6 +444,20 @@ def test_stopped_in_the_middle(dac_fast_cli, tmp_path, command, number):
     assert re.search(rf"^{command}d {done} of 8, {8 - done} left", out, re.MULTILINE)
     assert not any(path.name.startswith(".") for path in made.iterdir())
     assert 0 <= done < 8
+
+
+def test_evaluate_says_how_far_it_came(dac_fast_cli, folder, tmp_path, monkeypatch):
+    def stopped_at_the_third(codec, data, counts, *, progress, **settings):
+        progress(2, 4)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(evaluation, "evaluate_codec", stopped_at_the_third)
+    monkeypatch.setattr(report, "LINE_SECONDS", 0)
+    code, out, err = dac_fast_cli("evaluate", folder, "-o", tmp_path / "measured")
+    assert code == 128 + signal.SIGTERM
+    assert out.endswith("measured 2 of 4, 2 left; nothing is written\n")
+    assert err.endswith("measured 2 of 4, 2 left\n")
+    assert not list((tmp_path / "measured").iterdir())
 
 
 def test_standard_input_and_output(folder, tmp_path):

@@ -651,13 +651,20 @@ def test_a_ray_that_gives_up_is_one_line(clips, options, tmp_path, monkeypatch):
         made(clips, tmp_path / "codes", replace(options, local=False))
 
 
-def test_the_command_tells_forecast_run_and_verdict(clips, model, tmp_path):
+def test_the_command_tells_forecast_run_and_verdict(clips, model, tmp_path, monkeypatch):
     def command(*arguments):
         result = CliRunner().invoke(app, ["tokenize", *map(str, arguments)])
         assert result.exit_code == 0, result.output
         return result.output
 
     options = "-o", tmp_path / "codes", "--model", model, "--local", "--workers", "1"
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "start", lambda _: signal.raise_signal(signal.SIGINT))
+        stopped = CliRunner().invoke(app, ["tokenize", str(clips), *map(str, options)])
+    assert stopped.exit_code == 128 + signal.SIGINT
+    assert "0.00 of 0.01 h" in stopped.output
+    assert "the same command goes on after the shards that are written" in stopped.output
+    shutil.rmtree(tmp_path / "codes")
     assert re.search(r"recordings\W+7", command(clips, *options, "--dry-run"))
     assert not (tmp_path / "codes").exists()
     said = command(clips, *options, "--shuffle", "1", "--verify", "0.5")

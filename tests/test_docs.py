@@ -35,7 +35,7 @@ ALSO = {
     "tokenize": ("--local",),
     "train": (
         *SMALL, "data.seconds=0.2", "data.workers=0", "trainer.batch_size=1", "trainer.steps=1",
-        "trainer.device=cpu",
+        "trainer.device=cpu", "trainer.samples=1",
     ),
 }  # fmt: skip
 # They take a while, and have tests of their own.

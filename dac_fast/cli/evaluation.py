@@ -16,6 +16,8 @@ from dac_fast.cli.options import (
     say_left_out,
     say_toy,
 )
+from dac_fast.cli.report import Lines
+from dac_fast.cli.stopping import Stop, Stopped
 from dac_fast.cli.terminal import err, fail, out, progress_bar
 from dac_fast.evaluation.listen import clips_of, write_page
 from dac_fast.evaluation.outcome import Evaluation
@@ -85,33 +87,41 @@ def evaluate(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with progress_bar(*columns) as bar:
-        task = bar.add_task("measured", total=None)
+    lines, measured = Lines(), "measured nothing yet"
+    try:
+        with Stop(), progress_bar(*columns) as bar:
+            task = bar.add_task("measured", total=None)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            def show(done: int, total: int) -> None:
+                nonlocal measured
+                measured = f"measured {done} of {total}, {total - done} left"
+                bar.update(task, completed=done, total=total)
+                lines.offer(measured)
 
-        if restored:
-            evaluation = evaluate_folders(
-                data,
-                restored,
-                sample_rate=sample_rate,
-                seconds=seconds,
-                visqol=visqol,
-                jobs=jobs,
-                progress=show,
-            )
-        else:
-            evaluation = evaluate_codec(
-                load_codec(model, device),
-                data,
-                counts,
-                sample_rate=sample_rate,
-                seconds=seconds,
-                visqol=visqol,
-                jobs=jobs,
-                progress=show,
-            )
+            if restored:
+                evaluation = evaluate_folders(
+                    data,
+                    restored,
+                    sample_rate=sample_rate,
+                    seconds=seconds,
+                    visqol=visqol,
+                    jobs=jobs,
+                    progress=show,
+                )
+            else:
+                evaluation = evaluate_codec(
+                    load_codec(model, device),
+                    data,
+                    counts,
+                    sample_rate=sample_rate,
+                    seconds=seconds,
+                    visqol=visqol,
+                    jobs=jobs,
+                    progress=show,
+                )
+    except Stopped as stopped:
+        out.print(f"{measured}; nothing is written")
+        raise typer.Exit(128 + stopped.number) from stopped
     _report(evaluation)
     evaluation.save(output, plot)
     out.print(f"wrote {output}; {len(evaluation.failures)} files failed")

@@ -16,6 +16,19 @@ SKIPPED = "skipped"
 LINE_SECONDS = 60.0
 
 
+class Lines:
+    """Lines of progress, one a minute, where there is no terminal for a bar."""
+
+    def __init__(self) -> None:
+        self._said = time.perf_counter()
+
+    def offer(self, text: str) -> None:
+        """Prints the line, if it is time for one."""
+        if not err.is_terminal and time.perf_counter() - self._said >= LINE_SECONDS:
+            err.print(text)
+            self._said = time.perf_counter()
+
+
 class Report:
     """A bar on a terminal, elsewhere a line a minute; shown in its `with` block.
 
@@ -28,7 +41,8 @@ class Report:
         self._verb, self._total = verb, total
         self._ended: Counter[str] = Counter()
         self._seconds = 0.0
-        self._start = self._said = time.perf_counter()
+        self._start = time.perf_counter()
+        self._lines = Lines()
         # In bytes, what there is to do and how much of it has ended.
         self._sizes: dict[Path, int] = {}
         self._done = 0
@@ -78,9 +92,7 @@ class Report:
             left = (time.perf_counter() - self._start) * (size / self._done - 1)
             state += f", {timedelta(seconds=round(left))} left"
         self._bar.update(self._task, total=size or None, completed=self._done, state=state)
-        if not err.is_terminal and time.perf_counter() - self._said >= LINE_SECONDS:
-            err.print(f"{self._verb} {state}")
-            self._said = time.perf_counter()
+        self._lines.offer(f"{self._verb} {state}")
 
     def _speed(self) -> str:
         elapsed = time.perf_counter() - self._start

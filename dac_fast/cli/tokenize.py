@@ -19,6 +19,8 @@ from dac_fast.cli.options import (
     say_left_out,
     say_toy,
 )
+from dac_fast.cli.report import Lines
+from dac_fast.cli.stopping import Stop, Stopped
 from dac_fast.cli.terminal import err, out
 from dac_fast.ops.device import checked_device
 
@@ -171,17 +173,24 @@ def tokenize(
         return
     if not resume and (output / "dataset.json").exists():
         raise FileExistsError(f"{output} has a dataset; accepted: --resume, or another folder")
-    meter = Meter()
+    lines = Lines()
+    meter = Meter(written=lambda meter: lines.offer(_state(meter)))
     try:
-        with Live(
-            console=err,
-            get_renderable=lambda: _progress(meter),
-            transient=True,
-            auto_refresh=err.is_terminal,
+        with (
+            Stop(),
+            Live(
+                console=err,
+                get_renderable=lambda: _progress(meter),
+                transient=True,
+                auto_refresh=err.is_terminal,
+            ),
         ):
             card = run(sources, output, options, meter)
     except EncodingError as error:
         raise ValueError(str(error)) from error
+    except Stopped as stopped:
+        out.print(f"{_state(meter)}; the same command goes on after the shards that are written")
+        raise typer.Exit(128 + stopped.number) from stopped
     out.print(_progress(meter))
     whole = "complete" if card.complete else "not complete yet"
     out.print(
@@ -222,16 +231,19 @@ def _forecast(found: "Forecast") -> Table:
 
 def _progress(meter: "Meter") -> Table:
     """Hours, speed and what each phase has of its capacity in use; it names the bottleneck."""
-    table = Table("phase", "busy", "of its capacity", title_justify="left")
-    left = "?" if meter.left is None else _clock(meter.left)
-    table.title = (
-        f"{meter.done / 3600:.2f} of {meter.total / 3600:.2f} h, {meter.speed:.1f} × real time, "
-        f"{_clock(meter.elapsed)} gone, {left} left"
-    )
+    table = Table("phase", "busy", "of its capacity", title=_state(meter), title_justify="left")
     for phase, seconds in meter.busy.items():
         mark = " ← bottleneck" if meter.done and phase == meter.bottleneck else ""
         table.add_row(phase, f"{seconds:.1f} s", f"{meter.utilisation(phase):.0%}{mark}")
     return table
+
+
+def _state(meter: "Meter") -> str:
+    left = "?" if meter.left is None else _clock(meter.left)
+    return (
+        f"{meter.done / 3600:.2f} of {meter.total / 3600:.2f} h, {meter.speed:.1f} × real time, "
+        f"{_clock(meter.elapsed)} gone, {left} left"
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,6 +23,7 @@ class Meter:
         busy: seconds that they were, by phase.
         done: seconds of audio in shards that are written.
         records, failures: recordings in them, and others.
+        written: called with the meter after every shard.
     """
 
     total: float = 0.0
@@ -31,6 +32,7 @@ class Meter:
     done: float = 0.0
     records: int = 0
     failures: int = 0
+    written: Callable[["Meter"], None] = lambda meter: None
     _started: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,6 +66,7 @@ class Meter:
             self.done += seconds
             self.records += records
             self.failures += failures
+        self.written(self)
 
     def utilisation(self, phase: str) -> float:
         """The share of a phase's capacity that was in use."""

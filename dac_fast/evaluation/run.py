@@ -204,7 +204,13 @@ def _by_processes(
     context = multiprocessing.get_context("spawn")
     start = (pickle.dumps(task), threads, ops.backend())
     with ProcessPoolExecutor(jobs, context, _start_worker, start) as pool:
-        futures = {pool.submit(_work, source): index for index, source in enumerate(sources)}
+        # Ctrl-C reaches every process of the terminal, a worker that still imports modules too. It
+        # waits for `_start_worker`, since the mask is inherited.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = {pool.submit(_work, source): index for index, source in enumerate(sources)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in as_completed(futures):
                 keep(futures[future], future.result())
@@ -221,8 +227,9 @@ _task: Task[Any]
 
 def _start_worker(task: bytes, threads: int, backend: str) -> None:
     global _task
-    # Ctrl-C reaches every process of the terminal: a worker ends at once, without a word.
+    # A worker that Ctrl-C reaches ends at once, without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     ops.use_backend(backend)
     _task = pickle.loads(task)

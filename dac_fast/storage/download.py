@@ -107,7 +107,8 @@ def download(
         raise DownloadError(f"what {source} sent is damaged and was removed: {error}") from error
     # ValueError: an address that is none.
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = printable(str(getattr(error, "reason", None) or error or type(error).__name__))
+        cause = getattr(error, "reason", None) or error
+        reason = printable(str(getattr(cause, "strerror", None) or cause or type(error).__name__))
         accepted = (
             "the path of a checkpoint (--model PATH), or a mirror that has "
             f"{PUBLISHED[name]} (DAC_FAST_MIRROR, or dac-fast download --mirror)"
