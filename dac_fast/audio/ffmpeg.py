@@ -65,11 +65,11 @@ def probe(path: str) -> tuple[int, int, int]:
     if done.returncode:
         raise FfmpegError(_last_line(done.stderr))
     found = json.loads(done.stdout)
-    if not found["streams"]:
+    stream = next(iter(found["streams"]), {})
+    channels, rate = int(stream.get("channels", 0)), int(stream.get("sample_rate", 0))
+    if not channels or not rate:
         raise FfmpegError("no audio in it")
-    stream = found["streams"][0]
     seconds = stream.get("duration") or found["format"].get("duration") or 0
-    channels, rate = int(stream["channels"]), int(stream["sample_rate"])
     return channels, rate, max(round(float(seconds) * rate), 1)
 
 

@@ -104,7 +104,7 @@ class Log:
         if self._folder is None:
             return
         signals = {
-            name: signal.detach().float().cpu().clamp(-1, 1)
+            name: signal.detach().float().cpu().nan_to_num().clamp(-1, 1)
             for name, signal in (("original", original), ("restored", restored))
         }
         make_folder(self._folder / "samples")
