@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def probe(path: str) -> tuple[int, int, int]:
     if done.returncode:
         raise FfmpegError(_last_line(done.stderr))
     found = json.loads(done.stdout)
-    stream = next(iter(found["streams"]), {})
+    stream: dict[str, Any] = next(iter(found["streams"]), {})
     channels, rate = int(stream.get("channels", 0)), int(stream.get("sample_rate", 0))
     if not channels or not rate:
         raise FfmpegError("no audio in it")

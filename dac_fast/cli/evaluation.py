@@ -87,16 +87,17 @@ def evaluate(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    lines, measured = Lines(), "measured nothing yet"
+    lines = Lines()
+    so_far = "measured nothing yet"
     try:
         with Stop(), progress_bar(*columns) as bar:
             task = bar.add_task("measured", total=None)
 
             def show(done: int, total: int) -> None:
-                nonlocal measured
-                measured = f"measured {done} of {total}, {total - done} left"
+                nonlocal so_far
+                so_far = f"measured {done} of {total}, {total - done} left"
                 bar.update(task, completed=done, total=total)
-                lines.offer(measured)
+                lines.offer(so_far)
 
             if restored:
                 evaluation = evaluate_folders(
@@ -120,7 +121,7 @@ def evaluate(
                     progress=show,
                 )
     except Stopped as stopped:
-        out.print(f"{measured}; nothing is written")
+        out.print(f"{so_far}; nothing is written")
         raise typer.Exit(128 + stopped.number) from stopped
     _report(evaluation)
     evaluation.save(output, plot)
