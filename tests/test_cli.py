@@ -489,6 +489,14 @@ def test_standard_input_and_output(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x.dac", "x.flac"]
 
 
+def test_no_codes_go_to_a_terminal(dac_fast_cli, folder, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for arguments in (["encode", "-"], ["encode", folder / "a.wav", "-o", "-"]):
+        code, out, err = dac_fast_cli(*arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: standard output is a terminal; accepted: a pipe, or --output")
+
+
 def test_other_settings_are_not_mixed(dac_fast_cli, folder, tmp_path):
     """What is there is skipped where it is what would be made."""
     made = ("encode", folder / "a.wav", "-o", tmp_path / "a.dac", "--existing", "skip")

@@ -25,13 +25,15 @@ def piped(
         inputs, output: as given. Without an output, standard input goes to standard output.
         suffix: of the output.
     Raises:
-        ValueError: `-` stands beside other inputs, or for what comes of a folder.
+        ValueError: `-` stands beside other inputs, for what comes of a folder, or for a terminal.
     """
     if STANDARD not in (*inputs, output):
         yield inputs, output
         return
     if len(inputs) != 1 or inputs[0].is_dir():
         raise ValueError("- is one file; accepted: a single input, which is no folder")
+    if (output or inputs[0]) == STANDARD and sys.stdout.isatty():
+        raise ValueError("standard output is a terminal; accepted: a pipe, or --output FILE")
     with tempfile.TemporaryDirectory() as folder:
         if inputs == [STANDARD]:
             inputs, output = [Path(folder, "standard input")], output or STANDARD
