@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,14 +116,15 @@ def test_what_ffmpeg_cannot_read_is_one_line(by_ffmpeg, tmp_path, monkeypatch):
 
 
 def test_ffmpeg_ends_with_its_reader(by_ffmpeg):
+    def children():
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
     blocks = ffmpeg.blocks(str(by_ffmpeg(noise(1, 400000), "a.m4a")), 10, 1, 44100)
+    before = children()
     next(blocks)
-    children = f"/proc/self/task/{os.getpid()}/children"
-    with open(children) as file:
-        assert file.read().split()
+    assert len(children()) == len(before) + 1
     blocks.close()
-    with open(children) as file:
-        assert not file.read().split()
+    assert children() == before
 
 
 def test_clipping(tmp_path):

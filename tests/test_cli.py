@@ -249,7 +249,7 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
     ("arguments", "message"),
     [
         (["encode", "absent.wav"], "error: absent.wav: no such file"),
-        (["encode", "a.wav", "--model", "48khz"], "unknown model '48khz'; accepted: 44khz"),
+        (["encode", "a.wav", "--model", "96khz"], "unknown model '96khz'; accepted: 44khz"),
         (["encode", "a.wav", "--codebooks", "0"], "0 codebooks; accepted: 1 to 9"),
         (["encode", "a.wav", "--codebooks", "10"], "10 codebooks; accepted: 1 to 9"),
         (["encode", "a.wav", "--device", "tpu"], "--device is 'tpu'; accepted: auto, cpu, cuda"),
@@ -289,7 +289,7 @@ def test_nothing_is_overwritten_unasked(dac_fast_cli, folder):
             "accepted: with a target that ends in .safetensors",
         ),
         (["info", "a.txt"], "a.txt: no such checkpoint"),
-        (["download", "48khz"], "unknown model '48khz'"),
+        (["download", "96khz"], "unknown model '96khz'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(
