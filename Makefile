@@ -3,9 +3,12 @@
 PYTHON ?= python3
 # The build that demo, test and CI install; an installed package asks for torch>=2.10 only.
 TORCH ?= torch==2.13.0
+# What wheels are built for, and which versions of PyTorch each is tried with: gigabytes of downloads.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+TORCHES ?= 2.10.0 2.13.0
 BIN = .venv/bin
 
-.PHONY: demo demo-serve test faults lint docs bench clean
+.PHONY: demo demo-serve test faults lint docs wheels hub bench clean
 
 demo: .venv/demo
 	@$(BIN)/dac-fast reconstruct dac_fast/assets/tabla_cc0.flac --output demo \
@@ -35,11 +38,18 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html is the documentation"
 
+wheels: .venv/wheels
+	$(BIN)/python release/wheels.py dist --pythons $(PYTHONS) --torch $(TORCHES)
+
+# dac_kernels as a repository for Hugging Face's `kernels`.
+hub: .venv/demo
+	$(BIN)/python release/hub.py build/hub
+
 bench: .venv/installed
 	$(BIN)/python -m bench run
 
 clean:
-	rm -rf .venv build demo *.egg-info
+	rm -rf .venv build dist demo *.egg-info
 
 # A newcomer's environment: the package and its pictures.
 .venv/demo: pyproject.toml setup.py $(wildcard csrc/*)
@@ -64,4 +74,8 @@ clean:
 .venv/docs: .venv/demo
 	@echo "installing what the documentation site is made with"
 	@$(BIN)/pip install --quiet --editable ".[docs]"
+	@touch $@
+
+.venv/wheels: .venv/demo
+	@$(BIN)/pip install --quiet --editable ".[wheels]"
 	@touch $@

@@ -1,9 +1,10 @@
 """Builds the native extension dac_kernels._C with ninja; pyproject.toml has all the rest.
 
-DAC_KERNELS_BUILD: "auto" (default: the CPU half if there is a C++ compiler, and the CUDA half for
-this machine's GPUs if there is nvcc), "cpu", "cuda" (for many GPUs; an error without nvcc), "none".
+DAC_KERNELS_BUILD: "auto" (default: the CPU half if there is a C++ compiler with Python's headers,
+the CUDA half for this machine's GPUs if there is nvcc), "cpu", "cuda" (for many GPUs; an error
+without nvcc), "none".
 DAC_KERNELS_CUDA_ARCH: the GPU architectures to compile for, with "cuda" by default "80;86;89;90";
-the last one's PTX goes along, for newer GPUs. CXX, CXXFLAGS, CUDA_HOME: compilers and more flags.
+the last one's PTX goes along, for newer GPUs. CXX, CXXFLAGS, LDFLAGS, CUDA_HOME: as usual.
 """
 
 import os
@@ -19,14 +20,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MODE = os.environ.get("DAC_KERNELS_BUILD", "auto")
-CXX = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
+CXX = HEADERS and (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++"))
 CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
 if MODE not in ("auto", "cpu", "cuda", "none"):
     raise SystemExit(f"DAC_KERNELS_BUILD is {MODE!r}; accepted: auto, cpu, cuda, none")
 if MODE == "cuda" and not (CXX and NVCC):
-    missing = "nvcc" if CXX else "C++ compiler"
-    raise SystemExit(f"DAC_KERNELS_BUILD is 'cuda', but there is no {missing} on PATH")
+    missing = "nvcc" if CXX else "C++ compiler with Python's headers"
+    raise SystemExit(f"DAC_KERNELS_BUILD is 'cuda', but there is no {missing}")
 
 
 def architectures() -> list[str]:
@@ -53,9 +55,11 @@ def build_file(target: Path, archs: list[str]) -> str:
     """The build.ninja that compiles csrc into `target`."""
     import pybind11
 
-    flags = f"-std=c++17 -O3 -DNDEBUG -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+    flags = "-std=c++17 -O3 -DNDEBUG"
+    python = f" -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
     host = "-fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
-    link = "-shared -pthread" + " -undefined dynamic_lookup" * (sys.platform == "darwin")
+    link = "-shared -pthread " + os.environ.get("LDFLAGS", "")
+    link += " -undefined dynamic_lookup" * (sys.platform == "darwin")
     compilers = {".cpp": f"{CXX} {host} {os.environ.get('CXXFLAGS', '')}"}
     if archs:
         home = Path(NVCC).resolve().parents[1]
@@ -66,8 +70,13 @@ def build_file(target: Path, archs: list[str]) -> str:
         flags += f" '-DDAC_KERNELS_CUDA=\"{';'.join(archs)}\"' -I{home / 'include'}"
         link += f" -L{next(filter(Path.is_dir, libraries))} -lcudart_static -ldl -lrt"
     sources = [p for p in sorted((ROOT / "csrc").iterdir()) if p.suffix in compilers]
-    edge = "build {0.name}.o: compile {0}\n  compiler = {1}\n"
-    edges = "".join(edge.format(source, compilers[source.suffix]) for source in sources)
+    objects, edges = [], ""
+    for source in sources:
+        # The other objects are the same for all Pythons.
+        binds = source.stem == "bindings"
+        objects.append(f"{target.name if binds else source.name}.o")
+        compiler = compilers[source.suffix] + python * binds
+        edges += f"build {objects[-1]}: compile {source}\n  compiler = {compiler}\n"
     return f"""
 rule compile
   command = $compiler -MD -MF $out.d {flags} -c $in -o $out
@@ -75,17 +84,17 @@ rule compile
   deps = gcc
 rule link
   command = {CXX} $in {link} -o $out
-{edges}build {target}: link {" ".join(f"{source.name}.o" for source in sources)}
+{edges}build {target}: link {" ".join(objects)}
 """
 
 
 class Ninja(build_ext):
-    """Compiles in build/_C.*, which stays: the next build compiles what changed."""
+    """Compiles in build/csrc*, which stays: the next build compiles what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         """Called by setuptools for the one extension."""
         archs, target = architectures(), Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / "-".join([target.stem, *archs])
+        folder = ROOT / "build" / "-".join(["csrc", *archs])
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(build_file(folder / target.name, archs))

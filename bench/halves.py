@@ -54,7 +54,7 @@ print(json.dumps({"seconds": seconds, "peak": peak, "held": held, "weights": wei
 
 
 def run_halves(preset: str, rounds: int, path: Path, commit: str | None = None) -> Json:
-    """Measures every format and part, in rounds, and writes the document; returns it.
+    """Measures every format and part, and writes the document after each format; returns it.
 
     Args:
         preset: of the codec, whose weights are random.
@@ -82,7 +82,7 @@ def run_halves(preset: str, rounds: int, path: Path, commit: str | None = None) 
                 values = {key: median(load[key] for load in found) for key in found[0]}
                 rows.append({"format": format, "parts": parts} | values)
                 print(rows[-1], flush=True)
-    write(document, path)
+            write(document, path)
     return document
 
 

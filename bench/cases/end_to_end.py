@@ -4,6 +4,7 @@ Audio goes in as float32; `decode` makes it from codes; `both` is one after the 
 have the same weights:
 
     published             descript-audio-codec in a process of its own (given `--published-python`)
+    …-accelerated         on the CPU: that, or transformers, after `dac_fast.accelerate(model)`
     published-equivalent  on CUDA: the same computation by our reference ops: weight norm at every
                           call, TorchScript's Snake, PyTorch's default switches
     transformers          Hugging Face's DacModel; `-compiled`: torch.compile of it
@@ -22,6 +23,7 @@ A peer that runs convolutions in TF32, as PyTorch does by default, has the preci
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor
 from bench.case import Case, Outputs, Peer, Prepared, Settings
 from bench.checks.codec import Truth
 from bench.checks.random_codec import convolution_flops, random_codec
-from bench.document import Json
+from bench.document import ROOT, Json
 from bench.peers import codecs, exported
 from bench.peers.process import RemoteRun
 from dac_fast.codec import DAC
@@ -45,6 +47,7 @@ FULL = ((16, 10.0), (1, 1.0))
 # Seconds of audio from which on one peer at most keeps a graph, for the memory.
 LARGE = 50
 GRAPH_BYTES = 40 << 30
+REPOSITORY = (str(ROOT), str(ROOT / "kernels"))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -88,6 +91,8 @@ def prepare(
         return found
 
     peers = {"published": published(codec, direction, source, settings)}
+    if settings.device == "cpu":
+        peers["published-accelerated"] = published(codec, direction, source, settings, REPOSITORY)
     ours_and_others = cpu_peers if settings.device == "cpu" else cuda_peers
     peers |= ours_and_others(codec, direction, source, seconds)
     flops = batch * convolution_flops(config, direction, frames)
@@ -95,8 +100,14 @@ def prepare(
     return Prepared(peers, check, bytes_moved=None, flops=flops, audio_seconds=audio_seconds)
 
 
-def published(codec: DAC, direction: str, source: Tensor, settings: Settings) -> Peer:
-    """The published package."""
+def published(
+    codec: DAC,
+    direction: str,
+    source: Tensor,
+    settings: Settings,
+    accelerated_by: Sequence[str] = (),
+) -> Peer:
+    """The published package; `accelerated_by`: see `worker.py`."""
     if not settings.published_python:
         return "no --published-python was given"
     # The published constructor knows no choice of activation or quantizer.
@@ -110,6 +121,7 @@ def published(codec: DAC, direction: str, source: Tensor, settings: Settings) ->
         "direction": direction,
         "input": source.cpu(),
         "device": settings.device,
+        "accelerated_by": list(accelerated_by),
     }
     precision = "tf32" if settings.device == "cuda" else "float32"
     return partial(RemoteRun, settings.published_python, job, precision)
@@ -123,6 +135,9 @@ def cpu_peers(codec: DAC, direction: str, source: Tensor, _seconds: float) -> di
         "reference-folded": partial(codecs.modules, folded, direction, source, "reference"),
         "auto-folded": partial(codecs.modules, folded, direction, source, "auto"),
         "transformers": partial(codecs.transformers, codec, direction, source),
+        "transformers-accelerated": partial(
+            codecs.transformers, codec, direction, source, accelerated=True
+        ),
         "torch-frozen": partial(codecs.frozen, codec, direction, source),
         "onnxruntime": partial(exported.onnx_runtime, codec, direction, source),
         "openvino": partial(exported.openvino, codec, direction, source),

@@ -16,6 +16,7 @@ from bench.case import Outputs, Run, Unavailable
 from bench.peers.compiled import FoldedCodec, compiled_for
 from dac_fast import ops
 from dac_fast.codec import DAC
+from dac_fast.drop_in import accelerate
 from dac_fast.model.layers import Snake
 from dac_fast.ops import reference
 from dac_fast.storage import checkpoint
@@ -78,7 +79,9 @@ class _ScriptedSnake(nn.Module):
         return self.function(x, self.alpha)
 
 
-def transformers(codec: DAC, direction: str, source: Tensor, compiled: bool = False) -> Run:
+def transformers(
+    codec: DAC, direction: str, source: Tensor, compiled: bool = False, accelerated: bool = False
+) -> Run:
     """Hugging Face's model, loaded from a checkpoint in its format."""
     try:
         from transformers import DacModel
@@ -87,6 +90,8 @@ def transformers(codec: DAC, direction: str, source: Tensor, compiled: bool = Fa
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(codec, f"{folder}/model")
         model = DacModel.from_pretrained(f"{folder}/model").eval().to(source.device)
+    if accelerated:
+        accelerate(model)
     run = in_turn(
         lambda audio: model.encode(audio).audio_codes,
         lambda codes: model.decode(audio_codes=codes).audio_values.unsqueeze(1),

@@ -1,8 +1,9 @@
 """The published package, descript-audio-codec, for `process.py`: python worker.py JOB.
 
-Nothing of this repository is needed. JOB, written with torch.save, holds `kwargs` and `state` of
-the model, the `direction` (encode, decode or both), its `input`, the `device`, the number of
-`threads`, and the path for `outputs`.
+JOB, written with torch.save, holds `kwargs` and `state` of the model, the `direction` (encode,
+decode or both), its `input`, the `device`, the number of `threads`, the path for `outputs`, and
+`accelerated_by`: folders to import this repository's packages from for `dac_fast.accelerate`. Where
+there are none, nothing of this repository is needed.
 """
 
 import json
@@ -27,6 +28,11 @@ def main(path: str) -> None:
     model = dac.DAC(**job["kwargs"])
     model.load_state_dict(job["state"])
     model.eval().to(job["device"])
+    if job["accelerated_by"]:
+        sys.path[:0] = job["accelerated_by"]
+        import dac_fast
+
+        dac_fast.accelerate(model)
     source = job["input"].to(job["device"])
     on_gpu = job["device"] == "cuda"
 
