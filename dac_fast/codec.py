@@ -29,6 +29,8 @@ _lending = threading.Lock()
 class DAC(nn.Module):
     """Descript Audio Codec (arXiv 2306.06546). Arguments: those of `dac_fast.config.Config`.
 
+    Audio is [B, 1, T] in what follows, and [B, 2, T] of a stereo codec (`config.channels` is 2).
+
     Attributes:
         config: the `Config`.
         sample_rate: in Hz.
@@ -52,11 +54,15 @@ class DAC(nn.Module):
         # See `_engine_for_now`.
         self._lent: Engine | None = None
         self._borrowers = 0
-        self.encoder = Encoder(c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation)
+        self.encoder = Encoder(
+            c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation, c.channels
+        )
         self.quantizer = ResidualVectorQuantizer(
             c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
         )
-        self.decoder = Decoder(c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation)
+        self.decoder = Decoder(
+            c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation, c.channels
+        )
 
     def encode(
         self,
@@ -77,7 +83,7 @@ class DAC(nn.Module):
             ValueError: the shape, a length or n_quantizers is out of range.
         """
         require(self, "encoder")
-        _check_shape("audio", audio, channels=1)
+        _check_shape("audio", audio, channels=self.config.channels)
         lengths = _checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             return engine.encode(audio, lengths, n_quantizers, padded)

@@ -9,6 +9,9 @@ ACTIVATIONS = ("snake", "leaky_relu")
 QUANTIZERS = ("factorized", "unnormalized", "unprojected", "ema")
 
 
+# What the published package does not know, and the value that stands for what it does.
+LATER_FIELDS = {"quantizer": "factorized", "channels": 1}
+
 # Far beyond any codec's, and still quickly built on the meta device.
 MOST_CODEBOOKS = 1024
 
@@ -28,6 +31,7 @@ class Config:
         codebook_dim: dimensions of an entry, one number or one per codebook.
         quantizer_dropout: share of a training batch that keeps a random number of codebooks only.
         sample_rate: in Hz.
+        channels: of the audio: 1, or 2, which are then encoded together (stereo).
         activation: "snake", or "leaky_relu" (the paper's ablation).
         quantizer: "factorized", or one of the forms that the paper compares it with (section 4.4):
             "unnormalized" searches by plain distance; "unprojected" and "ema" have codebooks of
@@ -47,6 +51,7 @@ class Config:
     sample_rate: int = 44100
     activation: str = "snake"
     quantizer: str = "factorized"
+    channels: int = 1
 
     def __post_init__(self) -> None:
         def fill(name: str, value: object) -> None:
@@ -83,6 +88,7 @@ class Config:
         per_codebook = len(self.codebook_dims) == self.n_codebooks
         require("codebook_dim", per_codebook, "one number, or one per codebook")
         require("quantizer_dropout", 0 <= self.quantizer_dropout <= 1, "between 0 and 1")
+        require("channels", self.channels in (1, 2), "1 or 2")
         require("activation", self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
         require("quantizer", self.quantizer in QUANTIZERS, ", ".join(QUANTIZERS))
 
@@ -101,18 +107,19 @@ class Config:
 
     @property
     def bitrate(self) -> float:
-        """Bits per second and channel with all codebooks, at whole bits per code."""
+        """Bits per second with all codebooks, at whole bits per code; of each channel if mono."""
         bits_per_frame = self.n_codebooks * math.ceil(math.log2(self.codebook_size))
         return self.sample_rate / self.hop_length * bits_per_frame
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them; the quantizer's form is left out where it is published.
+        """Plain values, as JSON has them; without the later fields where they are as published.
 
-        The published package, and files from before this field, do not know it.
+        The published package, and files from before these fields, do not know them.
         """
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.quantizer == "factorized":
-            del values["quantizer"]
+        for name, published in LATER_FIELDS.items():
+            if values[name] == published:
+                del values[name]
         return values
 
     @classmethod
@@ -173,6 +180,7 @@ UNTRAINED = {
         quantizer_dropout=0.5,
         sample_rate=24000,
     ),
+    "44khz_stereo": Config(n_codebooks=12, quantizer_dropout=0.5, channels=2),
 }
 
 

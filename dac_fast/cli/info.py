@@ -52,7 +52,8 @@ def _of_file(path: Path) -> dict[str, object]:
         "model": file.model or "not named in the file",
         "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
         "loudness": f"{file.input_db:.2f} LUFS",
-        "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
+        "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per "
+        f"{'pair of channels' if file.stereo else 'channel'}",
         "bitrate": bitrate,
         "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
         "size": f"{path.stat().st_size} bytes",

@@ -187,6 +187,8 @@ def _identity(options: Options) -> tuple[Model, Settings]:
     """
     codec = load(options.model)
     check_options(codec, None, options.n_quantizers, options.normalize_db)
+    if codec.config.channels > 1:
+        raise ValueError(f"model {options.model} is stereo; accepted: mono models")
     model = Model(
         codec.name or options.model,
         weights_sha256(codec),

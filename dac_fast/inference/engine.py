@@ -5,6 +5,7 @@ always computes in IEEE single precision, since small differences decide a searc
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -333,9 +334,10 @@ class Engine:
         config = self._config
         if direction == "encode":
             samples = frames * config.hop_length
-            audio = torch.linspace(-1, 1, batch * samples, device=self.device)
+            shape = (batch, config.channels, samples)
+            audio = torch.linspace(-1, 1, math.prod(shape), device=self.device).view(shape)
             lengths = torch.full((batch,), samples, device=self.device)
-            return self._encode_request, (audio.view(batch, 1, samples), lengths)
+            return self._encode_request, (audio, lengths)
         shape = (batch, config.n_codebooks, frames)
         codes = torch.arange(batch * config.n_codebooks * frames, device=self.device)
         lengths = torch.full((batch,), frames, device=self.device)

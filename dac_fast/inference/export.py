@@ -5,6 +5,8 @@ and each convolution a plain one, which every runtime knows:
 
     encoder   audio [B, 1, T] in [-1, 1] to codes int64 [B, N, F], F = ceil(T / hop_length)
     decoder   codes int64 [B, N, F] to audio [B, 1, F hop_length]; the codes are not checked
+
+The audio of a stereo codec is [B, 2, T].
 """
 
 import contextlib
@@ -35,10 +37,11 @@ class Encode(nn.Module):
         codec = plain_copy(codec)
         self.encoder, self.quantizer = codec.encoder, codec.quantizer
         self.hop_length, self.n_quantizers = codec.hop_length, n_quantizers
+        self.channels = codec.config.channels
 
     def example(self) -> Tensor:
         """An input to trace the module with."""
-        return torch.zeros(2, 1, 3 * self.hop_length + 1)
+        return torch.zeros(2, self.channels, 3 * self.hop_length + 1)
 
     def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop_length))
@@ -162,7 +165,7 @@ def export_onnx(
     for part in [codec.parts] if codec.parts else PARTS:
         module = _module(codec, part, n_quantizers).float().cpu()
         shapes = {
-            "audio": ir.Shape(["batch", 1, "samples"]),
+            "audio": ir.Shape(["batch", codec.config.channels, "samples"]),
             "codes": ir.Shape(["batch", module.n_quantizers, "frames"]),
         }
         given, result = shapes if part == "encoder" else reversed(shapes)

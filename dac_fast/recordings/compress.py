@@ -5,6 +5,9 @@ resampled to the codec's rate and brought to a loudness (channels whose peak wou
 scaled down to it), and its channels are encoded each by itself. The gains stand in the file, and
 decoding takes them back.
 
+A stereo codec encodes channels in pairs, all at one gain. The last of an odd number, as of a mono
+recording, is paired with itself, and decoding gives the mean of what the two have become.
+
 Files of the published package hold the recording's loudness instead of the gains: decoding brings
 each channel to that loudness, as the published package does.
 """
@@ -240,13 +243,15 @@ class _Encoding:
             meter.update(block)
             self.samples += block.shape[1]
         self.loudness = meter.integrated()
-        self.gains = normalization_gains(self.loudness, meter.peaks, self.normalize_db)
+        stereo = self.codec.config.channels > 1
+        self.gains = normalization_gains(self.loudness, meter.peaks, self.normalize_db, stereo)
 
     def result(self, outputs: Iterator[Tensor]) -> DACFile:
         """The file, of the codes of all windows."""
         chunks = []
         left = self.samples
-        for chunk in _of_all_channels(outputs, self.recording.channels):
+        items = windows.item_count(self.codec, self.recording.channels)
+        for chunk in _of_all_items(outputs, items):
             chunks.append(chunk)
             done = min(self.step, left)
             left -= done
@@ -264,6 +269,7 @@ class _Encoding:
             model_sample_rate=self.codec.sample_rate,
             hop_length=self.codec.hop_length,
             model=self.codec.name,
+            stereo=self.codec.config.channels > 1,
         )
 
 
@@ -272,9 +278,9 @@ def _chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
     return max(round(samples / codec.hop_length), 1)
 
 
-def _of_all_channels(outputs: Iterator[Tensor], channels: int) -> Iterator[Tensor]:
-    """The outputs [1, …] of a chunk's channels as one tensor [C, …], chunk by chunk."""
-    while together := list(islice(outputs, channels)):
+def _of_all_items(outputs: Iterator[Tensor], items: int) -> Iterator[Tensor]:
+    """The outputs of a chunk's items as one tensor [C, …], chunk by chunk."""
+    while together := list(islice(outputs, items)):
         yield torch.cat(together)
 
 
@@ -368,8 +374,10 @@ class _Decoding(Generic[Named]):
 
     def result(self, outputs: Iterator[Tensor]) -> tuple[DACFile, Iterator[Samples]]:
         """The file, and the blocks of its audio."""
-        chunks = _of_all_channels(outputs, self.file.channels)
-        return self.file, _restored(self.codec, self.file, (c.float().numpy() for c in chunks))
+        file = self.file
+        chunks = _of_all_items(outputs, len(file.codes))
+        blocks = (windows.channels_of(chunk, file.channels) for chunk in chunks)
+        return file, _restored(self.codec, file, (block.float().numpy() for block in blocks))
 
 
 def _restored(codec: Codec, file: DACFile, blocks: Iterable[Samples]) -> Iterator[Samples]:
@@ -425,6 +433,11 @@ def _check_fits(codec: Codec, file: DACFile) -> None:
         raise ValueError(
             f"the file has {stages} codebooks and codes up to {highest}; "
             f"this codec takes {c.n_codebooks} codebooks of {c.codebook_size}"
+        )
+    if file.stereo != (c.channels > 1):
+        raise ValueError(
+            f"the file is of a {'stereo' if file.stereo else 'mono'} codec; "
+            f"this one has {c.channels} channel{'s' if c.channels > 1 else ''}"
         )
     rates = file.model_sample_rate, file.hop_length
     if file.model_sample_rate and rates != (c.sample_rate, c.hop_length):

@@ -244,7 +244,7 @@ class DecoderStreams(_Streams):
             active: B booleans. What is pushed for the other streams is ignored, and they stay as
                 they are. None: all are active.
         Returns:
-            audio [B, 1, f hop_length].
+            audio [B, channels, f hop_length].
         Raises:
             ValueError: the shape, an active stream's code or `active` is out of range; all streams
                 stay as they are.
@@ -255,7 +255,7 @@ class DecoderStreams(_Streams):
             accepted = f"[{self.batch}, 1 to {config.n_codebooks}, F]"
             raise ValueError(f"codes of shape {list(codes.shape)}; accepted: {accepted}")
         if codes.shape[2] == 0:
-            return self._empty.new_zeros(self.batch, 1, 0)
+            return self._empty.new_zeros(self.batch, config.channels, 0)
         idle = [i for i, flag in enumerate(flags) if not flag]
         if idle:
             codes = codes.index_fill(0, torch.tensor(idle, device=codes.device), 0)
@@ -317,15 +317,15 @@ class EncoderStreams(_Streams):
         # depend on.
         lead = self.delay * hop - self.look_ahead
         super().__init__(codec, chain, hop, origin=-lead)
-        # The samples [B, 1, n] that fill no frame yet; at first those before the signal.
-        self._pending = self._empty.new_zeros(batch, 1, lead)
+        # The samples that fill no frame yet; at first those before the signal.
+        self._pending = self._empty.new_zeros(batch, codec.config.channels, lead)
 
     @torch.inference_mode()
     def push(self, audio: Tensor, active: Sequence[bool] | Tensor | None = None) -> Tensor:
         """The next samples of the streams.
 
         Args:
-            audio: [B, 1, f hop_length].
+            audio: [B, channels, f hop_length].
             active: B booleans. What is pushed for the other streams is ignored, and they stay as
                 they are. None: all are active.
         Returns:
@@ -333,9 +333,9 @@ class EncoderStreams(_Streams):
         Raises:
             ValueError: the shape or `active` is out of range; all streams stay as they are.
         """
-        flags = self._flags(active)
-        if audio.dim() != 3 or audio.shape[:2] != (self.batch, 1) or audio.shape[2] % self._hop:
-            accepted = f"[{self.batch}, 1, a multiple of {self._hop}]"
+        flags, expected = self._flags(active), self._pending.shape[:2]
+        if audio.dim() != 3 or audio.shape[:2] != expected or audio.shape[2] % self._hop:
+            accepted = f"[{self.batch}, {expected[1]}, a multiple of {self._hop}]"
             raise ValueError(f"audio of shape {list(audio.shape)}; accepted: {accepted}")
         return self._take(audio, flags)
 
@@ -349,11 +349,11 @@ class EncoderStreams(_Streams):
             ValueError: the codec is not on CUDA, or frames is not positive.
         """
         samples = _positive("frames", frames) * self._hop
-        self._record(self._empty.new_zeros(self.batch, 1, samples))
+        self._record(self._empty.new_zeros(self.batch, self._pending.shape[1], samples))
 
     def _reset(self, slots: list[int]) -> None:
         super()._reset(slots)
-        pending = self._empty.new_zeros(self.batch, 1, -self._origin)
+        pending = self._empty.new_zeros(self.batch, self._pending.shape[1], -self._origin)
         others = [i for i in range(self.batch) if i not in slots]
         # Signals in step, which may have pushed parts of a frame, are all reset at once.
         if others:

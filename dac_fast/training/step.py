@@ -119,7 +119,7 @@ class TrainingStep:
         With `trainer.cuda_graph` every step returns the same tensors, with new values.
 
         Args:
-            audio: [B, 1, T].
+            audio: [B, C, T].
         """
         self.codec.train()
         self.set_learning_rate(step)
@@ -152,7 +152,7 @@ class TrainingStep:
             # Each signal is analysed once, for the updates of both networks.
             self.mark("spectrograms")
             with self.autocast():
-                fake, real = discriminator.spectra(restored), discriminator.spectra(audio)
+                fake, real = (discriminator.spectra(one_by_one(x)) for x in (restored, audio))
 
             self.mark("discriminator forward")
             with self.autocast():
@@ -272,6 +272,11 @@ class TrainingStep:
         for name, count in state["skipped"].items():
             self.skipped[name].copy_(count)
         self.code_counts.copy_(state["code_counts"])
+
+
+def one_by_one(audio: Tensor) -> Tensor:
+    """Audio [B, C, T] with every channel as an item [B C, 1, T], as discriminators take it."""
+    return audio.flatten(0, 1)[:, None]
 
 
 @contextlib.contextmanager

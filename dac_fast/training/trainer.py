@@ -160,7 +160,12 @@ class Run:
         """Does all steps that are left."""
         trainer, rate = self.recipe.trainer, self.recipe.model.sample_rate
         excerpts = Excerpts(
-            self.split.training, self.recipe.data, rate, trainer.batch_size, trainer.seed
+            self.split.training,
+            self.recipe.data,
+            rate,
+            trainer.batch_size,
+            trainer.seed,
+            channels=self.recipe.model.channels,
         )
         batches = Batches(
             range(self.done, trainer.steps), trainer.batch_size, self.rank, self.processes.count
@@ -259,9 +264,9 @@ class Run:
             return
         codec = self.step.best_codec().eval()
         for i, audio in enumerate(self.validation_audio[0][: self.recipe.trainer.samples]):
-            restored = codec(audio[None].to(self.device))["audio"][0, 0]
-            self.log.audio(self.done, f"sample_{i}/original", audio[0], codec.sample_rate)
-            self.log.audio(self.done, f"sample_{i}/restored", restored, codec.sample_rate)
+            restored = codec(audio[None].to(self.device))["audio"][0]
+            for kind, sample in {"original": audio, "restored": restored}.items():
+                self.log.audio(self.done, f"sample_{i}/{kind}", sample.mean(0), codec.sample_rate)
 
     def save(self, must: bool) -> None:
         """Writes a checkpoint and the codec.
