@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dac_fast.config import PRESETS, Config
 from dac_fast.inference.engine import Engine, Options, PrecisionOption, ShapesOption
 from dac_fast.model.autoencoder import Decoder, Encoder
+from dac_fast.model.bottleneck import VAE, Bottleneck, Latents
 from dac_fast.model.frames import encoded, filled_up, whole_frames
 from dac_fast.model.halves import check_parts, keep_half, key_filter, require
 from dac_fast.model.layers import WeightNorm
@@ -29,7 +30,8 @@ _lending = threading.Lock()
 class DAC(nn.Module):
     """Descript Audio Codec (arXiv 2306.06546). Arguments: those of `dac_fast.config.Config`.
 
-    Audio is [B, 1, T] in what follows, and [B, 2, T] of a stereo codec (`config.channels` is 2).
+    Audio is [B, 1, T] in what follows, and [B, 2, T] of a stereo codec (`config.channels` is 2). A
+    continuous codec (`config.bottleneck` is "vae") has `encode_latents` and `decode`, no codes.
 
     Attributes:
         config: the `Config`.
@@ -54,12 +56,15 @@ class DAC(nn.Module):
         # See `_engine_for_now`.
         self._lent: Engine | None = None
         self._borrowers = 0
-        self.encoder = Encoder(
-            c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation, c.channels
-        )
-        self.quantizer = ResidualVectorQuantizer(
-            c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
-        )
+        features = 2 * c.latent_dim if c.continuous else c.latent_dim
+        self.encoder = Encoder(c.encoder_dim, c.encoder_rates, features, c.activation, c.channels)
+        self.quantizer: Bottleneck
+        if c.continuous:
+            self.quantizer = VAE(c.latent_dim)
+        else:
+            self.quantizer = ResidualVectorQuantizer(
+                c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
+            )
         self.decoder = Decoder(
             c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation, c.channels
         )
@@ -80,18 +85,53 @@ class DAC(nn.Module):
             padded: False runs every convolution without its padding, as the published package's
                 chunk mode does: fewer frames come out. Without `lengths`.
         Raises:
-            ValueError: the shape, a length or n_quantizers is out of range.
+            ValueError: the shape, a length or n_quantizers is out of range, or the codec is
+                continuous.
         """
         require(self, "encoder")
+        self._require_codes()
         _check_shape("audio", audio, channels=self.config.channels)
         lengths = _checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             return engine.encode(audio, lengths, n_quantizers, padded)
+        z, frames = self._features(audio, lengths, padded)
+        return encoded(self.quantizer(z, n_quantizers, frames), frames)
+
+    def encode_latents(
+        self, audio: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Latents:
+        """Audio to the latents of a continuous codec; `decode` takes their mean, or a sample.
+
+        Args:
+            audio, lengths, padded: those of `encode`.
+        Raises:
+            ValueError: the shape or a length is out of range, or the codec has codes.
+        """
+        if not isinstance(self.quantizer, VAE):
+            raise ValueError("the codec has codes, no continuous latents; accepted: encode")
+        require(self, "encoder")
+        _check_shape("audio", audio, channels=self.config.channels)
+        lengths = _checked_lengths(lengths, audio, padded)
+        if engine := self.engine_for(audio):
+            frames = None if lengths is None else -(-lengths // self.hop_length)
+            return self.quantizer.latents(engine.features(audio, lengths, padded), frames)
+        return self.quantizer.latents(*self._features(audio, lengths, padded))
+
+    def _features(
+        self, audio: Tensor, lengths: Tensor | None, padded: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The encoder's output for checked arguments, by the modules, and the frames of items."""
         if padded:
             audio, lengths = whole_frames(audio, lengths, self.hop_length)
-        z = self.encoder(audio, lengths, padded)
         frames = None if lengths is None else lengths // self.hop_length
-        return encoded(self.quantizer(z, n_quantizers, frames), frames)
+        return self.encoder(audio, lengths, padded), frames
+
+    def _require_codes(self) -> None:
+        if self.config.continuous:
+            raise ValueError(
+                "the codec is continuous: it has latents, no codes; "
+                "accepted: encode_latents and decode"
+            )
 
     def decode(self, z: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
         """Quantised latent [B, D, F] to audio [B, 1, F hop_length].
@@ -120,9 +160,10 @@ class DAC(nn.Module):
         """Codes [B, N, F] of the first N codebooks to audio [B, 1, F hop_length], see `decode`.
 
         Raises:
-            ValueError: the shape, a code or a length is out of range.
+            ValueError: the shape, a code or a length is out of range, or the codec is continuous.
         """
         require(self, "decoder")
+        self._require_codes()
         _check_shape("codes", codes)
         lengths = _checked_lengths(lengths, codes, padded)
         check_range = _range_check(codes, self.config.codebook_size)
@@ -144,8 +185,17 @@ class DAC(nn.Module):
 
         Returns:
             "audio" [B, 1, T], and "z", "codes", "latents", "vq/commitment_loss" and
-            "vq/codebook_loss" (see `Encoded`).
+            "vq/codebook_loss" (see `Encoded`). Of a continuous codec "audio", "z" (a sample in
+            training mode, else the mean) and "vae/kl_loss" (see `Latents`).
         """
+        if self.config.continuous and n_quantizers is None:
+            latents = self.encode_latents(audio)
+            z = latents.sample() if self.training else latents.mean
+            return {
+                "audio": self.decode(z)[..., : audio.shape[-1]],
+                "z": z,
+                "vae/kl_loss": latents.kl_loss(),
+            }
         latent = self.encode(audio, n_quantizers=n_quantizers)
         return {
             "audio": self.decode(latent.z)[..., : audio.shape[-1]],

@@ -180,7 +180,7 @@ def compress_all(
     chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
     jobs = [
-        _Encoding(codec, source, chunk_seconds, normalize_db, padding, progress)
+        Encoding(codec, source, chunk_seconds, normalize_db, padding, progress)
         for source in sources
     ]
     run = functools.partial(windows.encode_batch, n_quantizers=n_quantizers)
@@ -188,7 +188,7 @@ def compress_all(
 
 
 @dataclass(eq=False)
-class _Encoding:
+class Encoding:
     """A recording on its way to codes. Reading it a first time tells what has no default here.
 
     Attributes:
@@ -223,7 +223,7 @@ class _Encoding:
         chunk_samples = self.chunk_seconds * codec.sample_rate
         self.padded = self.padding or self.samples <= chunk_samples
         if self.padded:
-            frames = _chunk_frames(codec, self.chunk_seconds, self.recording.channels)
+            frames = chunk_frames(codec, self.chunk_seconds, self.recording.channels)
             self.chunk_length, self.step = -(-max(self.samples, 1) // hop), frames * hop
             yield from windows.sample_windows(codec, blocks, frames)
         else:
@@ -246,18 +246,22 @@ class _Encoding:
         stereo = self.codec.config.channels > 1
         self.gains = normalization_gains(self.loudness, meter.peaks, self.normalize_db, stereo)
 
-    def result(self, outputs: Iterator[Tensor]) -> DACFile:
-        """The file, of the codes of all windows."""
+    def joined(self, outputs: Iterator[Tensor]) -> Tensor:
+        """The codes of all windows as those of the recording, [items, N, F]."""
         chunks = []
         left = self.samples
         items = windows.item_count(self.codec, self.recording.channels)
-        for chunk in _of_all_items(outputs, items):
+        for chunk in of_all_items(outputs, items):
             chunks.append(chunk)
             done = min(self.step, left)
             left -= done
             self.progress(done / self.codec.sample_rate)
+        return torch.cat(chunks, dim=-1)
+
+    def result(self, outputs: Iterator[Tensor]) -> DACFile:
+        """The file, of the codes of all windows."""
         return DACFile(
-            codes=torch.cat(chunks, dim=-1),
+            codes=self.joined(outputs),
             chunk_length=self.chunk_length,
             original_length=self.recording.frames,
             input_db=self.loudness,
@@ -273,12 +277,13 @@ class _Encoding:
         )
 
 
-def _chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
+def chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
+    """Frames of a chunk of so many seconds, fewer where there are many channels."""
     samples = min(seconds * codec.sample_rate, CHUNK_SAMPLES / channels)
     return max(round(samples / codec.hop_length), 1)
 
 
-def _of_all_items(outputs: Iterator[Tensor], items: int) -> Iterator[Tensor]:
+def of_all_items(outputs: Iterator[Tensor], items: int) -> Iterator[Tensor]:
     """The outputs of a chunk's items as one tensor [C, …], chunk by chunk."""
     while together := list(islice(outputs, items)):
         yield torch.cat(together)
@@ -290,12 +295,26 @@ def check_options(
     n_quantizers: int | None = None,
     normalize_db: float | None = None,
 ) -> None:
-    """Raises ValueError where an option of `compress` is out of range."""
+    """Raises ValueError where an option of `compress` is out of range, or there are no codes."""
+    _require_codes(codec)
+    codebook_count(n_quantizers, codec.config.n_codebooks)
+    check_ranges(chunk_seconds, normalize_db)
+
+
+def check_ranges(chunk_seconds: float | None, normalize_db: float | None) -> None:
+    """Raises ValueError where an option of any codec is out of range."""
     if chunk_seconds is not None and not 0 < chunk_seconds < math.inf:
         raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
-    codebook_count(n_quantizers, codec.config.n_codebooks)
     if normalize_db is not None and not -100 <= normalize_db <= 20:
         raise ValueError(f"normalize_db is {normalize_db}; accepted: -100 to 20 LUFS, or None")
+
+
+def _require_codes(codec: Codec) -> None:
+    if codec.config.continuous:
+        raise ValueError(
+            "the codec is continuous: it has no .dac files; "
+            "accepted: dac_fast.recordings.latents in Python"
+        )
 
 
 def decompress(codec: Codec, file: DACFile | str | os.PathLike[str]) -> tuple[Samples, int]:
@@ -365,7 +384,7 @@ class _Decoding(Generic[Named]):
         """Loads the file and cuts its codes."""
         self.codec, self.file = codec, file = self.load(self.source)
         _check_fits(codec, file)
-        frames = _chunk_frames(codec, self.chunk_seconds, file.channels)
+        frames = chunk_frames(codec, self.chunk_seconds, file.channels)
         if file.padding:
             yield from windows.code_windows(codec, file.codes, frames)
         else:
@@ -375,7 +394,7 @@ class _Decoding(Generic[Named]):
     def result(self, outputs: Iterator[Tensor]) -> tuple[DACFile, Iterator[Samples]]:
         """The file, and the blocks of its audio."""
         file = self.file
-        chunks = _of_all_items(outputs, len(file.codes))
+        chunks = of_all_items(outputs, len(file.codes))
         blocks = (windows.channels_of(chunk, file.channels) for chunk in chunks)
         return file, _restored(self.codec, file, (block.float().numpy() for block in blocks))
 
@@ -387,7 +406,7 @@ def _restored(codec: Codec, file: DACFile, blocks: Iterable[Samples]) -> Iterato
     else:
         gains = np.asarray(file.gains, np.float32)[:, None]
         blocks = (block / gains for block in blocks)
-    return _of_length(resampled(blocks, codec.sample_rate, file.sample_rate), file.original_length)
+    return of_length(resampled(blocks, codec.sample_rate, file.sample_rate), file.original_length)
 
 
 def _at_loudness(blocks: Iterable[Samples], rate: int, target_db: float) -> Iterator[Samples]:
@@ -413,7 +432,7 @@ def _at_loudness(blocks: Iterable[Samples], rate: int, target_db: float) -> Iter
             yield block * gains[:, None]
 
 
-def _of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
+def of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
     """Exactly that many samples: cut, or filled up with zeros."""
     left = length
     for block in blocks:
@@ -427,6 +446,7 @@ def _of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
 
 def _check_fits(codec: Codec, file: DACFile) -> None:
     """Fails early where the codes are evidently another codec's."""
+    _require_codes(codec)
     c = codec.config
     stages, highest = file.codes.shape[1], int(file.codes.max())
     if stages > c.n_codebooks or highest >= c.codebook_size:

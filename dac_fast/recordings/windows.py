@@ -27,7 +27,8 @@ class Window(NamedTuple):
 
     Attributes:
         codec: that it is for.
-        signal: samples [1, n], of a stereo codec [2, n], or codes [1, N, f].
+        signal: samples [1, n], of a stereo codec [2, n]; or codes [1, N, f], of a continuous codec
+            latents [1, D, f].
         keep: the frames or samples of its output that are wanted; the others are context.
         padded: whether convolutions are padded; False: as in the published package's chunk mode.
     """
@@ -149,17 +150,19 @@ def encode_batch(
     """Begins to encode windows of one codec; of any lengths, where they are padded.
 
     Returns:
-        a function that waits for the codes and returns those [1, N, f] of each window, on the CPU.
+        a function that waits for the codes and returns those [1, N, f] of each window, on the CPU;
+        of a continuous codec the latents [1, D, f].
     """
     codec, padded = windows[0].codec, windows[0].padded
     samples, lengths = _stacked([window.signal for window in windows], codec)
-    codes = codec.encode(samples, lengths, n_quantizers, padded).codes
-    return _later(codes, windows)
+    if codec.config.continuous:
+        return _later(codec.encode_latents(samples, lengths, padded).mean, windows)
+    return _later(codec.encode(samples, lengths, n_quantizers, padded).codes, windows)
 
 
 @torch.inference_mode()
 def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
-    """Begins to decode windows of one codec and number of codebooks.
+    """Begins to decode windows of one codec and, where it has any, number of codebooks.
 
     The windows may be of any lengths, where they are padded.
 
@@ -168,8 +171,9 @@ def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
         a stereo codec [2, n].
     """
     codec, padded = windows[0].codec, windows[0].padded
-    codes, lengths = _stacked([window.signal for window in windows], codec)
-    collect = _later(codec.decode_codes(codes, lengths, padded), windows)
+    kept, lengths = _stacked([window.signal for window in windows], codec)
+    decode = codec.decode if codec.config.continuous else codec.decode_codes
+    collect = _later(decode(kept, lengths, padded), windows)
     return lambda: [audio[0] for audio in collect()]
 
 

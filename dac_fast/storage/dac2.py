@@ -6,8 +6,8 @@ Two formats are read and written. "dac1" is the published package's, see `dac_fa
     offset  size  type    content
     0       8     bytes   magic: 89 44 41 43 0D 0A 1A 0A ("\\x89DAC\\r\\n\\x1a\\n")
     8       2     uint16  version: 2
-    10      2     uint16  flags: bit 0, padding; bit 2, stereo (see `DACFile`); bit 1, gains follow;
-                          the others 0
+    10      2     uint16  flags: bit 0, padding; bit 1, gains follow; bit 2, stereo; the others 0
+                          (see `DACFile`)
     12      4     uint32  S, the codebook size, 1 to 65536
     16      4     uint32  the model's sample rate, Hz
     20      4     uint32  the model's hop length, samples per frame

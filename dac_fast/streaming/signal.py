@@ -69,7 +69,9 @@ class StreamingDecoder(_Signal[DecoderStreams]):
         self._of(batch).capture(frames, n_quantizers)
 
     def push(self, codes: Tensor) -> Tensor:
-        """Codes [B, N, f] of the next f frames to audio [B, channels, n]; f and n may be 0.
+        """Codes [B, N, f] (or latents) of the next f frames to audio [B, channels, n].
+
+        f and n may be 0.
 
         B stays until the flush.
 
@@ -88,7 +90,7 @@ class StreamingDecoder(_Signal[DecoderStreams]):
         frames, next_output = streams._frames[0], streams._next_output()
         streams.end(range(streams.batch))
         lag = -(-self.look_ahead // self._hop_length)
-        audio = streams.push(torch.zeros(streams.batch, 1, lag, dtype=torch.int64))
+        audio = streams.push(streams._blank(lag))
         self.reset()
         return audio[..., max(-next_output, 0) : frames * self._hop_length - next_output]
 
@@ -128,7 +130,9 @@ class StreamingEncoder(_Signal[EncoderStreams]):
 
     @torch.inference_mode()
     def push(self, audio: Tensor) -> Tensor:
-        """The next samples [B, channels, n] to codes int64 [B, N, f]; n and f may be 0.
+        """The next samples [B, channels, n] to codes int64 [B, N, f], or to latents' means.
+
+        n and f may be 0.
 
         B stays until the flush.
 

@@ -33,6 +33,13 @@ from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import full_precision
 from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
 
+# Of `DAC.forward`'s values, by the names of their weights.
+BOTTLENECK_LOSSES = {
+    "commitment": "vq/commitment_loss",
+    "codebook": "vq/codebook_loss",
+    "kl": "vae/kl_loss",
+}
+
 
 class TrainingStep:
     """Both networks with their optimizers; called with a batch, it updates them.
@@ -178,15 +185,15 @@ class TrainingStep:
                 values["waveform"] = self.waveform_loss(restored, audio)
             if "stft" in self.weights:
                 values["stft"] = self.stft_loss(restored, audio)
-            values["commitment"] = out["vq/commitment_loss"]
-            values["codebook"] = out["vq/codebook_loss"]
+            values |= {name: out[key] for name, key in BOTTLENECK_LOSSES.items() if key in out}
             values["loss"] = total(
                 weight * values[name] for name, weight in self.weights.items() if name in values
             )
             values["grad_norm/generator"] = self.update("generator", values["loss"])
 
-            codes = out["codes"].transpose(0, 1).flatten(1)
-            self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
+            if "codes" in out:
+                codes = out["codes"].transpose(0, 1).flatten(1)
+                self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
         self.count_skipped(values)
         return {name: value.detach() for name, value in values.items()}
 
@@ -296,7 +303,7 @@ def loss_weights(losses: LossConfig) -> dict[str, float]:
     The quantizer's losses stay: they give every parameter a gradient, which averaging over
     processes waits for.
     """
-    names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
+    names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft", "kl")
     weights = {name: float(getattr(losses, name)) for name in names}
     kept = ("codebook", "commitment")
     return {name: weight for name, weight in weights.items() if weight or name in kept}

@@ -69,7 +69,8 @@ def measured(codec: DAC, batches: list[Tensor], processes: Processes) -> dict[st
         # Silence has no ratio.
         ratio = si_sdr(audio, restored).nan_to_num()
         sums += torch.stack([mel, stft, ratio, torch.ones(())]).double() * len(audio)
-        counts += codebook_counts(out["codes"].cpu(), config.codebook_size)
+        if "codes" in out:
+            counts += codebook_counts(out["codes"].cpu(), config.codebook_size)
     sums, counts = processes.summed(sums), processes.summed(counts)
     means = (sums[:3] / sums[3]).tolist()
     named = dict(zip(("mel_distance", "stft_distance", "si_sdr"), means, strict=True))
