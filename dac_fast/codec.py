@@ -15,6 +15,7 @@ from dac_fast.config import PRESETS, Config
 from dac_fast.inference.engine import Engine, Options, PrecisionOption, ShapesOption
 from dac_fast.model.autoencoder import Decoder, Encoder
 from dac_fast.model.bottleneck import VAE, Bottleneck, Latents
+from dac_fast.model.checks import check_shape, checked_lengths, range_check
 from dac_fast.model.frames import encoded, filled_up, whole_frames
 from dac_fast.model.halves import check_parts, keep_half, key_filter, require
 from dac_fast.model.layers import WeightNorm
@@ -90,8 +91,8 @@ class DAC(nn.Module):
         """
         require(self, "encoder")
         self._require_codes()
-        _check_shape("audio", audio, channels=self.config.channels)
-        lengths = _checked_lengths(lengths, audio, padded)
+        check_shape("audio", audio, channels=self.config.channels)
+        lengths = checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             return engine.encode(audio, lengths, n_quantizers, padded)
         z, frames = self._features(audio, lengths, padded)
@@ -110,8 +111,8 @@ class DAC(nn.Module):
         if not isinstance(self.quantizer, VAE):
             raise ValueError("the codec has codes, no continuous latents; accepted: encode")
         require(self, "encoder")
-        _check_shape("audio", audio, channels=self.config.channels)
-        lengths = _checked_lengths(lengths, audio, padded)
+        check_shape("audio", audio, channels=self.config.channels)
+        lengths = checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             frames = None if lengths is None else -(-lengths // self.hop_length)
             return self.quantizer.latents(engine.features(audio, lengths, padded), frames)
@@ -148,8 +149,8 @@ class DAC(nn.Module):
             ValueError: the shape or a length is out of range.
         """
         require(self, "decoder")
-        _check_shape("latent", z, channels=self.config.latent_dim)
-        lengths = _checked_lengths(lengths, z, padded)
+        check_shape("latent", z, channels=self.config.latent_dim)
+        lengths = checked_lengths(lengths, z, padded)
         if engine := self.engine_for(z):
             return engine.decode(z, lengths, padded)
         return self._decode(z, lengths, padded)
@@ -164,9 +165,9 @@ class DAC(nn.Module):
         """
         require(self, "decoder")
         self._require_codes()
-        _check_shape("codes", codes)
-        lengths = _checked_lengths(lengths, codes, padded)
-        check_range = _range_check(codes, self.config.codebook_size)
+        check_shape("codes", codes)
+        lengths = checked_lengths(lengths, codes, padded)
+        check_range = range_check(codes, self.config.codebook_size)
         if engine := self.engine_for(codes):
             audio = engine.decode_codes(codes, lengths, padded)
             check_range()
@@ -408,47 +409,3 @@ def load(
     if engine is None or engine is False:
         return codec
     return codec.optimize() if engine is True else codec.optimize(**engine)
-
-
-def _check_shape(name: str, x: Tensor, channels: int | None = None) -> None:
-    fits = x.dim() == 3 and min(x.shape) > 0 and channels in (None, x.shape[1])
-    if not fits:
-        expected = f"[B, {channels or 'N'}, T]"
-        raise ValueError(f"{name} of shape {list(x.shape)}; accepted: {expected}, none of them 0")
-
-
-def _checked_lengths(lengths: Tensor | None, x: Tensor, padded: bool) -> Tensor | None:
-    """The lengths of x's items, int64 [B] on its device."""
-    if lengths is None:
-        return None
-    if not padded:
-        raise ValueError("lengths are given without padding; accepted: with padded=True")
-    items, _, longest = x.shape
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    # Where they are, and at once: reading from a GPU waits for all that it was given to do.
-    fits = lengths.shape == (items,)
-    low, high = torch.stack(lengths.aminmax()).tolist() if fits else (0, 0)
-    if low < 1 or high > longest:
-        raise ValueError(
-            f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}"
-        )
-    return lengths.to(x.device, non_blocking=True)
-
-
-def _range_check(codes: Tensor, size: int) -> Callable[[], None]:
-    """A function that raises ValueError where a code is not below `size`.
-
-    To be called after what is to run meanwhile: a GPU finds the bounds before that, and the call
-    waits for the bounds only.
-    """
-    bounds = torch.stack(codes.aminmax()).to("cpu", non_blocking=True)
-    event = torch.cuda.current_stream(codes.device).record_event() if codes.is_cuda else None
-
-    def check() -> None:
-        if event is not None:
-            event.synchronize()
-        low, high = bounds.tolist()
-        if low < 0 or high >= size:
-            raise ValueError(f"code {low if low < 0 else high}; accepted: 0 to {size - 1}")
-
-    return check

@@ -20,7 +20,7 @@ from dac_fast.corpus.shards import SUFFIXES
 from dac_fast.corpus.sources import Found, absolute, digest, files_of, require_pyarrow
 from dac_fast.files import OutputError
 from dac_fast.processors import processors
-from dac_fast.recordings.compress import check_options
+from dac_fast.recordings.checks import check_options
 
 CODES = ("npy", "dac")
 

@@ -35,7 +35,7 @@ from dac_fast.codec import DAC
 from dac_fast.evaluation.measure import CodecTask, Pair, PairTask, Source, Task, visqol_choice
 from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
 from dac_fast.processors import processors
-from dac_fast.recordings.compress import check_options
+from dac_fast.recordings.checks import check_options
 
 # Is called with the files done and their total.
 Progress: TypeAlias = Callable[[int, int], None]

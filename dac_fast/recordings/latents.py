@@ -12,10 +12,10 @@ from dac_fast.audio.reading import Source
 from dac_fast.audio.resample import Samples, resampled
 from dac_fast.model.interface import Codec
 from dac_fast.recordings import windows
+from dac_fast.recordings.checks import check_ranges
 from dac_fast.recordings.compress import (
     DEFAULT_CHUNK_SECONDS,
     Encoding,
-    check_ranges,
     chunk_frames,
     of_all_items,
     of_length,
