@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dac_fast.config import PRESETS, Config
 from dac_fast.inference.engine import Engine, Options, PrecisionOption, ShapesOption
 from dac_fast.model.autoencoder import Decoder, Encoder
+from dac_fast.model.bottleneck import VAE, Bottleneck, Latents
+from dac_fast.model.checks import check_shape, checked_lengths, range_check
 from dac_fast.model.frames import encoded, filled_up, whole_frames
 from dac_fast.model.halves import check_parts, keep_half, key_filter, require
 from dac_fast.model.layers import WeightNorm
@@ -28,6 +30,9 @@ _lending = threading.Lock()
 
 class DAC(nn.Module):
     """Descript Audio Codec (arXiv 2306.06546). Arguments: those of `dac_fast.config.Config`.
+
+    Audio is [B, 1, T] in what follows, and [B, 2, T] of a stereo codec (`config.channels` is 2). A
+    continuous codec (`config.bottleneck` is "vae") has `encode_latents` and `decode`, no codes.
 
     Attributes:
         config: the `Config`.
@@ -52,11 +57,18 @@ class DAC(nn.Module):
         # See `_engine_for_now`.
         self._lent: Engine | None = None
         self._borrowers = 0
-        self.encoder = Encoder(c.encoder_dim, c.encoder_rates, c.latent_dim, c.activation)
-        self.quantizer = ResidualVectorQuantizer(
-            c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
+        features = 2 * c.latent_dim if c.continuous else c.latent_dim
+        self.encoder = Encoder(c.encoder_dim, c.encoder_rates, features, c.activation, c.channels)
+        self.quantizer: Bottleneck
+        if c.continuous:
+            self.quantizer = VAE(c.latent_dim)
+        else:
+            self.quantizer = ResidualVectorQuantizer(
+                c.latent_dim, c.codebook_size, c.codebook_dims, c.quantizer_dropout, c.quantizer
+            )
+        self.decoder = Decoder(
+            c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation, c.channels
         )
-        self.decoder = Decoder(c.latent_dim, c.decoder_dim, c.decoder_rates, c.activation)
 
     def encode(
         self,
@@ -74,18 +86,53 @@ class DAC(nn.Module):
             padded: False runs every convolution without its padding, as the published package's
                 chunk mode does: fewer frames come out. Without `lengths`.
         Raises:
-            ValueError: the shape, a length or n_quantizers is out of range.
+            ValueError: the shape, a length or n_quantizers is out of range, or the codec is
+                continuous.
         """
         require(self, "encoder")
-        _check_shape("audio", audio, channels=1)
-        lengths = _checked_lengths(lengths, audio, padded)
+        self._require_codes()
+        check_shape("audio", audio, channels=self.config.channels)
+        lengths = checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             return engine.encode(audio, lengths, n_quantizers, padded)
+        z, frames = self._features(audio, lengths, padded)
+        return encoded(self.quantizer(z, n_quantizers, frames), frames)
+
+    def encode_latents(
+        self, audio: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Latents:
+        """Audio to the latents of a continuous codec; `decode` takes their mean, or a sample.
+
+        Args:
+            audio, lengths, padded: those of `encode`.
+        Raises:
+            ValueError: the shape or a length is out of range, or the codec has codes.
+        """
+        if not isinstance(self.quantizer, VAE):
+            raise ValueError("the codec has codes, no continuous latents; accepted: encode")
+        require(self, "encoder")
+        check_shape("audio", audio, channels=self.config.channels)
+        lengths = checked_lengths(lengths, audio, padded)
+        if engine := self.engine_for(audio):
+            frames = None if lengths is None else -(-lengths // self.hop_length)
+            return self.quantizer.latents(engine.features(audio, lengths, padded), frames)
+        return self.quantizer.latents(*self._features(audio, lengths, padded))
+
+    def _features(
+        self, audio: Tensor, lengths: Tensor | None, padded: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The encoder's output for checked arguments, by the modules, and the frames of items."""
         if padded:
             audio, lengths = whole_frames(audio, lengths, self.hop_length)
-        z = self.encoder(audio, lengths, padded)
         frames = None if lengths is None else lengths // self.hop_length
-        return encoded(self.quantizer(z, n_quantizers, frames), frames)
+        return self.encoder(audio, lengths, padded), frames
+
+    def _require_codes(self) -> None:
+        if self.config.continuous:
+            raise ValueError(
+                "the codec is continuous: it has latents, no codes; "
+                "accepted: encode_latents and decode"
+            )
 
     def decode(self, z: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
         """Quantised latent [B, D, F] to audio [B, 1, F hop_length].
@@ -102,8 +149,8 @@ class DAC(nn.Module):
             ValueError: the shape or a length is out of range.
         """
         require(self, "decoder")
-        _check_shape("latent", z, channels=self.config.latent_dim)
-        lengths = _checked_lengths(lengths, z, padded)
+        check_shape("latent", z, channels=self.config.latent_dim)
+        lengths = checked_lengths(lengths, z, padded)
         if engine := self.engine_for(z):
             return engine.decode(z, lengths, padded)
         return self._decode(z, lengths, padded)
@@ -114,12 +161,13 @@ class DAC(nn.Module):
         """Codes [B, N, F] of the first N codebooks to audio [B, 1, F hop_length], see `decode`.
 
         Raises:
-            ValueError: the shape, a code or a length is out of range.
+            ValueError: the shape, a code or a length is out of range, or the codec is continuous.
         """
         require(self, "decoder")
-        _check_shape("codes", codes)
-        lengths = _checked_lengths(lengths, codes, padded)
-        check_range = _range_check(codes, self.config.codebook_size)
+        self._require_codes()
+        check_shape("codes", codes)
+        lengths = checked_lengths(lengths, codes, padded)
+        check_range = range_check(codes, self.config.codebook_size)
         if engine := self.engine_for(codes):
             audio = engine.decode_codes(codes, lengths, padded)
             check_range()
@@ -138,8 +186,17 @@ class DAC(nn.Module):
 
         Returns:
             "audio" [B, 1, T], and "z", "codes", "latents", "vq/commitment_loss" and
-            "vq/codebook_loss" (see `Encoded`).
+            "vq/codebook_loss" (see `Encoded`). Of a continuous codec "audio", "z" (a sample in
+            training mode, else the mean) and "vae/kl_loss" (see `Latents`).
         """
+        if self.config.continuous and n_quantizers is None:
+            latents = self.encode_latents(audio)
+            z = latents.sample() if self.training else latents.mean
+            return {
+                "audio": self.decode(z)[..., : audio.shape[-1]],
+                "z": z,
+                "vae/kl_loss": latents.kl_loss(),
+            }
         latent = self.encode(audio, n_quantizers=n_quantizers)
         return {
             "audio": self.decode(latent.z)[..., : audio.shape[-1]],
@@ -352,47 +409,3 @@ def load(
     if engine is None or engine is False:
         return codec
     return codec.optimize() if engine is True else codec.optimize(**engine)
-
-
-def _check_shape(name: str, x: Tensor, channels: int | None = None) -> None:
-    fits = x.dim() == 3 and min(x.shape) > 0 and channels in (None, x.shape[1])
-    if not fits:
-        expected = f"[B, {channels or 'N'}, T]"
-        raise ValueError(f"{name} of shape {list(x.shape)}; accepted: {expected}, none of them 0")
-
-
-def _checked_lengths(lengths: Tensor | None, x: Tensor, padded: bool) -> Tensor | None:
-    """The lengths of x's items, int64 [B] on its device."""
-    if lengths is None:
-        return None
-    if not padded:
-        raise ValueError("lengths are given without padding; accepted: with padded=True")
-    items, _, longest = x.shape
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    # Where they are, and at once: reading from a GPU waits for all that it was given to do.
-    fits = lengths.shape == (items,)
-    low, high = torch.stack(lengths.aminmax()).tolist() if fits else (0, 0)
-    if low < 1 or high > longest:
-        raise ValueError(
-            f"lengths are {lengths.tolist()}; accepted: {items} numbers from 1 to {longest}"
-        )
-    return lengths.to(x.device, non_blocking=True)
-
-
-def _range_check(codes: Tensor, size: int) -> Callable[[], None]:
-    """A function that raises ValueError where a code is not below `size`.
-
-    To be called after what is to run meanwhile: a GPU finds the bounds before that, and the call
-    waits for the bounds only.
-    """
-    bounds = torch.stack(codes.aminmax()).to("cpu", non_blocking=True)
-    event = torch.cuda.current_stream(codes.device).record_event() if codes.is_cuda else None
-
-    def check() -> None:
-        if event is not None:
-            event.synchronize()
-        low, high = bounds.tolist()
-        if low < 0 or high >= size:
-            raise ValueError(f"code {low if low < 0 else high}; accepted: 0 to {size - 1}")
-
-    return check

@@ -6,8 +6,20 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 ACTIVATIONS = ("snake", "leaky_relu")
+BOTTLENECKS = ("rvq", "vae")
 QUANTIZERS = ("factorized", "unnormalized", "unprojected", "ema")
 
+
+# That do not matter to a continuous codec.
+QUANTIZER_FIELDS = (
+    "n_codebooks",
+    "codebook_size",
+    "codebook_dim",
+    "quantizer_dropout",
+    "quantizer",
+)
+# What the published package does not know, and the value that stands for what it does.
+LATER_FIELDS = {"quantizer": "factorized", "channels": 1, "bottleneck": "rvq"}
 
 # Far beyond any codec's, and still quickly built on the meta device.
 MOST_CODEBOOKS = 1024
@@ -33,6 +45,9 @@ class Config:
             "unnormalized" searches by plain distance; "unprojected" and "ema" have codebooks of
             latent_dim dimensions, whatever codebook_dim says; entries of "ema" are moving averages
             of the latents assigned to them.
+        channels: of the audio: 1, or 2, which are then encoded together (stereo).
+        bottleneck: "rvq", a residual vector quantizer; or "vae", continuous latents of latent_dim
+            channels, to which the fields of codebooks and quantizer do not matter.
     """
 
     encoder_dim: int = 64
@@ -47,6 +62,8 @@ class Config:
     sample_rate: int = 44100
     activation: str = "snake"
     quantizer: str = "factorized"
+    channels: int = 1
+    bottleneck: str = "rvq"
 
     def __post_init__(self) -> None:
         def fill(name: str, value: object) -> None:
@@ -83,8 +100,15 @@ class Config:
         per_codebook = len(self.codebook_dims) == self.n_codebooks
         require("codebook_dim", per_codebook, "one number, or one per codebook")
         require("quantizer_dropout", 0 <= self.quantizer_dropout <= 1, "between 0 and 1")
+        require("bottleneck", self.bottleneck in BOTTLENECKS, " or ".join(BOTTLENECKS))
+        require("channels", self.channels in (1, 2), "1 or 2")
         require("activation", self.activation in ACTIVATIONS, " or ".join(ACTIVATIONS))
         require("quantizer", self.quantizer in QUANTIZERS, ", ".join(QUANTIZERS))
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the codec has continuous latents in place of codes."""
+        return self.bottleneck == "vae"
 
     @property
     def hop_length(self) -> int:
@@ -101,18 +125,19 @@ class Config:
 
     @property
     def bitrate(self) -> float:
-        """Bits per second and channel with all codebooks, at whole bits per code."""
+        """Bits per second with all codebooks, at whole bits per code; of each channel if mono."""
         bits_per_frame = self.n_codebooks * math.ceil(math.log2(self.codebook_size))
         return self.sample_rate / self.hop_length * bits_per_frame
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them; the quantizer's form is left out where it is published.
+        """Plain values, as JSON has them; without the later fields where they are as published.
 
-        The published package, and files from before this field, do not know it.
+        The published package, and files from before these fields, do not know them.
         """
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.quantizer == "factorized":
-            del values["quantizer"]
+        for name, published in LATER_FIELDS.items():
+            if values[name] == published:
+                del values[name]
         return values
 
     @classmethod
@@ -172,6 +197,15 @@ UNTRAINED = {
         n_codebooks=32,
         quantizer_dropout=0.5,
         sample_rate=24000,
+    ),
+    "44khz_stereo": Config(n_codebooks=12, quantizer_dropout=0.5, channels=2),
+    "44khz_stereo_vae": Config(
+        encoder_rates=(2, 4, 4, 8, 8),
+        latent_dim=64,
+        decoder_dim=2048,
+        decoder_rates=(8, 8, 4, 4, 2),
+        channels=2,
+        bottleneck="vae",
     ),
 }
 

@@ -26,11 +26,11 @@ SIZES = {
 }
 
 
-def small_codec() -> DAC:
+def small_codec(**changes) -> DAC:
     """The same random codec every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        codec = DAC(**SIZES).eval().fold_weight_norm()
+        codec = DAC(**{**SIZES, **changes}).eval().fold_weight_norm()
     codec.name = "small"
     return codec
 

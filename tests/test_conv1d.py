@@ -80,6 +80,8 @@ LAYERS = {
     "kernel 3": (80, 72, 3, 1, 1, 1, 7),
     "one channel in": (1, 16, 7, 1, 3, 1, 63),
     "one channel out": (24, 1, 7, 1, 3, 1, 130),
+    "two channels in": (2, 16, 7, 1, 3, 1, 63),
+    "two channels out": (24, 2, 7, 1, 3, 1, 130),
 }
 
 

@@ -44,6 +44,23 @@ def post(served, path, body=b"", **options):
     return httpx.post(f"{served.url}{path}", content=body, timeout=30, **options)
 
 
+def test_a_stereo_codec_is_served_but_for_streams():
+    codec, audio = small_codec(channels=2), noise(0.5, 2)
+    expected = codec.compress((audio, 8000))
+    with serving(small_codec(channels=2)) as served, served.client() as client:
+        file = client.encode((audio, 8000))
+        assert (file.stereo, file.channels) == (True, 2)
+        assert torch.equal(file.codes, expected.codes)
+        restored, _ = client.decode(file)
+        exact = codec.decompress(expected)[0].clip(-1, 1)
+        np.testing.assert_allclose(restored, exact, rtol=0, atol=1.01 * LONGEST_STEP)
+        with (
+            pytest.raises(ServerError, match="the model is stereo; accepted in streams: mono"),
+            client.decode_stream(),
+        ):
+            pass
+
+
 @pytest.mark.parametrize(("seconds", "channels", "rate"), [(0.01, 1, 8000), (3.3, 2, 44100)])
 def test_encode_gives_the_files_of_the_library(served, codec, seconds, channels, rate):
     audio = noise(seconds, channels, rate=rate)

@@ -171,3 +171,17 @@ def test_full_band_domains_of_the_recipe_count(library):
         {"voice": str(library / "speech"), "rest": [str(library / "music")]}, RATE, ["voice"]
     )
     assert {(f.domain, f.full_band) for f in files} == {("voice", True), ("rest", False)}
+
+
+def test_stereo_excerpts_keep_the_balance_of_the_channels(tmp_path):
+    time = np.arange(RATE) / RATE
+    tone = np.sin(2 * np.pi * 300 * time)
+    files = {"wide": np.stack([0.8 * tone, 0.2 * tone]), "mono": 0.5 * tone[None]}
+    for name, audio in files.items():
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", audio.T, RATE, subtype="FLOAT")
+        found, _ = find_files(tmp_path / name, RATE)
+        left, right = Excerpts(found, DataConfig(seconds=0.2), RATE, 1, 0, channels=2)[0]["audio"]
+        # One phase shift and one gain for both.
+        torch.testing.assert_close(right, left / 4 if name == "wide" else left)
+        assert 0.1 < left.abs().max() <= 1.001

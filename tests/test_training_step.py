@@ -16,7 +16,7 @@ from dac_fast.model.ema_codebook import EMACodebook
 from dac_fast.ops import use_backend
 from dac_fast.spectral import mel_filters
 from dac_fast.training import load_recipe
-from dac_fast.training.step import TrainingStep
+from dac_fast.training.step import TrainingStep, one_by_one
 
 CPU = torch.device("cpu")
 
@@ -117,6 +117,19 @@ def test_losses_gradients_and_update_are_those_of_a_plain_composition():
         differences = torch.cat([(a - b).abs().flatten() for a, b in pairs])
         assert differences.max() <= 2.1e-4
         assert (differences > 1e-6).float().mean() < 1e-3
+
+
+def test_discriminators_judge_the_channels_of_stereo_one_by_one():
+    step = small_step("discriminator.periods=[2]", "model.channels=2")
+    left, right = some_audio(1), some_audio(2)
+    audio, apart = torch.cat([left, right], 1), torch.cat([left, right])
+    judged = step.discriminator(one_by_one(audio))
+    for maps, expected in zip(judged, step.discriminator(apart), strict=True):
+        torch.testing.assert_close(maps[-1][::2], expected[-1][:4])
+        torch.testing.assert_close(maps[-1][1::2], expected[-1][4:])
+    losses = step(audio, 0)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert losses["discriminator"] > 0
 
 
 def test_learning_rate_decays_with_every_step():

@@ -105,7 +105,7 @@ def _lufs(power: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
 
 
 def normalization_gains(
-    loudness: float, peaks: Samples, target_db: float | None
+    loudness: float, peaks: Samples, target_db: float | None, alike: bool = False
 ) -> NDArray[np.float32]:
     """The factor of each channel, float32 [C], that brings a recording to a loudness.
 
@@ -116,6 +116,8 @@ def normalization_gains(
         loudness: integrated, in LUFS.
         peaks: [C], the largest magnitude in each channel.
         target_db: in LUFS.
+        alike: all channels get the lowest of these factors, which keeps their balance.
     """
     gain = np.float32(1 if target_db is None else 10 ** ((target_db - loudness) / 20))
+    peaks = np.full_like(peaks, peaks.max()) if alike else peaks
     return np.asarray(gain / np.maximum(1, peaks * gain), np.float32)

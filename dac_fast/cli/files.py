@@ -33,7 +33,8 @@ from dac_fast.cli.options import (
 )
 from dac_fast.cli.pipes import piped
 from dac_fast.config import PRESETS
-from dac_fast.recordings.compress import check_options, compress_all, decompress_all, use_engine
+from dac_fast.recordings.checks import check_options
+from dac_fast.recordings.compress import compress_all, decompress_all, use_engine
 from dac_fast.storage.dac2 import DACFile
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dac_fast.cli.jobs import attempt
 from dac_fast.cli.terminal import fail, one_line, out
-from dac_fast.config import PRESETS
+from dac_fast.config import PRESETS, QUANTIZER_FIELDS
 from dac_fast.storage import checkpoint, download
 from dac_fast.storage.dac2 import DACFile
 
@@ -52,7 +52,8 @@ def _of_file(path: Path) -> dict[str, object]:
         "model": file.model or "not named in the file",
         "recording": f"{file.duration:.3f} s, {file.sample_rate} Hz, {file.channels} channels",
         "loudness": f"{file.input_db:.2f} LUFS",
-        "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per channel",
+        "codes": f"{file.n_codebooks} codebooks × {file.n_frames} frames per "
+        f"{'pair of channels' if file.stereo else 'channel'}",
         "bitrate": bitrate,
         "chunks": f"{file.chunk_length} frames, {'padded' if file.padding else 'without padding'}",
         "size": f"{path.stat().st_size} bytes",
@@ -66,10 +67,15 @@ def _of_checkpoint(path: Path) -> dict[str, object]:
         if not path.exists():
             raise ValueError(f"{name} is not downloaded; dac-fast download {name} does that")
     config, state = checkpoint.read(path)
+    values = config.to_dict()
+    bitrate = {"bitrate": f"{config.bitrate / 1000:.2f} kbit/s"}
+    if config.continuous:
+        values = {key: value for key, value in values.items() if key not in QUANTIZER_FIELDS}
+        bitrate = {}
     return {
         "checkpoint": path,
-        **{key.replace("_", " "): value for key, value in config.to_dict().items()},
+        **{key.replace("_", " "): value for key, value in values.items()},
         "hop length": config.hop_length,
-        "bitrate": f"{config.bitrate / 1000:.2f} kbit/s",
+        **bitrate,
         "parameters": f"{sum(tensor.numel() for tensor in state.values()):,}",
     }

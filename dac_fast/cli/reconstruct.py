@@ -26,7 +26,8 @@ from dac_fast.cli.options import (
 from dac_fast.cli.pipes import STANDARD
 from dac_fast.cli.terminal import out
 from dac_fast.evaluation.listen import Clip, compared, write_page
-from dac_fast.recordings.compress import check_options, use_engine
+from dac_fast.recordings.checks import check_options
+from dac_fast.recordings.compress import use_engine
 
 COLUMNS = (
     "code-\nbooks",

@@ -20,7 +20,7 @@ from dac_fast.corpus.shards import SUFFIXES
 from dac_fast.corpus.sources import Found, absolute, digest, files_of, require_pyarrow
 from dac_fast.files import OutputError
 from dac_fast.processors import processors
-from dac_fast.recordings.compress import check_options
+from dac_fast.recordings.checks import check_options
 
 CODES = ("npy", "dac")
 
@@ -187,6 +187,8 @@ def _identity(options: Options) -> tuple[Model, Settings]:
     """
     codec = load(options.model)
     check_options(codec, None, options.n_quantizers, options.normalize_db)
+    if codec.config.channels > 1:
+        raise ValueError(f"model {options.model} is stereo; accepted: mono models")
     model = Model(
         codec.name or options.model,
         weights_sha256(codec),

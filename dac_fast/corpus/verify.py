@@ -91,7 +91,8 @@ def _sample(folder: Folder, share: float) -> Iterator[tuple[Item, Record]]:
 @torch.inference_mode()
 def _compare(codec: DAC, item: Item, record: Record, folder: Folder, verdict: Verdict) -> None:
     """Adds a recording to the verdict."""
-    settings = folder.card.settings
+    settings, quantizer = folder.card.settings, codec.quantizer
+    assert isinstance(quantizer, ResidualVectorQuantizer)
     reading = Reading(codec, item, settings.normalize_db, settings.audio_column)
     verdict.items += 1
     channels, codebooks, _ = record.codes.shape
@@ -99,14 +100,14 @@ def _compare(codec: DAC, item: Item, record: Record, folder: Folder, verdict: Ve
     for number, window in enumerate(reading.windows(LONGER * chunk_frames(codec))):
         samples = F.pad(window.signal[None], (0, -window.signal.shape[1] % codec.hop_length))
         z = codec.encoder(samples)[..., window.keep]
-        alone = codec.quantizer(z, codebooks)[1]
+        alone = quantizer.encode(z, codebooks)
         channel, end = number % channels, begin + z.shape[2]
         found = torch.from_numpy(record.codes[channel, :, begin:end].astype("int64"))[None]
         differing = found != alone
         verdict.codes += found.numel()
         verdict.differing += int(differing.sum())
         if differing.any():
-            regret = regret_of(codec.quantizer, z, found)
+            regret = regret_of(quantizer, z, found)
             verdict.regret = max(verdict.regret, float(regret[differing].max()))
         if channel == channels - 1:
             begin = end

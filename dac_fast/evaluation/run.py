@@ -35,6 +35,7 @@ from dac_fast.codec import DAC
 from dac_fast.evaluation.measure import CodecTask, Pair, PairTask, Source, Task, visqol_choice
 from dac_fast.evaluation.outcome import OVERALL, Evaluation, Measured, summarize
 from dac_fast.processors import processors
+from dac_fast.recordings.checks import check_options
 
 # Is called with the files done and their total.
 Progress: TypeAlias = Callable[[int, int], None]
@@ -71,6 +72,7 @@ def evaluate_codec(
         ValueError: no files there, a damaged manifest, or an argument out of range.
         OSError: a worker process died.
     """
+    check_options(codec)
     counts = _checked_counts(codebooks, codec.config.n_codebooks)
     if jobs is None and next(codec.parameters()).is_cuda:
         jobs = 1

@@ -5,6 +5,7 @@ always computes in IEEE single precision, since small differences decide a searc
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -185,13 +186,22 @@ class Engine:
 
     @native.torch_on_one_thread()
     @torch.no_grad()
-    def features(self, audio: Tensor) -> Tensor:
-        """Audio [B, 1, T] to the latent [B, D, F] before the quantizer."""
-        return self._run("encode", audio, None)
+    def features(self, audio: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
+        """The encoder's output [B, E, F] for audio; the arguments are those of `DAC.encode`."""
+        batch, _, samples = audio.shape
+        frames = -(-samples // self._config.hop_length)
+        # The graphs of other codecs go on to codes.
+        graphed = self._config.continuous and padded
+        if graphed and (bucket := self._bucket("encode", batch, frames, None)):
+            with self._replayed("encode", bucket, audio, lengths) as (features,):
+                return features[:batch, :, :frames].clone()
+        return self._run("encode", audio, lengths, padded)
 
     @torch.no_grad()
     def decode(self, z: Tensor, lengths: Tensor | None, padded: bool) -> Tensor:
         """As `DAC.decode`, of checked arguments."""
+        if self._config.continuous:
+            return self._restored(z, None, lengths, padded)
         return self._run("decode", z, lengths, padded)
 
     @native.torch_on_one_thread()
@@ -201,21 +211,29 @@ class Engine:
 
         But a code out of range counts as the nearest one inside: the caller finds it meanwhile.
         """
-        batch, count, frames = codes.shape
-        if padded and (bucket := self._bucket("decode", batch, frames, count)):
-            with self._replayed("decode", bucket, codes, lengths) as (audio,):
+        return self._restored(codes, codes.shape[1], lengths, padded)
+
+    def _restored(
+        self, kept: Tensor, codebooks: int | None, lengths: Tensor | None, padded: bool
+    ) -> Tensor:
+        """Codes or latents to audio, by a graph where one fits."""
+        batch, _, frames = kept.shape
+        if padded and (bucket := self._bucket("decode", batch, frames, codebooks)):
+            with self._replayed("decode", bucket, kept, lengths) as (audio,):
                 return audio[:batch, :, : frames * self._config.hop_length].clone()
-        return self._run("decode", self._latent(codes), lengths, padded)
+        return self._run("decode", self._latent(kept), lengths, padded)
 
     def _frames(self, lengths: Tensor | None) -> Tensor | None:
         """Lengths in samples to lengths in frames."""
         return None if lengths is None else -(-lengths // self._config.hop_length)
 
     def _latent(self, codes: Tensor) -> Tensor:
-        """Codes to the quantised latent, with codes out of range clamped.
+        """Codes to the quantised latent, with codes out of range clamped; latents as they are.
 
         Looking such a code up could end the process's work on the GPU.
         """
+        if self._config.continuous:
+            return codes
         codes = codes.clamp(0, self._config.codebook_size - 1)
         with float32_products(tf32=False):
             return self._quantizer.decode(codes)
@@ -275,15 +293,17 @@ class Engine:
             lengths: samples; 0 for an item that is not there, which no loss counts.
         """
         z = self._run("encode", audio, lengths)
+        if self._config.continuous:
+            return (z,)
         frames = (-(-lengths // self._config.hop_length)).clamp(min=1)
         counts = self._config.n_codebooks * (lengths > 0)
         with float32_products(tf32=False):
             outputs: tuple[Tensor, ...] = self._quantizer(z, None, frames, counts)
         return outputs
 
-    def _decode_request(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    def _decode_request(self, kept: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """What a graph of decode captures. lengths: frames, 0 for an item that is not there."""
-        return (self._run("decode", self._latent(codes), lengths),)
+        return (self._run("decode", self._latent(kept), lengths),)
 
     @contextlib.contextmanager
     def _replayed(
@@ -333,13 +353,14 @@ class Engine:
         config = self._config
         if direction == "encode":
             samples = frames * config.hop_length
-            audio = torch.linspace(-1, 1, batch * samples, device=self.device)
+            shape = (batch, config.channels, samples)
+            audio = torch.linspace(-1, 1, math.prod(shape), device=self.device).view(shape)
             lengths = torch.full((batch,), samples, device=self.device)
-            return self._encode_request, (audio.view(batch, 1, samples), lengths)
-        shape = (batch, config.n_codebooks, frames)
-        codes = torch.arange(batch * config.n_codebooks * frames, device=self.device)
+            return self._encode_request, (audio, lengths)
+        kept = self._quantizer.blank(batch, frames).to(self.device)
+        numbers = torch.arange(kept.numel(), device=self.device) % config.codebook_size
         lengths = torch.full((batch,), frames, device=self.device)
-        return self._decode_request, ((codes % config.codebook_size).view(shape), lengths)
+        return self._decode_request, (numbers.view(kept.shape).to(kept.dtype), lengths)
 
     def __str__(self) -> str:
         graphs = self.graphs

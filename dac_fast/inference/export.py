@@ -5,6 +5,9 @@ and each convolution a plain one, which every runtime knows:
 
     encoder   audio [B, 1, T] in [-1, 1] to codes int64 [B, N, F], F = ceil(T / hop_length)
     decoder   codes int64 [B, N, F] to audio [B, 1, F hop_length]; the codes are not checked
+
+The audio of a stereo codec is [B, 2, T]. A continuous codec has its latents' means [B, D, F] in
+place of codes.
 """
 
 import contextlib
@@ -20,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dac_fast import ops
-from dac_fast.config import codebook_count
 from dac_fast.files import atomic_path, make_folder
 from dac_fast.model.halves import PARTS, require
 from dac_fast.model.interface import Codec
@@ -30,26 +32,26 @@ from dac_fast.model.layers import Conv1d, ConvTranspose1d
 class Encode(nn.Module):
     """Audio [B, 1, T] to codes [B, N, F]."""
 
-    def __init__(self, codec: Codec, n_quantizers: int):
+    def __init__(self, codec: Codec, n_quantizers: int | None):
         super().__init__()
         codec = plain_copy(codec)
         self.encoder, self.quantizer = codec.encoder, codec.quantizer
         self.hop_length, self.n_quantizers = codec.hop_length, n_quantizers
+        self.channels = codec.config.channels
 
     def example(self) -> Tensor:
         """An input to trace the module with."""
-        return torch.zeros(2, 1, 3 * self.hop_length + 1)
+        return torch.zeros(2, self.channels, 3 * self.hop_length + 1)
 
     def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop_length))
-        codes: Tensor = self.quantizer(self.encoder(audio), self.n_quantizers)[1]
-        return codes
+        return self.quantizer.encode(self.encoder(audio), self.n_quantizers)
 
 
 class Decode(nn.Module):
     """Codes [B, N, F] to audio [B, 1, F hop_length]."""
 
-    def __init__(self, codec: Codec, n_quantizers: int):
+    def __init__(self, codec: Codec, n_quantizers: int | None):
         super().__init__()
         # Where a stride is odd, the decoder stops short by the same samples, whatever the length.
         self.missing = codec.hop_length - codec.decoder.output_length(1)
@@ -59,7 +61,7 @@ class Decode(nn.Module):
 
     def example(self) -> Tensor:
         """An input to trace the module with."""
-        return torch.zeros(2, self.n_quantizers, 3, dtype=torch.int64)
+        return self.quantizer.blank(2, 3, self.n_quantizers)
 
     def forward(self, codes: Tensor) -> Tensor:  # noqa: D102
         return F.pad(self.decoder(self.quantizer.decode(codes)), (0, self.missing))
@@ -115,9 +117,10 @@ def _module(codec: Codec, part: str, n_quantizers: int | None) -> Encode | Decod
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; accepted: {' or '.join(PARTS)}")
     require(codec, part)
-    count = codebook_count(n_quantizers, codec.config.n_codebooks)
+    # Raises where n_quantizers is out of range, outside of the tracing.
+    codec.quantizer.rows(n_quantizers)
     with torch.no_grad():
-        module = Encode(codec, count) if part == "encoder" else Decode(codec, count)
+        module = Encode(codec, n_quantizers) if part == "encoder" else Decode(codec, n_quantizers)
     return module.requires_grad_(False)
 
 
@@ -159,11 +162,12 @@ def export_onnx(
             "ONNX models need onnx and onnxscript: pip install 'dac-fast[onnx]'"
         ) from error
     programs = {}
+    kept = "latents" if codec.config.continuous else "codes"
     for part in [codec.parts] if codec.parts else PARTS:
         module = _module(codec, part, n_quantizers).float().cpu()
         shapes = {
-            "audio": ir.Shape(["batch", 1, "samples"]),
-            "codes": ir.Shape(["batch", module.n_quantizers, "frames"]),
+            "audio": ir.Shape(["batch", codec.config.channels, "samples"]),
+            kept: ir.Shape(["batch", codec.quantizer.rows(n_quantizers), "frames"]),
         }
         given, result = shapes if part == "encoder" else reversed(shapes)
         with _quiet():

@@ -39,12 +39,19 @@ def decoder_block(channels: int, stride: int, act: str) -> Block:
 
 
 class Encoder(Block):
-    """Audio [B, 1, T], T a multiple of the hop, to the latent [B, latent_dim, T / hop]."""
+    """Audio [B, channels, T], T a multiple of the hop, to the latent [B, latent_dim, T / hop]."""
 
-    def __init__(self, dim: int, rates: Sequence[int], latent_dim: int, act: str = "snake") -> None:
+    def __init__(
+        self,
+        dim: int,
+        rates: Sequence[int],
+        latent_dim: int,
+        act: str = "snake",
+        channels: int = 1,
+    ) -> None:
         widths = [dim * 2**i for i in range(len(rates) + 1)]
         super().__init__(
-            Conv1d(1, dim, kernel_size=7, padding=3),
+            Conv1d(channels, dim, kernel_size=7, padding=3),
             *(encoder_block(width, rate, act) for width, rate in zip(widths, rates, strict=False)),
             activation(act, widths[-1]),
             Conv1d(widths[-1], latent_dim, kernel_size=3, padding=1),
@@ -52,16 +59,23 @@ class Encoder(Block):
 
 
 class Decoder(Layer):
-    """Latent [B, latent_dim, F] to audio [B, 1, about F hop] in [-1, 1]."""
+    """Latent [B, latent_dim, F] to audio [B, channels, about F hop] in [-1, 1]."""
 
-    def __init__(self, latent_dim: int, dim: int, rates: Sequence[int], act: str = "snake") -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        dim: int,
+        rates: Sequence[int],
+        act: str = "snake",
+        channels: int = 1,
+    ) -> None:
         super().__init__()
         widths = [dim // 2**i for i in range(len(rates) + 1)]
         self.model = Chain(
             Conv1d(latent_dim, dim, kernel_size=7, padding=3),
             *(decoder_block(width, rate, act) for width, rate in zip(widths, rates, strict=False)),
             activation(act, widths[-1]),
-            Conv1d(widths[-1], 1, kernel_size=7, padding=3),
+            Conv1d(widths[-1], channels, kernel_size=7, padding=3),
             nn.Tanh(),
         )
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dac_fast.config import Config
 from dac_fast.model.autoencoder import Decoder, Encoder
-from dac_fast.model.quantize import Encoded, ResidualVectorQuantizer
+from dac_fast.model.bottleneck import Bottleneck, Latents
+from dac_fast.model.quantize import Encoded
 
 
 class Codec(Protocol):
@@ -19,7 +20,7 @@ class Codec(Protocol):
     name: str
     parts: str | None
     encoder: Encoder
-    quantizer: ResidualVectorQuantizer
+    quantizer: Bottleneck
     decoder: Decoder
 
     def encode(  # noqa: D102
@@ -29,6 +30,14 @@ class Codec(Protocol):
         n_quantizers: int | None = None,
         padded: bool = True,
     ) -> Encoded: ...
+
+    def encode_latents(  # noqa: D102
+        self, audio: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Latents: ...
+
+    def decode(  # noqa: D102
+        self, z: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor: ...
 
     def decode_codes(  # noqa: D102
         self, codes: Tensor, lengths: Tensor | None = None, padded: bool = True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dac_fast import ops
 from dac_fast.config import codebook_count
+from dac_fast.model.bottleneck import Bottleneck
 from dac_fast.model.ema_codebook import EMACodebook, nearest_row
 from dac_fast.model.layers import Conv1d
 from dac_fast.ops.reference import nearest_code, valid_mask
@@ -76,7 +77,7 @@ class VectorQuantizer(nn.Module):
         return F.embedding(code, self.codebook.weight).transpose(1, 2)
 
 
-class ResidualVectorQuantizer(nn.Module):
+class ResidualVectorQuantizer(Bottleneck):
     """Stages that each quantise the residual of the ones before.
 
     Args:
@@ -89,6 +90,7 @@ class ResidualVectorQuantizer(nn.Module):
     """
 
     __call__: Callable[..., Quantized]
+    kept_dtype = torch.int64
 
     def __init__(
         self,
@@ -159,6 +161,14 @@ class ResidualVectorQuantizer(nn.Module):
             if self.form != "factorized":
                 return self._encode_stages(z, n, counts, lengths)
             return ops.rvq_encode(z, *self.weights(n), counts, lengths)
+
+    def rows(self, n_quantizers: int | None = None) -> int:
+        """N, the number of codebooks in use."""
+        return codebook_count(n_quantizers, len(self.quantizers))
+
+    def encode(self, features: Tensor, n_quantizers: int | None = None) -> Tensor:
+        """The codes that `forward` gives."""
+        return self(features, n_quantizers)[1]
 
     def _encode_stages(
         self, z: Tensor, n: int, counts: Tensor | None, lengths: Tensor | None

@@ -5,6 +5,9 @@ resampled to the codec's rate and brought to a loudness (channels whose peak wou
 scaled down to it), and its channels are encoded each by itself. The gains stand in the file, and
 decoding takes them back.
 
+A stereo codec encodes channels in pairs, all at one gain. The last of an odd number, as of a mono
+recording, is paired with itself, and decoding gives the mean of what the two have become.
+
 Files of the published package hold the recording's loudness instead of the gains: decoding brings
 each channel to that loudness, as the published package does.
 """
@@ -26,11 +29,11 @@ from torch import Tensor
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording, Source
 from dac_fast.audio.resample import Samples, resampled
-from dac_fast.config import codebook_count
 from dac_fast.model.halves import Direction
 from dac_fast.model.interface import Codec
 from dac_fast.processors import processors
 from dac_fast.recordings import windows
+from dac_fast.recordings.checks import check_fits, check_options
 from dac_fast.recordings.pipeline import results
 from dac_fast.recordings.windows import Window
 from dac_fast.storage.dac2 import DACFile
@@ -177,7 +180,7 @@ def compress_all(
     chunk_seconds = DEFAULT_CHUNK_SECONDS if chunk_seconds is None else chunk_seconds
     n_quantizers = codec.config.n_codebooks if n_quantizers is None else n_quantizers
     jobs = [
-        _Encoding(codec, source, chunk_seconds, normalize_db, padding, progress)
+        Encoding(codec, source, chunk_seconds, normalize_db, padding, progress)
         for source in sources
     ]
     run = functools.partial(windows.encode_batch, n_quantizers=n_quantizers)
@@ -185,7 +188,7 @@ def compress_all(
 
 
 @dataclass(eq=False)
-class _Encoding:
+class Encoding:
     """A recording on its way to codes. Reading it a first time tells what has no default here.
 
     Attributes:
@@ -220,7 +223,7 @@ class _Encoding:
         chunk_samples = self.chunk_seconds * codec.sample_rate
         self.padded = self.padding or self.samples <= chunk_samples
         if self.padded:
-            frames = _chunk_frames(codec, self.chunk_seconds, self.recording.channels)
+            frames = chunk_frames(codec, self.chunk_seconds, self.recording.channels)
             self.chunk_length, self.step = -(-max(self.samples, 1) // hop), frames * hop
             yield from windows.sample_windows(codec, blocks, frames)
         else:
@@ -240,19 +243,25 @@ class _Encoding:
             meter.update(block)
             self.samples += block.shape[1]
         self.loudness = meter.integrated()
-        self.gains = normalization_gains(self.loudness, meter.peaks, self.normalize_db)
+        stereo = self.codec.config.channels > 1
+        self.gains = normalization_gains(self.loudness, meter.peaks, self.normalize_db, stereo)
 
-    def result(self, outputs: Iterator[Tensor]) -> DACFile:
-        """The file, of the codes of all windows."""
+    def joined(self, outputs: Iterator[Tensor]) -> Tensor:
+        """The codes of all windows as those of the recording, [items, N, F]."""
         chunks = []
         left = self.samples
-        for chunk in _of_all_channels(outputs, self.recording.channels):
+        items = windows.item_count(self.codec, self.recording.channels)
+        for chunk in of_all_items(outputs, items):
             chunks.append(chunk)
             done = min(self.step, left)
             left -= done
             self.progress(done / self.codec.sample_rate)
+        return torch.cat(chunks, dim=-1)
+
+    def result(self, outputs: Iterator[Tensor]) -> DACFile:
+        """The file, of the codes of all windows."""
         return DACFile(
-            codes=torch.cat(chunks, dim=-1),
+            codes=self.joined(outputs),
             chunk_length=self.chunk_length,
             original_length=self.recording.frames,
             input_db=self.loudness,
@@ -264,32 +273,20 @@ class _Encoding:
             model_sample_rate=self.codec.sample_rate,
             hop_length=self.codec.hop_length,
             model=self.codec.name,
+            stereo=self.codec.config.channels > 1,
         )
 
 
-def _chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
+def chunk_frames(codec: Codec, seconds: float, channels: int) -> int:
+    """Frames of a chunk of so many seconds, fewer where there are many channels."""
     samples = min(seconds * codec.sample_rate, CHUNK_SAMPLES / channels)
     return max(round(samples / codec.hop_length), 1)
 
 
-def _of_all_channels(outputs: Iterator[Tensor], channels: int) -> Iterator[Tensor]:
-    """The outputs [1, …] of a chunk's channels as one tensor [C, …], chunk by chunk."""
-    while together := list(islice(outputs, channels)):
+def of_all_items(outputs: Iterator[Tensor], items: int) -> Iterator[Tensor]:
+    """The outputs of a chunk's items as one tensor [C, …], chunk by chunk."""
+    while together := list(islice(outputs, items)):
         yield torch.cat(together)
-
-
-def check_options(
-    codec: Codec,
-    chunk_seconds: float | None = None,
-    n_quantizers: int | None = None,
-    normalize_db: float | None = None,
-) -> None:
-    """Raises ValueError where an option of `compress` is out of range."""
-    if chunk_seconds is not None and not 0 < chunk_seconds < math.inf:
-        raise ValueError(f"chunk_seconds is {chunk_seconds}; accepted: above 0")
-    codebook_count(n_quantizers, codec.config.n_codebooks)
-    if normalize_db is not None and not -100 <= normalize_db <= 20:
-        raise ValueError(f"normalize_db is {normalize_db}; accepted: -100 to 20 LUFS, or None")
 
 
 def decompress(codec: Codec, file: DACFile | str | os.PathLike[str]) -> tuple[Samples, int]:
@@ -358,8 +355,8 @@ class _Decoding(Generic[Named]):
     def windows(self) -> Iterator[Window]:
         """Loads the file and cuts its codes."""
         self.codec, self.file = codec, file = self.load(self.source)
-        _check_fits(codec, file)
-        frames = _chunk_frames(codec, self.chunk_seconds, file.channels)
+        check_fits(codec, file)
+        frames = chunk_frames(codec, self.chunk_seconds, file.channels)
         if file.padding:
             yield from windows.code_windows(codec, file.codes, frames)
         else:
@@ -368,8 +365,10 @@ class _Decoding(Generic[Named]):
 
     def result(self, outputs: Iterator[Tensor]) -> tuple[DACFile, Iterator[Samples]]:
         """The file, and the blocks of its audio."""
-        chunks = _of_all_channels(outputs, self.file.channels)
-        return self.file, _restored(self.codec, self.file, (c.float().numpy() for c in chunks))
+        file = self.file
+        chunks = of_all_items(outputs, len(file.codes))
+        blocks = (windows.channels_of(chunk, file.channels) for chunk in chunks)
+        return file, _restored(self.codec, file, (block.float().numpy() for block in blocks))
 
 
 def _restored(codec: Codec, file: DACFile, blocks: Iterable[Samples]) -> Iterator[Samples]:
@@ -379,7 +378,7 @@ def _restored(codec: Codec, file: DACFile, blocks: Iterable[Samples]) -> Iterato
     else:
         gains = np.asarray(file.gains, np.float32)[:, None]
         blocks = (block / gains for block in blocks)
-    return _of_length(resampled(blocks, codec.sample_rate, file.sample_rate), file.original_length)
+    return of_length(resampled(blocks, codec.sample_rate, file.sample_rate), file.original_length)
 
 
 def _at_loudness(blocks: Iterable[Samples], rate: int, target_db: float) -> Iterator[Samples]:
@@ -405,7 +404,7 @@ def _at_loudness(blocks: Iterable[Samples], rate: int, target_db: float) -> Iter
             yield block * gains[:, None]
 
 
-def _of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
+def of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
     """Exactly that many samples: cut, or filled up with zeros."""
     left = length
     for block in blocks:
@@ -415,30 +414,3 @@ def _of_length(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
         zeros = np.zeros_like(block[:, :left])
         yield zeros
         left -= zeros.shape[1]
-
-
-def _check_fits(codec: Codec, file: DACFile) -> None:
-    """Fails early where the codes are evidently another codec's."""
-    c = codec.config
-    stages, highest = file.codes.shape[1], int(file.codes.max())
-    if stages > c.n_codebooks or highest >= c.codebook_size:
-        raise ValueError(
-            f"the file has {stages} codebooks and codes up to {highest}; "
-            f"this codec takes {c.n_codebooks} codebooks of {c.codebook_size}"
-        )
-    rates = file.model_sample_rate, file.hop_length
-    if file.model_sample_rate and rates != (c.sample_rate, c.hop_length):
-        raise ValueError(
-            f"the file is of a codec at {file.model_sample_rate} Hz with {file.hop_length} samples "
-            f"per frame; this one is at {c.sample_rate} Hz with {c.hop_length}"
-        )
-    shortest = file.n_frames % file.chunk_length or file.chunk_length
-    if not file.padding and not windows.survives_unpadded(codec.decoder, shortest):
-        raise ValueError(
-            f"the file has a chunk of {shortest} frames, too few to decode without padding"
-        )
-    longest = (file.n_frames + 1) * c.hop_length * file.sample_rate // c.sample_rate + 1
-    if file.original_length > longest:
-        raise ValueError(
-            f"the file claims {file.original_length} samples; its codes hold up to {longest}"
-        )

@@ -1,9 +1,9 @@
 """Long signals through the codec in windows, in constant memory.
 
-A window is one channel of a chunk, with the context that the chunk's edges can see. The context's
-output is dropped, so the result is that of the whole signal at once (up to float rounding). The
-published package's own chunk mode is different: there the convolutions run without padding on
-overlapping windows.
+A window is one channel of a chunk (two of them for a stereo codec), with the context that the
+chunk's edges can see. The context's output is dropped, so the result is that of the whole signal at
+once (up to float rounding). The published package's own chunk mode is different: there the
+convolutions run without padding on overlapping windows.
 
 A window depends on nothing but its own signal, so any windows, of whatever signals, can share a
 batch (`encode_batch`, `decode_batch`).
@@ -27,7 +27,8 @@ class Window(NamedTuple):
 
     Attributes:
         codec: that it is for.
-        signal: samples [1, n], or codes [1, N, f].
+        signal: samples [1, n], of a stereo codec [2, n]; or codes [1, N, f], of a continuous codec
+            latents [1, D, f].
         keep: the frames or samples of its output that are wanted; the others are context.
         padded: whether convolutions are padded; False: as in the published package's chunk mode.
     """
@@ -45,7 +46,7 @@ class Window(NamedTuple):
 
 
 def sample_windows(codec: Codec, blocks: Iterable[Tensor], chunk_frames: int) -> Iterator[Window]:
-    """A signal in windows to encode: of each chunk, those of all its channels.
+    """A signal in windows to encode: of each chunk, those of all its items, see `items_of`.
 
     Args:
         codec: that encodes.
@@ -61,12 +62,37 @@ def sample_windows(codec: Codec, blocks: Iterable[Tensor], chunk_frames: int) ->
         end = min(begin + chunk_frames, first - (-signal.shape[1] // hop))
         if end <= begin:
             return
-        for channel in torch.split(signal, 1):
-            yield Window(codec, channel, slice(begin - first, end - first))
+        for item in items_of(codec, signal):
+            yield Window(codec, item, slice(begin - first, end - first))
+
+
+def item_count(codec: Codec, channels: int) -> int:
+    """Items that so many channels are encoded as."""
+    return -(-channels // codec.config.channels)
+
+
+def items_of(codec: Codec, signal: Tensor) -> tuple[Tensor, ...]:
+    """A signal [C, n] as items [1, n], of a stereo codec [2, n]: channels in pairs, as they come.
+
+    The last one of an odd number is there twice; `channels_of` takes that back.
+    """
+    width = codec.config.channels
+    if missing := -len(signal) % width:
+        signal = torch.cat([signal, signal[-missing:]])
+    return torch.split(signal, width)
+
+
+def channels_of(items: Tensor, channels: int) -> Tensor:
+    """The items of a signal, one after the other [C', n], to its channels [C, n].
+
+    What the last channel has become, where it was there twice, is averaged.
+    """
+    last = items[channels - 1 :].mean(0, keepdim=True)
+    return torch.cat([items[: channels - 1], last]) if len(items) > channels else items
 
 
 def code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Window]:
-    """Codes [C, N, F] in windows to decode, `chunk_frames` frames each, like `sample_windows`."""
+    """Codes [items, N, F] in windows to decode, of `chunk_frames` frames, like `sample_windows`."""
     hop = codec.hop_length
     frames = codes.shape[-1]
     context = reach(codec.decoder)
@@ -74,8 +100,8 @@ def code_windows(codec: Codec, codes: Tensor, chunk_frames: int) -> Iterator[Win
         end = min(begin + chunk_frames, frames)
         first = max(begin - context, 0)
         keep = slice((begin - first) * hop, (end - first) * hop)
-        for channel in torch.split(codes[..., first : end + context], 1):
-            yield Window(codec, channel, keep)
+        for item in torch.split(codes[..., first : end + context], 1):
+            yield Window(codec, item, keep)
 
 
 class _Tape:
@@ -124,44 +150,45 @@ def encode_batch(
     """Begins to encode windows of one codec; of any lengths, where they are padded.
 
     Returns:
-        a function that waits for the codes and returns those [1, N, f] of each window, on the CPU.
+        a function that waits for the codes and returns those [1, N, f] of each window, on the CPU;
+        of a continuous codec the latents [1, D, f].
     """
     codec, padded = windows[0].codec, windows[0].padded
     samples, lengths = _stacked([window.signal for window in windows], codec)
-    codes = codec.encode(samples, lengths, n_quantizers, padded).codes
-    return _later(codes, windows)
+    if codec.config.continuous:
+        return _later(codec.encode_latents(samples, lengths, padded).mean, windows)
+    return _later(codec.encode(samples, lengths, n_quantizers, padded).codes, windows)
 
 
 @torch.inference_mode()
 def decode_batch(windows: Sequence[Window]) -> Callable[[], list[Tensor]]:
-    """Begins to decode windows of one codec and number of codebooks.
+    """Begins to decode windows of one codec and, where it has any, number of codebooks.
 
     The windows may be of any lengths, where they are padded.
 
     Returns:
-        a function that waits for the audio and returns that [1, n] of each window, on the CPU.
+        a function that waits for the audio and returns that of each window on the CPU: [1, n], of
+        a stereo codec [2, n].
     """
     codec, padded = windows[0].codec, windows[0].padded
-    codes, lengths = _stacked([window.signal for window in windows], codec)
-    audio = codec.decode_codes(codes, lengths, padded)
-    return _later(audio[:, 0], windows)
+    kept, lengths = _stacked([window.signal for window in windows], codec)
+    decode = codec.decode if codec.config.continuous else codec.decode_codes
+    collect = _later(decode(kept, lengths, padded), windows)
+    return lambda: [audio[0] for audio in collect()]
 
 
 def _stacked(signals: Sequence[Tensor], codec: Codec) -> tuple[Tensor, Tensor | None]:
     """Signals as one batch on the codec's device, and the length of each item; None: one length."""
     parameter = next(codec.parameters())
-    # samples [C, n] are items of one channel each
-    signals = [signal if signal.dim() == 3 else signal[:, None] for signal in signals]
-    lengths = torch.tensor([signal.shape[2] for signal in signals for _ in signal])
+    signals = [signal if signal.dim() == 3 else signal[None] for signal in signals]
+    lengths = torch.tensor([signal.shape[2] for signal in signals])
     longest = int(lengths.max())
     dtype = parameter.dtype if signals[0].is_floating_point() else signals[0].dtype
     batch = torch.zeros(
-        len(lengths), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda
+        len(signals), signals[0].shape[1], longest, dtype=dtype, pin_memory=parameter.is_cuda
     )
-    item = 0
-    for signal in signals:
-        batch[item : item + signal.shape[0], :, : signal.shape[2]] = signal
-        item += signal.shape[0]
+    for row, signal in zip(batch, signals, strict=True):
+        row[:, : signal.shape[2]] = signal[0]
     batch = upload(batch, parameter.device)
     return batch, lengths if int(lengths.min()) < longest else None
 
@@ -227,8 +254,8 @@ def unpadded_sample_windows(codec: Codec, blocks: Iterable[Tensor], size: int) -
         ahead = tape.part(begin, begin + 2 * lead + size + 1)
         if ahead.shape[1] <= 2 * lead + size:
             return
-        for channel in torch.split(ahead[:, :size], 1):
-            yield Window(codec, channel, padded=False)
+        for item in items_of(codec, ahead[:, :size]):
+            yield Window(codec, item, padded=False)
 
 
 def _between_zeros(blocks: Iterable[Tensor], before: int, after: int) -> Iterator[Tensor]:
@@ -256,7 +283,7 @@ def _require_long_enough(codec: Codec, size: int) -> None:
 def unpadded_code_windows(
     codec: Codec, codes: Tensor, chunk_frames: int, most_frames: int
 ) -> Iterator[Window]:
-    """Codes [C, N, F], made in the published package's chunk mode, in windows to decode.
+    """Codes [items, N, F], made in the published package's chunk mode, in windows to decode.
 
     Args:
         codec: that decodes.
@@ -274,8 +301,8 @@ def unpadded_code_windows(
             end = None if begin == starts[-1] else begin + most_frames
             first = max(begin - before, 0)
             keep = slice((begin - first) * hop, end and (end - first) * hop)
-            for channel in torch.split(chunk[..., first : end and end + after], 1):
-                yield Window(codec, channel, keep, padded=False)
+            for item in torch.split(chunk[..., first : end and end + after], 1):
+                yield Window(codec, item, keep, padded=False)
 
 
 def _seen_unpadded(decoder: nn.Module, hop: int) -> tuple[int, int]:

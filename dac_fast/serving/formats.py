@@ -91,7 +91,8 @@ def _described(values: dict[str, Any]) -> DACFile:
 
 
 def _bare(codes: NDArray[np.int64], codec: DAC) -> DACFile:
-    channels, _, frames = codes.shape
+    items, _, frames = codes.shape
+    channels = items * codec.config.channels
     return DACFile(
         codes=torch.from_numpy(codes),
         chunk_length=frames,
@@ -104,6 +105,7 @@ def _bare(codes: NDArray[np.int64], codec: DAC) -> DACFile:
         model_sample_rate=codec.sample_rate,
         hop_length=codec.hop_length,
         model=codec.name,
+        stereo=codec.config.channels > 1,
     )
 
 

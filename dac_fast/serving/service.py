@@ -34,6 +34,8 @@ def prepared(
         ValueError, OSError: as `dac_fast.load` and `DAC.optimize` say.
     """
     codec = load(model, device=device, parts=parts)
+    if codec.config.continuous:
+        raise ValueError(f"model {model} is continuous; accepted: models with codes")
     if precision is not None or shapes or codec.config.activation == "snake":
         return codec.optimize(precision, shapes)
     return codec.fold_weight_norm()

@@ -142,6 +142,8 @@ class _Connection:
             if header.n_quantizers and header.n_quantizers > self._codebooks:
                 wanted = f"{header.n_quantizers} codebooks"
                 raise _Refused(1007, f"{wanted}; accepted: 1 to {self._codebooks}")
+            if service.codec.config.channels > 1:
+                raise _Refused(1007, "the model is stereo; accepted in streams: mono models")
             if not service.ready:
                 raise _Refused(1013, "the server is ending; try again later")
             self._codebooks = header.n_quantizers or self._codebooks

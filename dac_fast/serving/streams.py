@@ -38,7 +38,7 @@ class Stream:
 
     Attributes:
         slot: where it is computed.
-        channels: N codebooks, or 1 of audio.
+        channels: N codebooks, or those of audio.
         unit: positions of a frame, 1 of codes or hop_length of audio.
         next_output: index of the next output in its signal, negative before the first.
         sink: is given `Output`s, by the thread that `Pool.step`'s caller chooses.
@@ -140,7 +140,9 @@ class Pool:
     ) -> None:
         self.direction, self.slots = direction, slots
         self._wake, self._telemetry = wake, telemetry
-        self._codebooks = codec.config.n_codebooks
+        self._channels = codec.config.n_codebooks
+        if direction == "encode":
+            self._channels = codec.config.channels
         self._on_gpu = next(codec.parameters()).is_cuda
         self._step_frames = step_frames
         self._steps = 0
@@ -186,7 +188,7 @@ class Pool:
         """The stream ends with what was fed so far."""
         # As where a whole signal is encoded, zeros that fill the last frame belong to it.
         if missing := -stream.positions % self._unit:
-            self.feed(stream, np.zeros((1, missing), np.float32))
+            self.feed(stream, np.zeros((stream.channels, missing), np.float32))
         with self._wake:
             stream.finished = True
             self._wake.notify()
@@ -211,11 +213,10 @@ class Pool:
 
     def warm_up(self) -> None:
         """Take a step of every size, and on a GPU record it."""
-        channels = self._codebooks if self.direction == "decode" else 1
         for frames in SIZES:
             if self._on_gpu:
                 self._streams.capture(frames)
-            self._push(self._empty_block(channels, frames), range(self.slots))
+            self._push(self._empty_block(self._channels, frames), range(self.slots))
         self._streams.reset(range(self.slots))
 
     def step(self) -> list[Output]:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dac_fast.config import MOST_CODEBOOKS, Config
+from dac_fast.config import LATER_FIELDS, MOST_CODEBOOKS, Config
 from dac_fast.files import write_bytes, write_folder
 from dac_fast.storage import hugging_face, torch_archive
 from dac_fast.storage.pickled import RefusedError
@@ -365,7 +365,7 @@ def _hugging_face(state: dict[str, Tensor], config: Config) -> dict[str, bytes]:
 
 
 def _require_published(config: Config) -> None:
-    for name, value in (("activation", "snake"), ("quantizer", "factorized")):
+    for name, value in {"activation": "snake", **LATER_FIELDS}.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"{name} {getattr(config, name)!r} fits a .safetensors checkpoint only"

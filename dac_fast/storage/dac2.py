@@ -6,7 +6,8 @@ Two formats are read and written. "dac1" is the published package's, see `dac_fa
     offset  size  type    content
     0       8     bytes   magic: 89 44 41 43 0D 0A 1A 0A ("\\x89DAC\\r\\n\\x1a\\n")
     8       2     uint16  version: 2
-    10      2     uint16  flags: bit 0, padding (see `DACFile`); bit 1, gains follow; the others 0
+    10      2     uint16  flags: bit 0, padding; bit 1, gains follow; bit 2, stereo; the others 0
+                          (see `DACFile`)
     12      4     uint32  S, the codebook size, 1 to 65536
     16      4     uint32  the model's sample rate, Hz
     20      4     uint32  the model's hop length, samples per frame
@@ -20,9 +21,10 @@ Two formats are read and written. "dac1" is the published package's, see `dac_fa
     60      1     uint8   L, the length of the model's name
     61      L     UTF-8   the model's name
             4*C   float32 gains, one per channel, where flag bit 1 is set
-            P     bits    codes, in the order [channel][codebook][frame] (frames vary fastest),
-                          each of b = max(1, ceil(log2 S)) bits, most significant first, without
-                          gaps; the last byte is filled with zeros: P = ceil(C * N * F * b / 8)
+            P     bits    codes, in the order [item][codebook][frame] (frames vary fastest), each of
+                          b = max(1, ceil(log2 S)) bits, most significant first, without gaps; the
+                          last byte is filled with zeros: P = ceil(I * N * F * b / 8). There are
+                          I = C items or, where flag bit 2 is set, I = ceil(C / 2)
             4     uint32  CRC-32 (that of zlib and PNG) of all bytes before it
 
 A dac2 file has one form: a name that is not UTF-8, or a last byte that is filled with anything but
@@ -48,6 +50,7 @@ MAGIC = b"\x89DAC\r\n\x1a\n"
 VERSION = 2
 PADDING = 1 << 0  # flags
 GAINS = 1 << 1
+STEREO = 1 << 2
 HEADER = struct.Struct("<8sHHIIIIHHQQQfB")
 FORMATS = ("dac2", "dac1")
 MOST_CODES = 2**30  # five days of audio at 24 kHz and 32 codebooks; 8 GB in memory
@@ -64,11 +67,12 @@ class DACFile:
     """The codes of a recording and what belongs to them; checked when it is made.
 
     Attributes:
-        codes: int64 [C, N, F], channels, codebooks, frames; any integer tensor or array is taken.
+        codes: int64 [I, N, F], items, codebooks, frames; any integer tensor or array is taken. An
+            item is a channel, or two of a stereo model's.
         chunk_length: frames that were encoded at once; F for a whole recording.
         original_length: samples per channel of the recording, at `sample_rate`.
         input_db: its loudness before encoding, LUFS.
-        channels: C.
+        channels: C of the recording.
         sample_rate: of the recording, Hz.
         padding: False: encoded in the published package's chunk mode, by unpadded convolutions.
         gains: float32 [C], what each channel was multiplied by before encoding; None in dac1 files.
@@ -76,6 +80,7 @@ class DACFile:
         model_sample_rate: of the model, Hz; None in dac1 files.
         hop_length: of the model, samples per frame; None in dac1 files.
         model: the model's name, "" where it has none.
+        stereo: whether an item is two channels; the last of an odd number is then there twice.
 
     Raises:
         DACFileError: a value of another type, shape or range.
@@ -93,6 +98,7 @@ class DACFile:
     model_sample_rate: int | None = None
     hop_length: int | None = None
     model: str = ""
+    stereo: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -111,12 +117,14 @@ class DACFile:
         integer = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
         _require(integer, "the dtype of codes", codes.dtype, "integers")
         codes = codes.detach().to("cpu", torch.int64)
-        n_channels, n_codebooks, n_frames = codes.shape
+        n_items, n_codebooks, n_frames = codes.shape
         _require(n_codebooks < 2**16, "the number of codebooks", n_codebooks, "up to 65535")
         object.__setattr__(self, "codes", codes)
 
-        self._number("channels", n_channels, n_channels)
-        _require(n_channels <= 1024, "channels", n_channels, "up to 1024")
+        _require(isinstance(self.stereo, bool), "stereo", self.stereo, "True or False")
+        most = 2 * n_items if self.stereo else n_items
+        self._number("channels", most - self.stereo, most)
+        _require(self.channels <= 1024, "channels", self.channels, "up to 1024")
         self._number("chunk_length", 1, n_frames)
         self._number("original_length", 1, 2**48)
         self._number("sample_rate", 1, 1_000_000)
@@ -129,8 +137,8 @@ class DACFile:
         if self.gains is not None:
             gains = np.array(self.gains, np.float32)
             # Audio is divided by them: infinite samples would come of those beyond.
-            fits = gains.shape == (n_channels,) and ((gains >= 1e-20) & (gains <= 1e20)).all()
-            accepted = f"{n_channels} positive numbers, one per channel, from 1e-20 to 1e20"
+            fits = gains.shape == (self.channels,) and ((gains >= 1e-20) & (gains <= 1e20)).all()
+            accepted = f"{self.channels} positive numbers, one per channel, from 1e-20 to 1e20"
             _require(bool(fits), "gains", gains.tolist(), accepted)
             object.__setattr__(self, "gains", gains)
 
@@ -246,6 +254,8 @@ class DACFile:
         return cls(**dac1.loads(head + file.read()))
 
     def _to_dac1(self) -> bytes:
+        if self.stereo:
+            raise DACFileError("format 'dac1' has no stereo models; accepted: 'dac2'")
         return dac1.dumps(
             self.codes.numpy(),
             input_db=np.array([self.input_db], np.float32),
@@ -269,12 +279,14 @@ class DACFile:
         head = HEADER.pack(
             MAGIC,
             VERSION,
-            PADDING * self.padding | GAINS * (self.gains is not None),
+            PADDING * self.padding | GAINS * (self.gains is not None) | STEREO * self.stereo,
             size,
             model_rate,
             hop,
             self.sample_rate,
-            *self.codes.shape,
+            self.channels,
+            self.n_codebooks,
+            self.n_frames,
             self.chunk_length,
             self.original_length,
             self.input_db,
@@ -331,8 +343,9 @@ class _Header(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the codes, [C, N, F]."""
-        return self.channels, self.n_codebooks, self.n_frames
+        """Of the codes, [I, N, F]."""
+        items = -(-self.channels // 2) if self.flags & STEREO else self.channels
+        return items, self.n_codebooks, self.n_frames
 
     @property
     def codes_start(self) -> int:
@@ -351,8 +364,8 @@ def _from_dac2(head: _Header, data: bytes) -> DACFile:
     end = head.size - 4
     if zlib.crc32(memoryview(data)[:end]) != int.from_bytes(data[end:], "little"):
         raise DACFileError("damaged: the checksum does not match")
-    if head.flags & ~(PADDING | GAINS):
-        raise DACFileError(f"flags are {head.flags:#x}; accepted: bits 0 and 1")
+    if head.flags & ~(PADDING | GAINS | STEREO):
+        raise DACFileError(f"flags are {head.flags:#x}; accepted: bits 0, 1 and 2")
     filler = -math.prod(head.shape) * head.bits % 8
     if data[end - 1] & (1 << filler) - 1:
         raise DACFileError("the bits after the last code are not zeros")
@@ -376,6 +389,7 @@ def _from_dac2(head: _Header, data: bytes) -> DACFile:
         model_sample_rate=head.model_sample_rate,
         hop_length=head.hop_length,
         model=model,
+        stereo=bool(head.flags & STEREO),
     )
 
 

@@ -69,7 +69,9 @@ class StreamingDecoder(_Signal[DecoderStreams]):
         self._of(batch).capture(frames, n_quantizers)
 
     def push(self, codes: Tensor) -> Tensor:
-        """Codes [B, N, f] of the next f frames to audio [B, 1, n]; f and n may be 0.
+        """Codes [B, N, f] (or latents) of the next f frames to audio [B, channels, n].
+
+        f and n may be 0.
 
         B stays until the flush.
 
@@ -83,12 +85,12 @@ class StreamingDecoder(_Signal[DecoderStreams]):
         return audio[..., early:]
 
     def flush(self) -> Tensor:
-        """The rest of the audio [B, 1, n]: the signal ends here. The next push begins a new one."""
+        """The rest of the audio [B, channels, n]: the signal ends; the next push begins one."""
         self._streams = streams = self._streams or self._of(1)
         frames, next_output = streams._frames[0], streams._next_output()
         streams.end(range(streams.batch))
         lag = -(-self.look_ahead // self._hop_length)
-        audio = streams.push(torch.zeros(streams.batch, 1, lag, dtype=torch.int64))
+        audio = streams.push(streams._blank(lag))
         self.reset()
         return audio[..., max(-next_output, 0) : frames * self._hop_length - next_output]
 
@@ -116,7 +118,7 @@ class StreamingEncoder(_Signal[EncoderStreams]):
         self._codec = codec
 
     def capture(self, frames: int, batch: int = 1) -> None:
-        """Record pushes [batch, 1, frames hop_length] as a graph, see `EncoderStreams.capture`.
+        """Record pushes [batch, C, frames hop_length] as a graph, see `EncoderStreams.capture`.
 
         Pieces of other sizes give as many frames as they fill: the graph is replayed whenever that
         is `frames`.
@@ -128,7 +130,9 @@ class StreamingEncoder(_Signal[EncoderStreams]):
 
     @torch.inference_mode()
     def push(self, audio: Tensor) -> Tensor:
-        """The next samples [B, 1, n] to codes int64 [B, N, f]; n and f may be 0.
+        """The next samples [B, channels, n] to codes int64 [B, N, f], or to latents' means.
+
+        n and f may be 0.
 
         B stays until the flush.
 
@@ -136,8 +140,10 @@ class StreamingEncoder(_Signal[EncoderStreams]):
             ValueError: the shape is out of range; the signal stays as it is.
         """
         batch = self._streams.batch if self._streams else _items("audio", audio)
-        if audio.dim() != 3 or audio.shape[:2] != (batch, 1):
-            raise ValueError(f"audio of shape {list(audio.shape)}; accepted: [{batch}, 1, T]")
+        channels = self._codec.config.channels
+        if audio.dim() != 3 or audio.shape[:2] != (batch, channels):
+            accepted = f"[{batch}, {channels}, T]"
+            raise ValueError(f"audio of shape {list(audio.shape)}; accepted: {accepted}")
         self._streams = self._streams or self._of(batch)
         return _codes(self._streams, audio)
 
@@ -148,11 +154,11 @@ class StreamingEncoder(_Signal[EncoderStreams]):
         hop, pending = self._codec.hop_length, streams._pending
         # As in `codec.encode`, zeros that fill the last frame belong to the signal.
         missing = -(pending.shape[2] + streams._origin) % hop
-        last = _codes(streams, pending.new_zeros(streams.batch, 1, missing))
+        last = _codes(streams, pending.new_zeros(*pending.shape[:2], missing))
         streams.end(range(streams.batch))
         frames = self._codec.encoder.output_length(streams._frames[0] * hop)
         after = (frames - streams._next_output()) * hop
-        rest = _codes(streams, pending.new_zeros(streams.batch, 1, after))
+        rest = _codes(streams, pending.new_zeros(*pending.shape[:2], after))
         self.reset()
         return torch.cat([last, rest], dim=2)
 

@@ -14,7 +14,6 @@ import torch
 from dac_kernels import native
 from torch import Tensor
 
-from dac_fast.config import codebook_count
 from dac_fast.inference.engine import Engine
 from dac_fast.inference.plan import Plan, choosing
 from dac_fast.model.halves import DIRECTIONS, Direction, require
@@ -239,27 +238,30 @@ class DecoderStreams(_Streams):
         """The next frames of the streams.
 
         Args:
-            codes: [B, N, f] of the first N codebooks, any f. From the CPU they are checked without
-                waiting for a GPU.
+            codes: [B, N, f] of the first N codebooks, any f; of a continuous codec latents
+                [B, D, f]. Codes from the CPU are checked without waiting for a GPU.
             active: B booleans. What is pushed for the other streams is ignored, and they stay as
                 they are. None: all are active.
         Returns:
-            audio [B, 1, f hop_length].
+            audio [B, channels, f hop_length].
         Raises:
             ValueError: the shape, an active stream's code or `active` is out of range; all streams
                 stay as they are.
         """
         flags, config = self._flags(active), self._codec.config
+        most = self._codec.quantizer.rows()
+        least = most if config.continuous else 1
         fits = codes.dim() == 3 and codes.shape[0] == self.batch
-        if not fits or not 1 <= codes.shape[1] <= config.n_codebooks:
-            accepted = f"[{self.batch}, 1 to {config.n_codebooks}, F]"
+        if not fits or not least <= codes.shape[1] <= most:
+            accepted = f"[{self.batch}, {least} to {most}, F]"
             raise ValueError(f"codes of shape {list(codes.shape)}; accepted: {accepted}")
         if codes.shape[2] == 0:
-            return self._empty.new_zeros(self.batch, 1, 0)
+            return self._empty.new_zeros(self.batch, config.channels, 0)
         idle = [i for i, flag in enumerate(flags) if not flag]
         if idle:
             codes = codes.index_fill(0, torch.tensor(idle, device=codes.device), 0)
-        _check_codes(codes, config.codebook_size)
+        if not config.continuous:
+            _check_codes(codes, config.codebook_size)
         return self._step(codes, flags)
 
     @torch.inference_mode()
@@ -275,13 +277,15 @@ class DecoderStreams(_Streams):
         Raises:
             ValueError: the codec is not on CUDA, or an argument is out of range.
         """
-        n = codebook_count(n_quantizers, self._codec.config.n_codebooks)
-        shape = (self.batch, n, _positive("frames", frames))
-        self._record(torch.zeros(shape, dtype=torch.int64))
+        self._record(self._blank(_positive("frames", frames), n_quantizers))
+
+    def _blank(self, frames: int, n_quantizers: int | None = None) -> Tensor:
+        """What is pushed, as zeros."""
+        return self._codec.quantizer.blank(self.batch, frames, n_quantizers)
 
     def _input(self, block: Tensor) -> Tensor:
         with float32_products(tf32=False):
-            return self._codec.quantizer.decode(block)
+            return self._codec.quantizer.decode(block).to(self._empty)
 
     def _output(self, y: Tensor) -> Tensor:
         return y
@@ -308,7 +312,9 @@ class EncoderStreams(_Streams):
     """
 
     def __init__(self, codec: OptimizableCodec, batch: int, n_quantizers: int | None = None):
-        self._codebooks = codebook_count(n_quantizers, codec.config.n_codebooks)
+        # Raises where n_quantizers is out of range.
+        codec.quantizer.rows(n_quantizers)
+        self._n_quantizers = n_quantizers
         chain = StreamedChain(layers_of(codec, "encode"), _positive("batch", batch))
         hop = codec.hop_length
         self.look_ahead = chain.first_input(0)
@@ -317,25 +323,25 @@ class EncoderStreams(_Streams):
         # depend on.
         lead = self.delay * hop - self.look_ahead
         super().__init__(codec, chain, hop, origin=-lead)
-        # The samples [B, 1, n] that fill no frame yet; at first those before the signal.
-        self._pending = self._empty.new_zeros(batch, 1, lead)
+        # The samples that fill no frame yet; at first those before the signal.
+        self._pending = self._empty.new_zeros(batch, codec.config.channels, lead)
 
     @torch.inference_mode()
     def push(self, audio: Tensor, active: Sequence[bool] | Tensor | None = None) -> Tensor:
         """The next samples of the streams.
 
         Args:
-            audio: [B, 1, f hop_length].
+            audio: [B, channels, f hop_length].
             active: B booleans. What is pushed for the other streams is ignored, and they stay as
                 they are. None: all are active.
         Returns:
-            codes int64 [B, N, f].
+            codes int64 [B, N, f]; of a continuous codec the means of the latents [B, D, f].
         Raises:
             ValueError: the shape or `active` is out of range; all streams stay as they are.
         """
-        flags = self._flags(active)
-        if audio.dim() != 3 or audio.shape[:2] != (self.batch, 1) or audio.shape[2] % self._hop:
-            accepted = f"[{self.batch}, 1, a multiple of {self._hop}]"
+        flags, expected = self._flags(active), self._pending.shape[:2]
+        if audio.dim() != 3 or audio.shape[:2] != expected or audio.shape[2] % self._hop:
+            accepted = f"[{self.batch}, {expected[1]}, a multiple of {self._hop}]"
             raise ValueError(f"audio of shape {list(audio.shape)}; accepted: {accepted}")
         return self._take(audio, flags)
 
@@ -349,11 +355,11 @@ class EncoderStreams(_Streams):
             ValueError: the codec is not on CUDA, or frames is not positive.
         """
         samples = _positive("frames", frames) * self._hop
-        self._record(self._empty.new_zeros(self.batch, 1, samples))
+        self._record(self._empty.new_zeros(self.batch, self._pending.shape[1], samples))
 
     def _reset(self, slots: list[int]) -> None:
         super()._reset(slots)
-        pending = self._empty.new_zeros(self.batch, 1, -self._origin)
+        pending = self._empty.new_zeros(self.batch, self._pending.shape[1], -self._origin)
         others = [i for i in range(self.batch) if i not in slots]
         # Signals in step, which may have pushed parts of a frame, are all reset at once.
         if others:
@@ -366,8 +372,7 @@ class EncoderStreams(_Streams):
     def _output(self, y: Tensor) -> Tensor:
         # Small differences decide a search.
         with float32_products(tf32=False):
-            codes: Tensor = self._codec.quantizer(y, self._codebooks)[1]
-        return codes
+            return self._codec.quantizer.encode(y, self._n_quantizers)
 
     def _take(self, audio: Tensor, flags: list[bool]) -> Tensor:
         """The codes [B, N, f] of the frames that the samples fill.
@@ -382,7 +387,8 @@ class EncoderStreams(_Streams):
             pending = torch.where(active[:, None, None], pending, self._pending)
         self._pending = pending.clone()
         if filled == 0:
-            return samples.new_zeros(self.batch, self._codebooks, 0, dtype=torch.int64)
+            nothing = self._codec.quantizer.blank(self.batch, 0, self._n_quantizers)
+            return nothing.to(samples if nothing.is_floating_point() else samples.device)
         return self._step(samples, flags)
 
 

@@ -39,7 +39,7 @@ class Batch(TypedDict):
     """One excerpt, or a batch of them.
 
     Keys:
-        audio: float32 [1, T]; of a batch [B, 1, T].
+        audio: float32 [C, T]; of a batch [B, C, T].
         unreadable: why files that were drawn before could not be read, by their paths.
     """
 
@@ -65,11 +65,12 @@ class Excerpts(Dataset[Batch | Failure]):
     Args:
         files: to draw from.
         config: how to draw and augment.
-        sample_rate: of the excerpts, in Hz; files of other rates are resampled, channels averaged.
+        sample_rate: of the excerpts, in Hz; files of other rates are resampled.
         batch_size: items per step over all processes; it decides where the full-band items come.
         seed: of everything random.
         seconds: length of an excerpt; None: the configuration's.
         phase_shift: False: never shift phases, whatever the configuration says.
+        channels: of the excerpts. A file of another number is averaged, and that is every channel.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Excerpts(Dataset[Batch | Failure]):
         seed: int,
         seconds: float | None = None,
         phase_shift: bool = True,
+        channels: int = 1,
     ) -> None:
         self.config = config
+        self.channels = channels
         self.sample_rate = sample_rate
         self.batch_size = batch_size
         self.seed = seed
@@ -105,7 +108,7 @@ class Excerpts(Dataset[Batch | Failure]):
                 file = pool[random.integers(len(pool))]
             try:
                 audio = self._excerpt(file, random)
-                return {"audio": torch.from_numpy(audio)[None], "unreadable": unreadable}
+                return {"audio": torch.from_numpy(audio), "unreadable": unreadable}
             except UnreadableError as error:
                 unreadable[file.path] = str(error)
         path, reason = next(iter(unreadable.items()))
@@ -137,19 +140,20 @@ class Excerpts(Dataset[Batch | Failure]):
         return pool[int(_shuffled(self.seed, stream, epoch, len(pool))[place])]
 
     def _excerpt(self, file: AudioFile, random: np.random.Generator) -> np.ndarray:
-        """A random excerpt, augmented: float32 [T]."""
+        """A random excerpt, augmented: float32 [C, T]."""
         config = self.config
         for _ in range(SALIENT_TRIES):
-            audio = read_excerpt(file.path, self.samples, self.sample_rate, random)
+            audio = read_excerpt(file.path, self.samples, self.sample_rate, random, self.channels)
             if config.loudness is None and config.loudness_cutoff is None:
                 break
-            meter = LoudnessMeter(self.sample_rate, channels=1)
-            meter.update(audio[None])
+            meter = LoudnessMeter(self.sample_rate, self.channels)
+            meter.update(audio)
             loudness = meter.integrated()
             if config.loudness_cutoff is None or loudness > config.loudness_cutoff:
                 break
         if config.loudness is not None:
-            audio = audio * normalization_gains(loudness, meter.peaks, config.loudness)
+            gains = normalization_gains(loudness, meter.peaks, config.loudness, alike=True)
+            audio = audio * gains[:, None]
         if self.phase_shift:
             audio = shift_phase(audio, random.uniform(-math.pi, math.pi))
         return audio
@@ -161,9 +165,12 @@ def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
 
 
 def read_excerpt(
-    path: str, samples: int, sample_rate: int, random: np.random.Generator
+    path: str, samples: int, sample_rate: int, random: np.random.Generator, channels: int = 1
 ) -> np.ndarray:
-    """An excerpt from a random place of a file, mono: float32 [samples], zero-padded at its end.
+    """An excerpt from a random place of a file: float32 [channels, samples].
+
+    It is zero-padded at its end. Where the file has another number of channels, every channel of
+    the excerpt is their mean.
 
     Raises:
         UnreadableError: the file cannot be opened or read, or has samples that are not finite.
@@ -193,17 +200,19 @@ def read_excerpt(
         raise UnreadableError("no samples where the file should have some")
     if not np.isfinite(block).all():
         raise UnreadableError("samples that are not finite")
-    mono = block.mean(axis=1)[None]
-    audio = np.concatenate(list(resampled([mono], rate, sample_rate)), axis=1)[0, :samples]
-    return np.pad(audio, (0, samples - len(audio)))
+    mixed = block if block.shape[1] == channels else block.mean(axis=1, keepdims=True)
+    audio = np.concatenate(list(resampled([mixed.T], rate, sample_rate)), axis=1)[:, :samples]
+    audio = np.broadcast_to(audio, (channels, audio.shape[1]))
+    return np.pad(audio, ((0, 0), (0, samples - audio.shape[1])))
 
 
 def shift_phase(audio: np.ndarray, angle: float) -> np.ndarray:
-    """Audio, float32 [T], with the phase of every frequency turned by `angle`, in radians."""
+    """Audio, float32 [..., T], with the phase of every frequency turned by `angle`, in radians."""
     spectrum = np.fft.rfft(audio)
     # The constant and the Nyquist frequency are real: they have no phase to turn.
-    spectrum[1 : (len(audio) + 1) // 2] *= np.exp(1j * angle)
-    return np.fft.irfft(spectrum, len(audio)).astype(np.float32)
+    samples = audio.shape[-1]
+    spectrum[..., 1 : (samples + 1) // 2] *= np.exp(1j * angle)
+    return np.fft.irfft(spectrum, samples).astype(np.float32)
 
 
 class Batches:

@@ -82,6 +82,7 @@ class LossConfig:
     commitment: Weight = 0.25
     waveform: Weight = 0.0
     stft: Weight = 0.0
+    kl: Weight = 1e-3
     mel_bins: tuple[Positive, ...] = (5, 10, 20, 40, 80, 160, 320)
     mel_windows: tuple[Window, ...] = (32, 64, 128, 256, 512, 1024, 2048)
 

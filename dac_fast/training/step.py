@@ -33,6 +33,13 @@ from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import full_precision
 from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
 
+# Of `DAC.forward`'s values, by the names of their weights.
+BOTTLENECK_LOSSES = {
+    "commitment": "vq/commitment_loss",
+    "codebook": "vq/codebook_loss",
+    "kl": "vae/kl_loss",
+}
+
 
 class TrainingStep:
     """Both networks with their optimizers; called with a batch, it updates them.
@@ -119,7 +126,7 @@ class TrainingStep:
         With `trainer.cuda_graph` every step returns the same tensors, with new values.
 
         Args:
-            audio: [B, 1, T].
+            audio: [B, C, T].
         """
         self.codec.train()
         self.set_learning_rate(step)
@@ -152,7 +159,7 @@ class TrainingStep:
             # Each signal is analysed once, for the updates of both networks.
             self.mark("spectrograms")
             with self.autocast():
-                fake, real = discriminator.spectra(restored), discriminator.spectra(audio)
+                fake, real = (discriminator.spectra(one_by_one(x)) for x in (restored, audio))
 
             self.mark("discriminator forward")
             with self.autocast():
@@ -178,15 +185,15 @@ class TrainingStep:
                 values["waveform"] = self.waveform_loss(restored, audio)
             if "stft" in self.weights:
                 values["stft"] = self.stft_loss(restored, audio)
-            values["commitment"] = out["vq/commitment_loss"]
-            values["codebook"] = out["vq/codebook_loss"]
+            values |= {name: out[key] for name, key in BOTTLENECK_LOSSES.items() if key in out}
             values["loss"] = total(
                 weight * values[name] for name, weight in self.weights.items() if name in values
             )
             values["grad_norm/generator"] = self.update("generator", values["loss"])
 
-            codes = out["codes"].transpose(0, 1).flatten(1)
-            self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
+            if "codes" in out:
+                codes = out["codes"].transpose(0, 1).flatten(1)
+                self.code_counts.scatter_add_(1, codes, torch.ones_like(codes))
         self.count_skipped(values)
         return {name: value.detach() for name, value in values.items()}
 
@@ -274,6 +281,11 @@ class TrainingStep:
         self.code_counts.copy_(state["code_counts"])
 
 
+def one_by_one(audio: Tensor) -> Tensor:
+    """Audio [B, C, T] with every channel as an item [B C, 1, T], as discriminators take it."""
+    return audio.flatten(0, 1)[:, None]
+
+
 @contextlib.contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Inside, the network's weights get no gradients, and are normed only once."""
@@ -291,7 +303,7 @@ def loss_weights(losses: LossConfig) -> dict[str, float]:
     The quantizer's losses stay: they give every parameter a gradient, which averaging over
     processes waits for.
     """
-    names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft")
+    names = ("mel", "adversarial", "feature", "codebook", "commitment", "waveform", "stft", "kl")
     weights = {name: float(getattr(losses, name)) for name in names}
     kept = ("codebook", "commitment")
     return {name: weight for name, weight in weights.items() if weight or name in kept}

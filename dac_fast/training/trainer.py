@@ -171,7 +171,12 @@ class Run:
         """Does all steps that are left."""
         trainer, rate = self.recipe.trainer, self.recipe.model.sample_rate
         excerpts = Excerpts(
-            self.split.training, self.recipe.data, rate, trainer.batch_size, trainer.seed
+            self.split.training,
+            self.recipe.data,
+            rate,
+            trainer.batch_size,
+            trainer.seed,
+            channels=self.recipe.model.channels,
         )
         batches = Batches(
             range(self.done, trainer.steps), trainer.batch_size, self.rank, self.processes.count
@@ -273,10 +278,9 @@ class Run:
             return
         codec = self.step.best_codec().eval()
         for i, audio in enumerate(self.validation_audio[0][: self.recipe.trainer.samples]):
-            restored = codec(audio[None].to(self.device))["audio"][0, 0]
-            show = functools.partial(
-                self.log.sample, self.done, i, audio[0], restored, codec.sample_rate
-            )
+            restored = codec(audio[None].to(self.device))["audio"][0]
+            mono = audio.mean(0), restored.mean(0)
+            show = functools.partial(self.log.sample, self.done, i, *mono, codec.sample_rate)
             self.try_to_write(show)
 
     def save(self, must: bool) -> None:

@@ -17,7 +17,7 @@ BATCH = 8
 def read(
     recipe: Recipe, files: list[AudioFile], processes: Processes, workers: int
 ) -> tuple[list[Tensor], dict[str, str]]:
-    """This process's part of the excerpts: batches [B, 1, T], and files that cannot be read.
+    """This process's part of the excerpts: batches [B, C, T], and files that cannot be read.
 
     Args:
         recipe: of the run.
@@ -38,6 +38,7 @@ def read(
         seed=0,
         seconds=data.validation_seconds,
         phase_shift=False,
+        channels=recipe.model.channels,
     )
     items = list(range(processes.rank, data.validation_items, processes.count))
     numbers = [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
@@ -55,7 +56,7 @@ def measured(codec: DAC, batches: list[Tensor], processes: Processes) -> dict[st
 
     Args:
         codec: in eval mode, on the process's device.
-        batches: excerpts of this process, each [B, 1, T] on the CPU.
+        batches: excerpts of this process, each [B, C, T] on the CPU.
         processes: of the run.
     """
     rate, config = codec.sample_rate, codec.config
@@ -68,7 +69,8 @@ def measured(codec: DAC, batches: list[Tensor], processes: Processes) -> dict[st
         # Silence has no ratio.
         ratio = si_sdr(audio, restored).nan_to_num()
         sums += torch.stack([mel, stft, ratio, torch.ones(())]).double() * len(audio)
-        counts += codebook_counts(out["codes"].cpu(), config.codebook_size)
+        if "codes" in out:
+            counts += codebook_counts(out["codes"].cpu(), config.codebook_size)
     sums, counts = processes.summed(sums), processes.summed(counts)
     means = (sums[:3] / sums[3]).tolist()
     named = dict(zip(("mel_distance", "stft_distance", "si_sdr"), means, strict=True))
