@@ -26,7 +26,7 @@ from bench.document import (
 from dac_fast.codec import DAC
 from dac_fast.config import PRESETS
 
-FORMATS = {"safetensors": "a.safetensors", "published .pth": "a.pth", "Hugging Face folder": "a"}
+FORMATS = {"safetensors": "a.safetensors", "published .pth": "a.pth"}
 PARTS = ("both", "encoder", "decoder")
 MEGABYTE = 1e6
 
