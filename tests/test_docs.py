@@ -18,7 +18,7 @@ import pytest
 import torch
 import typer
 import yaml
-from served import serving
+from served import serving, small_codec
 from small_codec import SMALL
 from tolerances import FLOOR
 
@@ -38,9 +38,12 @@ ALSO = {
         "trainer.device=cpu", "trainer.samples=1",
     ),
 }  # fmt: skip
+# By page: tracing a large model takes its time.
+SMALLER = {"exporting": {"44khz": "small.safetensors"}}
 # They take a while, and have tests of their own.
 SLOW = ("evaluate", "export")
 NEEDED = {
+    "exporting": ["onnxruntime", "onnxscript"],
     "README": ["fastapi", "matplotlib"],
     "first_steps": ["matplotlib"],
     "from_transformers": ["transformers"],
@@ -117,6 +120,7 @@ def desk(tmp_path, monkeypatch):
     for name in ("song", "speech", "noise"):
         write(tmp_path / f"recordings/{name}.wav", noise[:1, :30000], 44100)
     dac_fast.load("tiny").save(tmp_path / "model")
+    small_codec().save(tmp_path / "small.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT))
@@ -130,6 +134,7 @@ def desk(tmp_path, monkeypatch):
 def test_the_code_of_a_page_runs(page, desk):
     for module in NEEDED.get(page.stem, ()):
         pytest.importorskip(module, reason=f"{module} is not installed")
+    desk.stand_ins |= SMALLER.get(page.stem, {})
     for block in blocks(page):
         if block.language in ("python", "sh") and not block.needs:
             desk.run(block)

@@ -12,9 +12,10 @@ import typer
 
 from dac_fast.cli.doctor import doctor
 from dac_fast.cli.evaluation import evaluate
+from dac_fast.cli.export import export
 from dac_fast.cli.files import decode, encode
 from dac_fast.cli.info import info
-from dac_fast.cli.models import convert, download, export
+from dac_fast.cli.models import convert, download
 from dac_fast.cli.reconstruct import reconstruct
 from dac_fast.cli.serve import serve
 from dac_fast.cli.terminal import fail, out

@@ -1,19 +1,16 @@
-"""Commands about models: `convert`, `export`, `download`."""
+"""Commands about checkpoints: `convert`, `download`."""
 
-import io
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from dac_fast import inference, load
+from dac_fast import load
 from dac_fast.cli.jobs import Existing, may_write
-from dac_fast.cli.options import Codebooks, Model, Parts, Program, WhenExisting
+from dac_fast.cli.options import WhenExisting
 from dac_fast.cli.terminal import out
 from dac_fast.cli.weights import fetch, fetch_if_published
-from dac_fast.files import make_folder, write_bytes
-from dac_fast.model.halves import PARTS
+from dac_fast.files import make_folder
 
 
 def convert(
@@ -36,39 +33,6 @@ def convert(
     codec = load(source)
     (codec.fold_weight_norm() if fold else codec).save(target)
     out.print(f"wrote {target}")
-
-
-def export(
-    folder: Annotated[
-        Path,
-        typer.Argument(help="Where encoder and decoder are written; made where it is missing."),
-    ],
-    model: Model = "tiny",
-    n_quantizers: Codebooks = None,
-    parts: Parts = None,
-    format: Annotated[Program, typer.Option(help="pt2 is torch.export's.")] = Program.onnx,
-    existing: WhenExisting = Existing.error,
-) -> None:
-    """Write encoder (audio to codes) and decoder (codes to audio) for other runtimes.
-
-    Both take any batch and length.
-    """
-    written = [parts.value] if parts else PARTS
-    paths = [folder / f"{part}.{format.value}" for part in written]
-    if not may_write(existing, *paths):
-        return
-    make_folder(folder)
-    fetch_if_published(model)
-    codec = load(model, parts=parts and parts.value)
-    if format is Program.onnx:
-        inference.export_onnx(codec, folder, n_quantizers)
-    else:
-        for path in paths:
-            # Into a file, PyTorch's writer would turn a full disk into a RuntimeError.
-            program = io.BytesIO()
-            torch.export.save(inference.export(codec, path.stem, n_quantizers), program)
-            write_bytes(path, program.getvalue())
-    out.print(f"wrote {' and '.join(map(str, paths))}")
 
 
 def download(

@@ -47,7 +47,16 @@ class Program(str, Enum):
     """Formats of exported models."""
 
     onnx = "onnx"
+    onnx_streaming = "onnx-streaming"
     pt2 = "pt2"
+    aoti = "aoti"
+
+
+class ProgramPrecision(str, Enum):
+    """Precisions of exported models."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
 
 
 Inputs = Annotated[

@@ -50,6 +50,8 @@ class WeightNorm(nn.Module):
 
     Attributes:
         channels_last: whether outputs have channels innermost in memory, see `set_channels_last`.
+        plain: whether a folded weight is convolved with by PyTorch's own function, which other
+            runtimes know, and not as `dac_fast.model.folded` does.
     """
 
     weight: Tensor
@@ -57,6 +59,7 @@ class WeightNorm(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.channels_last = False
+        self.plain = False
         # Within `weights_kept` a list, which holds the weight once it has been computed.
         self._kept: list[Tensor] | None = None
         rows = weight.flatten(1)
@@ -143,14 +146,17 @@ class Conv1d(WeightNorm, Layer):
         self.dilation = dilation
 
     def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
-        span = self.dilation * (self.kernel_size - 1) + 1
-        return (length + 2 * self.padding * padded - span) // self.stride + 1
+        change = 2 * self.padding * padded - self.dilation * (self.kernel_size - 1)
+        if self.stride > 1:
+            return (length + change - 1) // self.stride + 1
+        # The very tensor where the number stays the same.
+        return length + change if change else length
 
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
         padding = self.padding if padded else 0
-        if self.folded:
+        if self.folded and not self.plain:
             y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         else:
             convolve = channels_last.conv1d if self.channels_last else F.conv1d
@@ -178,7 +184,7 @@ class ConvTranspose1d(WeightNorm, Layer):
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
         padding = self.padding if padded else 0
-        if self.folded:
+        if self.folded and not self.plain:
             y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
         else:
             convolve = channels_last.conv_transpose1d if self.channels_last else F.conv_transpose1d

@@ -98,7 +98,8 @@ class StreamedLayer:
         """Where the outputs of a block begin whose inputs begin at `first`."""
         if self.transposed:
             return first * self.stride - self.padding
-        return (first - self.context + self.padding) // self.stride
+        late = first - (self.context - self.padding)
+        return late // self.stride if self.stride > 1 else late
 
     def first_input(self, first: int) -> int:
         """The opposite, but for transposed convolutions: where a block must begin."""
@@ -164,6 +165,13 @@ class StreamedChain:
         ]
         self._moving = [layer for layer in self._layers if isinstance(layer, StreamedLayer)]
         self.tails = [kept for layer in self._moving for kept in layer.tails]
+
+    def set_tails(self, tails: Iterable[Tensor]) -> None:
+        """Go on from these tails, of any batch; the chain writes to them from now on."""
+        self.tails = list(tails)
+        rest = iter(self.tails)
+        for layer in self._moving:
+            layer.tails = [next(rest) for _ in layer.tails]
 
     def first_output(self, first: Length) -> Length:
         """Where the outputs of a block begin whose inputs begin at `first`."""
