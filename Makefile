@@ -54,8 +54,8 @@ clean:
 # A newcomer's environment: the package and its pictures.
 .venv/demo: pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "Everything goes into .venv here, which make clean removes: 1.3 GB with a CPU build of"
-	@echo "PyTorch (0.3 GB to download), several GB with a CUDA build. pip takes what its index"
-	@echo "has; make demo TORCH=... names another. It takes two minutes and more, by your network."
+	@echo "PyTorch, several GB with a CUDA build. pip takes what its index has; make demo TORCH=..."
+	@echo "names another. It takes two minutes and more, by your network."
 	@echo "1/3 making .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --upgrade pip
