@@ -218,8 +218,9 @@ def test_the_module_gives_what_it_gave_by_fused_layers(case):
     module, channels, units, by_torch = case
     inputs = [torch.randn(3, channels, n, generator=torch.manual_seed(n)) for n in (80, 240)]
     expected = [module(x) for x in inputs]
-    kind, keys = type(module), module.state_dict().keys()
+    kind, keys, random = type(module), module.state_dict().keys(), torch.get_rng_state()
     assert accelerate_decoder(module) is module
+    assert torch.equal(torch.get_rng_state(), random)
     assert (type(module), module.state_dict().keys()) == (kind, keys)
     for x, before in zip(inputs, expected):
         found = module(x)

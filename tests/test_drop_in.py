@@ -94,8 +94,9 @@ class Calls(list):
 def test_the_model_gives_what_it_gave_by_our_engine(model):
     audio = torch.randn(2, 1, 800, generator=torch.manual_seed(1)) / 4
     expected = results(model, audio)
-    own, kind = Calls().watch(model), type(model)
+    own, kind, random = Calls().watch(model), type(model), torch.get_rng_state()
     assert accelerate(model) is model
+    assert torch.equal(torch.get_rng_state(), random)
     assert type(model) is kind
     codes, z, restored = results(model, audio)
     assert not own
