@@ -59,7 +59,7 @@ def test_command_line_from_list_to_report(tmp_path):
     assert len(listed) == len(set(listed)) > 10
 
     out = tmp_path / "cpu.json"
-    names = ("eager", "reference-folded", "engine", "modules")
+    names = ("eager", "reference-folded", "engine", "modules", "accelerated")
     chosen = [word for name in names for word in ("--peer", name)]
     done = bench("run", "--device", "cpu", "--quick", "--threads", 1, *chosen, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -373,8 +373,12 @@ def test_gpu_steps_that_fail_or_overrun_are_recorded(tmp_path):
 def test_a_soak_compares_whatever_ends(tmp_path):
     model, path = tmp_path / "small.safetensors", tmp_path / "soak.json"
     small_codec().save(model)
-    settings = soak.SoakSettings(minutes=0.03, model=str(model), slots=4)
-    last = soak.run_soak(settings, path)["samples"][-1]
+    # On a busy machine nothing may end in the first seconds.
+    for minutes in (0.03, 0.3, 3):
+        settings = soak.SoakSettings(minutes=minutes, model=str(model), slots=4)
+        last = soak.run_soak(settings, path)["samples"][-1]
+        if min(last["streams"], last["requests"]) > 0:
+            break
     assert min(last["streams"], last["requests"]) > 0
     assert (last["wrong"], last["tied"]) == (0, 0)
     assert [each.suffix for each in write_report(path)] == [".md", ".png"]
