@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13")
 # The C++ library is linked in, since older systems have an older one; what of it nobody calls is
 # left out, because that calls new functions of the C library.
 LDFLAGS = "-static-libstdc++ -Wl,--gc-sections,--exclude-libs,ALL"
@@ -79,7 +78,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a folder")
-    parser.add_argument("--pythons", nargs="+", default=PYTHONS, help="interpreters")
+    parser.add_argument("--pythons", nargs="+", required=True, help="interpreters")
     parser.add_argument("--torch", nargs="*", default=(), help="versions to try wheels with")
     arguments = parser.parse_args()
     missing = [name for name in arguments.pythons if not shutil.which(name)]
