@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
-PADDING = (
-    aten.constant_pad_nd.default,
-    aten.replication_pad1d.default,
-    aten.reflection_pad1d.default,
-)
+# Operations that pad the end of a tensor's last axis, and how `torch.nn.functional.pad` calls them.
+PADDING = {
+    aten.constant_pad_nd.default: "constant",
+    aten.replication_pad1d.default: "replicate",
+    aten.reflection_pad1d.default: "reflect",
+}
 # As a slice has it.
 NO_END = 2**63 - 1
 

@@ -41,10 +41,27 @@ def conv1d(
     return innermost(y).squeeze(2)
 
 
-def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def conv_transpose1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    output_padding: int = 0,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` with channels innermost, as for `conv1d`."""
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
-    return innermost(F.conv_transpose2d(x, weight, bias, (1, stride), (0, padding))).squeeze(2)
+    sizes = ((1, stride), (0, padding), (0, output_padding), groups, (1, dilation))
+    return innermost(F.conv_transpose2d(x, weight, bias, *sizes)).squeeze(2)
+
+
+def pad(
+    x: Tensor, ends: tuple[int, int], mode: str = "constant", value: float | None = None
+) -> Tensor:
+    """`torch.nn.functional.pad` with channels innermost, as for `conv1d`."""
+    return F.pad(innermost(x.unsqueeze(2)), (*ends, 0, 0), mode, value).squeeze(2)
 
 
 def innermost(x: Tensor) -> Tensor:
