@@ -18,7 +18,7 @@ import pytest
 import torch
 import typer
 import yaml
-from served import serving, small_codec
+from served import SIZES, serving
 from small_codec import SMALL
 from tolerances import FLOOR
 
@@ -120,7 +120,8 @@ def desk(tmp_path, monkeypatch):
     for name in ("song", "speech", "noise"):
         write(tmp_path / f"recordings/{name}.wav", noise[:1, :30000], 44100)
     dac_fast.load("tiny").save(tmp_path / "model")
-    small_codec().save(tmp_path / "small.safetensors")
+    one_block = {"encoder_rates": [8], "decoder_rates": [8]}
+    dac_fast.DAC(**(SIZES | one_block)).save(tmp_path / "small.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT))

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-import dac_fast
 from dac_fast import DAC
 from dac_fast.inference import Decode, Encode, export, export_onnx, write_aoti, write_onnx
 from dac_fast.streaming import EncodeStep
@@ -14,21 +13,23 @@ from dac_fast.streaming.export import STEPS
 SHAPES = [(1, 1), (1, 700), (3, 333), (2, 10)]
 
 
-@pytest.fixture(scope="module")
-def codec():
+def small(**changes):
     """An odd stride and codebooks of several sizes; small, since tracing takes its time."""
+    sizes = {"encoder_dim": 8, "encoder_rates": [5], "decoder_dim": 16, "decoder_rates": [5]}
+    sizes |= {"n_codebooks": 2, "codebook_size": 32, "codebook_dim": [2, 3], "sample_rate": 8000}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return DAC(
-            encoder_dim=8,
-            encoder_rates=[5],
-            decoder_dim=16,
-            decoder_rates=[5],
-            n_codebooks=3,
-            codebook_size=32,
-            codebook_dim=[2, 3, 4],
-            sample_rate=8000,
-        ).eval()
+        codec = DAC(**(sizes | changes)).eval()
+        # What leaks in from outside of a signal shows by the biases.
+        for name, parameter in codec.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, 0, 0.05)
+        return codec
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return small()
 
 
 def random_audio(batch, samples):
@@ -58,20 +59,20 @@ def session(path):
 def test_programs_give_what_codec_and_engine_give(codec, tmp_path):
     before = {name: value.clone() for name, value in codec.state_dict().items()}
     encoder, decoder = (
-        export(codec, "encoder", n_quantizers=2),
-        export(codec, "decoder", n_quantizers=2),
+        export(codec, "encoder", n_quantizers=1),
+        export(codec, "decoder", n_quantizers=1),
     )
     torch.export.save(decoder, tmp_path / "decoder.pt2")
     decoder = torch.export.load(tmp_path / "decoder.pt2")
     fused = copy.deepcopy(codec).optimize()
     for batch, samples in SHAPES:
         audio = random_audio(batch, samples)
-        expected = codec.encode(audio, n_quantizers=2).codes
+        expected = codec.encode(audio, n_quantizers=1).codes
         # a single frame runs only without PyTorch's guards
         guards = expected.shape[2] > 1
         codes = encoder.module(check_guards=guards)(audio)
         assert torch.equal(codes, expected)
-        assert torch.equal(codes, fused.encode(audio, n_quantizers=2).codes)
+        assert torch.equal(codes, fused.encode(audio, n_quantizers=1).codes)
         restored = decoder.module(check_guards=guards)(expected)
         for runner in (codec, fused):
             torch.testing.assert_close(restored, runner.decode_codes(codes), rtol=0, atol=1e-5)
@@ -87,7 +88,7 @@ def test_onnx_models_give_what_the_codec_gives(codec, tmp_path):
     paths = export_onnx(codec, tmp_path / "models")
     assert sorted(paths) == sorted((tmp_path / "models").iterdir())
     (encoder, encode), (decoder, decode) = (session(path) for path in paths)
-    audio_face, codes_face = ["batch", 1, "samples"], ["batch", 3, "frames"]
+    audio_face, codes_face = ["batch", 1, "samples"], ["batch", 2, "frames"]
     assert encoder.get_inputs()[0].shape == decoder.get_outputs()[0].shape == audio_face
     assert decoder.get_inputs()[0].shape == encoder.get_outputs()[0].shape == codes_face
     assert encoder.get_modelmeta().custom_metadata_map == {"sample_rate": "8000", "hop_length": "5"}
@@ -129,18 +130,27 @@ def in_steps(run, step, pieces):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["odd", "even"])
-def test_steps_joined_give_the_whole(golden, name):
-    codec = dac_fast.load(golden / f"weights_{name}.pth")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"encoder_rates": [2, 4], "decoder_rates": [4, 2]},
+        {"channels": 2, "bottleneck": "vae", "latent_dim": 6},
+    ],
+    ids=["odd", "even", "stereo and continuous"],
+)
+def test_steps_joined_give_the_whole(changes):
+    codec = small(**changes)
     hop = codec.hop_length
+    audio = random_audio(2, 20 * hop).expand(-1, codec.config.channels, -1)
+    kept = Encode(codec)(audio)
+    restored = Decode(codec)(kept)
     encoder, decoder = (make(codec) for make in STEPS.values())
-    audio = random_audio(2, 20 * hop)
-    codes = codec.encode(audio).codes
     for sizes in ([20], [1] * 20, [5, 1, 11, 3]):
         pieces = audio.split([size * hop for size in sizes], dim=2)
-        assert torch.equal(in_steps(encoder, encoder, pieces), codes)
-        restored = in_steps(decoder, decoder, codes.split(sizes, dim=2))
-        torch.testing.assert_close(restored, codec.decode_codes(codes), rtol=0, atol=2e-5)
+        torch.testing.assert_close(in_steps(encoder, encoder, pieces), kept, rtol=0, atol=2e-5)
+        pieces = kept.split(sizes, dim=2)
+        torch.testing.assert_close(in_steps(decoder, decoder, pieces), restored, rtol=0, atol=2e-5)
 
 
 @torch.inference_mode()
@@ -218,7 +228,7 @@ def test_a_compiled_package(codec, tmp_path):
 def test_what_cannot_be_exported(codec):
     with pytest.raises(ValueError, match="part is 'codec'; accepted: encoder or decoder"):
         export(codec, "codec")
-    with pytest.raises(ValueError, match="9 codebooks; accepted: 1 to 3"):
+    with pytest.raises(ValueError, match="9 codebooks; accepted: 1 to 2"):
         export(codec, "encoder", n_quantizers=9)
     with pytest.raises(ValueError, match="precision is 'bf16'; accepted: fp32 or fp16"):
         Encode(codec, precision="bf16")
