@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import DEVICE
 
-GPU = torch.cuda.is_available()
+GPU = DEVICE == "cuda"
 # The tests' models are too small for more: threads would mostly wait for each other.
 torch.set_num_threads(1)
 if not GPU:
@@ -65,6 +66,18 @@ def pretend_graphs(monkeypatch):
     monkeypatch.setattr(PretendCapturer, "replays", 0)
     monkeypatch.setattr(cuda_graph, "Capturer", PretendCapturer)
     return PretendCapturer
+
+
+@pytest.fixture(autouse=True)
+def strict_float32(request):
+    """cuDNN's convolutions, which kernels are compared with, are not in TF32, their default."""
+    if not any(map(request.node.get_closest_marker, ("triton", "gpu"))):
+        yield
+        return
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from dac_kernels.conv1d import (
     conv_transpose1d,
     conv_transpose1d_unsupported,
 )
+from device import DEVICE
 from tolerances import assert_as_good_as
 
 from dac_fast.ops import reference
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 
 import dac_fast
 from dac_fast import DAC, PRESETS, use_backend
@@ -120,9 +121,8 @@ def test_signal_to_noise_ratio(golden, name, precision, least):
     codec = dac_fast.load(name if name == "tiny" else golden / f"weights_{name}.pth")
     exact = copy.deepcopy(codec).double()
     codes = exact.encode(noise(2, 1, codec.hop_length * 20).double()).codes
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = codec.to(device).optimize(precision)
-    audio = codec.decode_codes(codes.to(device))
+    codec = codec.to(DEVICE).optimize(precision)
+    audio = codec.decode_codes(codes.to(DEVICE))
     assert audio.dtype == torch.float32
     assert decibels(audio, exact.decode_codes(codes)) >= least
 
@@ -132,7 +132,6 @@ def test_signal_to_noise_ratio(golden, name, precision, least):
 @torch.no_grad()
 def test_the_fused_kernels_are_the_same_codec(precision):
     """A small codec with ragged items and odd strides, by Triton (on the CPU: interpreted)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = small(
         encoder_rates=[2, 5], decoder_rates=[5, 2], decoder_dim=24, n_codebooks=2, codebook_size=16
     )
@@ -140,11 +139,11 @@ def test_the_fused_kernels_are_the_same_codec(precision):
     expected = codec.encode(audio, lengths)
     restored = codec.decode_codes(expected.codes, expected.lengths)
     unpadded = codec.encoder(noise(1, 1, 300), padded=False)
-    codec = codec.to(device).optimize(precision)
+    codec = codec.to(DEVICE).optimize(precision)
     with use_backend("triton"):
-        found = codec.encode(audio.to(device), lengths)
-        again = codec.decode_codes(expected.codes.to(device), expected.lengths)
-        assert codec.encode(noise(1, 1, 300).to(device), padded=False).z.shape == unpadded.shape
+        found = codec.encode(audio.to(DEVICE), lengths)
+        again = codec.decode_codes(expected.codes.to(DEVICE), expected.lengths)
+        assert codec.encode(noise(1, 1, 300).to(DEVICE), padded=False).z.shape == unpadded.shape
     if precision == "fp32":
         assert torch.equal(found.codes.cpu(), expected.codes)
     assert decibels(again, restored) > {"fp32": 90, "fp16": 40}[precision]
@@ -159,7 +158,7 @@ def test_the_fastest_way_is_taken_and_named(monkeypatch):
     assert choices.run("conv", small_input, ways) == "l"
     triton = pytest.importorskip("triton")
     milliseconds = iter([2.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: next(milliseconds))
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda call, **_: next(milliseconds))
     choices.timing = True
     assert choices.run("conv", small_input, ways) == "t"
     assert choices.run("conv", large_input, ways) == "l"

@@ -5,12 +5,12 @@ import torch
 from dac_kernels import launch
 from dac_kernels import residual_unit as module
 from dac_kernels.residual_unit import _residual_unit, residual_unit, residual_unit_unsupported
+from device import DEVICE
 from tolerances import assert_as_good_as
 
 from dac_fast.ops import reference
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -12,23 +12,14 @@ import torch
 import torch.nn.functional as F
 from dac_kernels import per_version, rvq, rvq_kernels
 from dac_kernels.rvq_kernels import decode, project, search
+from device import DEVICE
 from tolerances import assert_as_good_as
 
 import dac_fast
 from dac_fast.ops import reference
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def strict_float32():
-    """The convolutions that results are compared with, by cuDNN, are not in TF32."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
 
 
 def random_weights(depth=24, stages=3, size=100, dim=5, dtype=torch.float32, seed=0):

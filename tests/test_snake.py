@@ -3,17 +3,18 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from dac_kernels import launch
 from dac_kernels.snake import _snake, _snake_backward, snake, snake_beta, snake_unsupported, warmup
+from device import DEVICE
 from tolerances import assert_as_good_as
 
 from dac_fast.ops import reference
 
 pytestmark = pytest.mark.triton
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -160,6 +161,11 @@ def test_without_gpu_and_interpreter(monkeypatch):
     x, alpha = torch.zeros(1, 3, 4), torch.ones(1, 3, 1)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert "TRITON_INTERPRET=1" in snake_unsupported(x, alpha)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    on_turing = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    assert launch.device_unsupported(on_turing) == (
+        "the GPU has compute capability 7.5; accepted: 8.0 or later"
+    )
     monkeypatch.setattr(launch, "triton", None)
     assert snake_unsupported(x, alpha) == "Triton is not installed"
 

@@ -5,6 +5,7 @@ Mostly in float64, where nothing is a near tie.
 
 import pytest
 import torch
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_as_good_as
@@ -304,7 +305,7 @@ def test_streams_run_the_engines_layers(golden, pretend_graphs, name, precision)
 @torch.inference_mode()
 def test_streams_run_on_the_fused_kernels(golden):
     """In a batch: the kernels see inputs that lie apart in memory."""
-    codec = load(golden, "even", dtype=torch.float32).optimize("fp32")
+    codec = load(golden, "even", device=DEVICE, dtype=torch.float32).optimize("fp32")
     codes, audio = random_codes(codec, 2, 4), random_audio(codec, 2, 2 * codec.hop_length)
     results = []
     for backend in ("triton", "reference"):

@@ -58,7 +58,8 @@ class Choices:
             return first()
         shape, times = tuple(x.shape), self.times.setdefault(layer, {})
         if self.timing and shape not in times:
-            times[shape] = _milliseconds(ways)
+            with torch.cuda.device_of(x):
+                times[shape] = _milliseconds(ways)
         if not times:
             return first()
 
@@ -95,11 +96,12 @@ def choosing(choices: Choices | None) -> Iterator[None]:
 
 
 def _milliseconds(ways: dict[str, Way]) -> dict[str, float]:
-    """How long each way takes, with warm caches."""
+    """How long each way takes, with warm caches; on CUDA in a graph, as the engine replays it."""
     if "triton" in ways:
         import triton
 
-        return {name: triton.testing.do_bench(way, warmup=2, rep=8) for name, way in ways.items()}
+        timed = triton.testing.do_bench_cudagraph
+        return {name: timed(way, rep=2) for name, way in ways.items()}
     memory = native.Memory()
 
     def milliseconds(way: Way) -> float:

@@ -23,6 +23,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # import this one are about to do.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
+# Of the GPUs that Triton compiles for: bfloat16 and asynchronous copies begin there.
+LEAST_CAPABILITY = (8, 0)
+
 # Tile sizes, and compiler options such as `num_warps`, by name.
 Config = dict[str, int]
 
@@ -43,11 +46,27 @@ def jit(
     return triton.jit(kernel, do_not_specialize=any_value) if triton else kernel
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# torch.compile takes the result for a constant. `torch.compiler.assume_constant_result` sets this
+# mark too, but takes 0.8 s to import.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def device_unsupported(x: Tensor) -> str | None:
     """Why no Triton kernel can run where x lies, or None."""
     if triton is None:
         return "Triton is not installed"
-    if x.is_cuda or (INTERPRETED and x.device.type == "cpu"):
+    if x.is_cuda:
+        capability = _capability(x.device)
+        if capability < LEAST_CAPABILITY:
+            return "the GPU has compute capability {}.{}; accepted: 8.0 or later".format(
+                *capability
+            )
+        return None
+    if INTERPRETED and x.device.type == "cpu":
         return None
     if x.device.type == "cpu":
         return "the tensor is on the CPU, which Triton serves only with TRITON_INTERPRET=1"
