@@ -1,10 +1,12 @@
-// CUDA's return codes as exceptions, and the current device for the length of a scope.
+// CUDA's return codes as exceptions, the current device for the length of a scope, and launches.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dac {
 
@@ -25,5 +27,16 @@ class DeviceGuard {
  private:
   int before_ = 0;
 };
+
+// Runs a kernel on a stream of the current device, asynchronously.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void* stream, int64_t blocks, int threads, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
+}
 
 }  // namespace dac

@@ -10,10 +10,11 @@ constexpr int kThreads = 256;
 // Every thread's part added up, in thread 0's. Thread counts are powers of two.
 template <class Part>
 __device__ Part reduce(Part part, Part* shared) {
+  const int thread = threadIdx.x;
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x >= half && threadIdx.x < 2 * half) shared[threadIdx.x - half] = part;
+    if (thread >= half && thread < 2 * half) shared[thread - half] = part;
     __syncthreads();
-    if (threadIdx.x < half) part.add(shared[threadIdx.x]);
+    if (thread < half) part.add(shared[thread]);
     __syncthreads();
   }
   return part;
@@ -94,27 +95,21 @@ __global__ void __launch_bounds__(kThreads)
 
 void disc_preprocess_forward_cuda(const Signals& signals, const float* x, float* y, Level<float>* levels,
                                   Extent<float>* partial, int device, void* stream) {
-  const DeviceGuard guard(device, "disc_preprocess");
-  const unsigned blocks = static_cast<unsigned>(signals.count * signals.chunks());
-  if (blocks == 0) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  measure<<<blocks, kThreads, 0, on>>>(signals, x, partial);
-  check_cuda(cudaGetLastError(), "disc_preprocess");
-  scale<<<blocks, kThreads, 0, on>>>(signals, x, y, levels, partial);
-  check_cuda(cudaGetLastError(), "disc_preprocess");
+  const char* what = "disc_preprocess";
+  const DeviceGuard guard(device, what);
+  const int64_t blocks = signals.count * signals.chunks();
+  launch(what, stream, blocks, kThreads, measure, signals, x, partial);
+  launch(what, stream, blocks, kThreads, scale, signals, x, y, levels, partial);
 }
 
 void disc_preprocess_backward_cuda(const Signals& signals, const float* grad, const float* x,
                                    const Level<float>* levels, float* grad_x, Slope* partial, int device,
                                    void* stream) {
-  const DeviceGuard guard(device, "disc_preprocess backward");
-  const unsigned blocks = static_cast<unsigned>(signals.count * signals.chunks());
-  if (blocks == 0) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  measure_gradient<<<blocks, kThreads, 0, on>>>(signals, grad, x, levels, partial);
-  check_cuda(cudaGetLastError(), "disc_preprocess backward");
-  scale_gradient<<<blocks, kThreads, 0, on>>>(signals, grad, x, levels, grad_x, partial);
-  check_cuda(cudaGetLastError(), "disc_preprocess backward");
+  const char* what = "disc_preprocess backward";
+  const DeviceGuard guard(device, what);
+  const int64_t blocks = signals.count * signals.chunks();
+  launch(what, stream, blocks, kThreads, measure_gradient, signals, grad, x, levels, partial);
+  launch(what, stream, blocks, kThreads, scale_gradient, signals, grad, x, levels, grad_x, partial);
 }
 
 }  // namespace dac

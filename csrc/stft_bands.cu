@@ -18,14 +18,26 @@ constexpr int kSpan = 4096;
 __device__ Tables<float> tables;
 
 // In exchanges one element in 9 is left free: elements 8 apart then lie in different banks.
-constexpr int kShared = kPoints + kPoints / 8;
 __device__ __forceinline__ int padded(int i) { return i + i / 8; }
+
+// Shared memory, declared outside templates: g++ drops attributes of static variables in them (see tests/fibers).
+__device__ __forceinline__ Complex<float>* shared_elements() {
+  __shared__ Complex<float> elements[kPoints + kPoints / 8];
+  return elements;
+}
+
+__device__ __forceinline__ float* shared_gradient() {
+  __shared__ float gradient[kSpan];
+  return gradient;
+}
 
 // The thread's index, read anew: what each size of transform derives from it is otherwise kept in registers across the
 // loop over windows, for all eight sizes, which spills.
 __device__ __forceinline__ int thread_index() {
-  int index;
+  int index = threadIdx.x;
+#ifdef __CUDA_ARCH__
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+#endif
   return index;
 }
 
@@ -109,25 +121,20 @@ __device__ void forward_block(const Plan& plan, const Spectrogram& s, const floa
 #pragma unroll
   for (int e = 4; e < 8; ++e) row[place.worker + e * (M / 8)] = v[e];
   __syncthreads();
-  Complex<float> mirror[4];
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const int k = place.worker + e * (M / 8);
-    mirror[e] = k == 0 ? v[0] : row[M - k];
-  }
-  __syncthreads();
   const Complex<float>* root = tables.root + 2 * M;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int k = place.worker + e * (M / 8);
-    split(v[e], mirror[e], root[k]);
+    // Nobody else reads this one, nor any that is written here.
+    Complex<float> mirror = k == 0 ? v[0] : row[M - k];
+    split(v[e], mirror, root[k]);
     row[k] = v[e];
-    row[M - k] = mirror[e];
+    row[M - k] = mirror;
   }
   // The middle bin is its own mirror image.
   if (place.worker == 0) {
-    mirror[0] = v[4];
-    split(v[4], mirror[0], root[M / 2]);
+    Complex<float> mirror = v[4];
+    split(v[4], mirror, root[M / 2]);
     row[M / 2] = v[4];
   }
   __syncthreads();
@@ -180,22 +187,22 @@ __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, 
     // As in the forward op, the other way round. (An empty slot transforms leftovers that nobody reads.)
     const int thread = thread_index();
     const Place<M> place(thread);
-    Complex<float> v[8], mirror[4], middle;
+    Complex<float> v[8];
     Complex<float>* row = shared + place.slot * (M + 1);
     const Complex<float>* root = tables.root + 2 * M;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int k = place.worker + e * (M / 8);
       v[e] = row[k];
-      mirror[e] = row[M - k];
-      merge(v[e], mirror[e], root[k], k == 0);
+      Complex<float> mirror = row[M - k];
+      merge(v[e], mirror, root[k], k == 0);
+      row[M - k] = mirror;
     }
-    v[4] = middle = row[M / 2];
-    merge(v[4], middle, root[M / 2], false);
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < 4; ++e) row[M - (place.worker + e * (M / 8))] = mirror[e];
-    if (place.worker == 0) row[M / 2] = v[4];
+    if (place.worker == 0) {
+      Complex<float> middle = row[M / 2], mirror = middle;
+      merge(middle, mirror, root[M / 2], false);
+      row[M / 2] = middle;
+    }
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] = swapped(e < 4 ? v[e] : row[place.worker + e * (M / 8)]);
@@ -247,7 +254,7 @@ DAC_HD int blocks_of(const Plan& plan, const Spectrogram& s) {
 template <class Out>
 __global__ void __launch_bounds__(kThreads, 4)
     forward_kernel(const __grid_constant__ Plan plan, const float* x, int64_t stride) {
-  __shared__ Complex<float> shared[kShared];
+  Complex<float>* shared = shared_elements();
   int block = blockIdx.x, w = 0;
   for (; block >= blocks_of(plan, plan.window[w]); ++w) block -= blocks_of(plan, plan.window[w]);
   const Spectrogram& s = plan.window[w];
@@ -257,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class In>
 __global__ void __launch_bounds__(kThreads, 3)  // A fourth block would leave too few registers: spills.
     backward_kernel(const __grid_constant__ Plan plan, float* grad_x, int spans, int span_size) {
-  __shared__ Complex<float> shared[kShared];
-  __shared__ float grad[kSpan];
+  Complex<float>* shared = shared_elements();
+  float* grad = shared_gradient();
   const int item = blockIdx.x / spans, begin = static_cast<int>(blockIdx.x % spans) * span_size;
   const int samples = plan.window[0].samples;
   const Range span = {begin, lesser(begin + span_size, samples)};
@@ -289,25 +296,23 @@ void prepare(int device) {
 
 template <class Out>
 void stft_bands_forward_cuda(const Plan& plan, const float* x, int64_t stride, int device, void* stream) {
-  const DeviceGuard guard(device, "stft_bands");
+  const char* what = "stft_bands";
+  const DeviceGuard guard(device, what);
   prepare(device);
   int blocks = 0;
   for (int w = 0; w < plan.windows; ++w) blocks += blocks_of(plan, plan.window[w]);
-  if (blocks == 0) return;
-  forward_kernel<Out><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, x, stride);
-  check_cuda(cudaGetLastError(), "stft_bands");
+  launch(what, stream, blocks, kThreads, forward_kernel<Out>, plan, x, stride);
 }
 
 template <class In>
 void stft_bands_backward_cuda(const Plan& plan, float* grad_x, int device, void* stream) {
-  const DeviceGuard guard(device, "stft_bands backward");
+  const char* what = "stft_bands backward";
+  const DeviceGuard guard(device, what);
   prepare(device);
   const int samples = plan.window[0].samples;
-  const int spans = (samples + kSpan - 1) / kSpan, blocks = static_cast<int>(plan.batch) * spans;
-  if (blocks == 0) return;
-  backward_kernel<In><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, grad_x, spans,
-                                                                                (samples + spans - 1) / spans);
-  check_cuda(cudaGetLastError(), "stft_bands backward");
+  const int spans = (samples + kSpan - 1) / kSpan;
+  launch(what, stream, plan.batch * spans, kThreads, backward_kernel<In>, plan, grad_x, spans,
+         (samples + spans - 1) / spans);
 }
 
 template void stft_bands_forward_cuda<float>(const Plan&, const float*, int64_t, int, void*);
