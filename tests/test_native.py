@@ -288,6 +288,21 @@ def test_stft_bands_in_bfloat16(layout, device):
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_stft_bands_at_odd_addresses(dtype, layout, device):
+    """Gradients that are parts of a longer tensor, as those of a concatenation."""
+    x = torch.randn(2, 500, device=device, requires_grad=True)
+    bands = flat(native.stft_bands(x, [64, 32], layout=layout, dtype=dtype))
+    grads = [torch.randn_like(band) for band in bands]
+    parts = [g.new_empty(g.numel() + 1)[1:].as_strided(g.shape, g.stride()) for g in grads]
+    for part, grad in zip(parts, grads):
+        part.copy_(grad)
+    (expected,) = torch.autograd.grad(bands, x, grads, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(bands, x, parts)[0], expected)
+
+
 def test_stft_bands_refuses():
     with pytest.raises(
         ValueError, match="800 samples are too few for a window of 2048: at least 993"

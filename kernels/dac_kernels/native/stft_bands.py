@@ -205,6 +205,16 @@ def _gradient(
     return x.new_empty(x.shape)
 
 
+def _aligned(grad: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The gradient in that layout, each pair of elements at a multiple of a pair's size.
+
+    A part of a longer tensor may begin between two.
+    """
+    grad = grad.contiguous(memory_format=memory_format)
+    begins_a_pair = grad.data_ptr() % (2 * grad.element_size()) == 0
+    return grad if begins_a_pair else grad.clone(memory_format=memory_format)
+
+
 @torch.library.custom_op("dac_native::stft_bands_backward", mutates_args=())
 def _stft_bands_backward(
     grads: Sequence[Tensor],
@@ -215,8 +225,7 @@ def _stft_bands_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     grad_x = _gradient(grads, samples, windows, edges, channels_last, dtype)
-    memory_format = _memory_format(channels_last)
-    grads = [grad.contiguous(memory_format=memory_format) for grad in grads]
+    grads = [_aligned(grad, _memory_format(channels_last)) for grad in grads]
     plan = _plan(grads, grad_x, windows, edges, channels_last)
     call("stft_bands_backward", grad_x, [dtype, grads[0].dtype], plan, grad_x.data_ptr())
     return grad_x
