@@ -86,38 +86,61 @@ INLINE double sum(const T* term, int64_t n) {
   return total;
 }
 
+// The runs that the loops go over. Channels last, runs over few channels would be too short for vectors: where nothing
+// lies between them, several time steps are one run, and the last run of an item may be shorter.
+struct Runs {
+  template <class... S>
+  explicit Runs(const SnakeShape& shape, Rows<S>&... rows_of) : channels(shape.channels()), batch(shape.batch) {
+    const bool dense = shape.channels_last && ((rows_of.row_stride == shape.size) && ...);
+    steps = dense ? std::max<int64_t>(1, kBlock / std::max<int64_t>(1, channels)) : 1;
+    rows = (shape.rows + steps - 1) / steps, size = shape.size * steps;
+    elements = shape.rows * shape.size;
+    if (steps > 1) ((rows_of.row_stride = size), ...);
+  }
+
+  int64_t length(int64_t row) const { return std::min(size, elements - row * size); }
+
+  // Of one value per channel, what a run needs, or a run's channel.
+  template <class T>
+  std::vector<T> repeated(const T* values) const {
+    std::vector<T> result;
+    for (int64_t step = 0; step < steps; ++step) result.insert(result.end(), values, values + channels);
+    return result;
+  }
+
+  int64_t channels, batch, steps, rows, size, elements;
+};
+
+// 1 / (beta + 1e-9).
 template <class T>
-std::vector<T> inverses(const T* beta, int64_t channels) {
-  std::vector<T> inverse(channels);
-  for (int64_t c = 0; c < channels; ++c) inverse[c] = 1 / (beta[c] + static_cast<T>(1e-9));
-  return inverse;
+std::vector<T> inverses(std::vector<T> beta) {
+  for (T& value : beta) value = 1 / (value + static_cast<T>(1e-9));
+  return beta;
 }
 
 // Work is dealt out in segments of a run, so that few long runs keep all threads busy as well as many short ones.
 struct Segments {
-  explicit Segments(const SnakeShape& shape)
-      : size(shape.size),
-        per_run((shape.size + kPiece - 1) / kPiece),
-        count(shape.batch * shape.rows * per_run),
-        grain(std::max<int64_t>(1, kPiece / std::max<int64_t>(1, shape.size))),
-        rows(shape.rows) {}
+  explicit Segments(const Runs& runs)
+      : runs(runs),
+        per_run((runs.size + kPiece - 1) / kPiece),
+        count(runs.batch * runs.rows * per_run),
+        grain(std::max<int64_t>(1, kPiece / std::max<int64_t>(1, runs.size))) {}
 
   template <class Body>
   INLINE void each_block(int64_t segment, const Body& body) const {
-    const int64_t run = segment / per_run, begin = segment % per_run * kPiece;
-    const int64_t end = std::min(begin + kPiece, size);
-    for (int64_t i = begin; i < end; i += kBlock) {
-      body(run / rows, run % rows, i, std::min<int64_t>(kBlock, end - i));
-    }
+    const int64_t run = segment / per_run, row = run % runs.rows, begin = segment % per_run * kPiece;
+    const int64_t end = std::min(begin + kPiece, runs.length(row));
+    for (int64_t i = begin; i < end; i += kBlock) body(run / runs.rows, row, i, std::min<int64_t>(kBlock, end - i));
   }
 
-  int64_t size, per_run, count, grain, rows;
+  const Runs& runs;
+  int64_t per_run, count, grain;
 };
 
 template <class S, class T>
-void backward_channels_first(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const T* alpha,
-                             const T* inverse, Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
-  const Segments segments(shape);
+void backward_channels_first(const Runs& runs, Rows<const S> grad, Rows<const S> x, const T* alpha, const T* inverse,
+                             Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+  const Segments segments(runs);
   std::vector<double> partial(segments.count);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
     run(set, [&]() __attribute__((always_inline)) {
@@ -133,10 +156,10 @@ void backward_channels_first(const SnakeShape& shape, Rows<const S> grad, Rows<c
       }
     });
   });
-  for (int64_t c = 0; c < shape.rows; ++c) {
+  for (int64_t c = 0; c < runs.channels; ++c) {
     double total = 0;
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      const double* of_run = partial.data() + (b * shape.rows + c) * segments.per_run;
+    for (int64_t b = 0; b < runs.batch; ++b) {
+      const double* of_run = partial.data() + (b * runs.channels + c) * segments.per_run;
       for (int64_t s = 0; s < segments.per_run; ++s) total += of_run[s];
     }
     grad_alpha[c] = static_cast<T>(total);
@@ -144,30 +167,30 @@ void backward_channels_first(const SnakeShape& shape, Rows<const S> grad, Rows<c
 }
 
 template <class S, class T>
-void backward_channels_last(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const T* alpha,
-                            const T* inverse, Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
-  const int64_t runs = shape.batch * shape.rows, channels = shape.size;
-  // At least 64 runs a group: a partial sum per channel must cost little beside them.
-  const int64_t group = std::max<int64_t>(64, 4 * kPiece / std::max<int64_t>(1, channels));
-  const int64_t groups = (runs + group - 1) / group;
-  std::vector<double> partial(groups * channels);
+void backward_channels_last(const Runs& runs, Rows<const S> grad, Rows<const S> x, const T* alpha, const T* inverse,
+                            Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+  const int64_t count = runs.batch * runs.rows;
+  // At least 64 runs a group: a partial sum per element of a run must cost little beside them.
+  const int64_t group = std::max<int64_t>(64, 4 * kPiece / std::max<int64_t>(1, runs.size));
+  const int64_t groups = (count + group - 1) / group;
+  std::vector<double> partial(groups * runs.size);
   parallel_for(groups, 1, threads, [&](int64_t first, int64_t) {
     run(set, [&]() __attribute__((always_inline)) {
       T term[kBlock];
-      double* total = partial.data() + first * channels;
-      for (int64_t index = first * group; index < std::min((first + 1) * group, runs); ++index) {
-        const int64_t b = index / shape.rows, t = index % shape.rows;
-        for (int64_t c = 0; c < channels; c += kBlock) {
-          const int64_t n = std::min<int64_t>(kBlock, channels - c);
+      double* total = partial.data() + first * runs.size;
+      for (int64_t index = first * group; index < std::min((first + 1) * group, count); ++index) {
+        const int64_t b = index / runs.rows, t = index % runs.rows, length = runs.length(t);
+        for (int64_t c = 0; c < length; c += kBlock) {
+          const int64_t n = std::min<int64_t>(kBlock, length - c);
           backward_block<1>(grad.at(b, t) + c, x.at(b, t) + c, alpha + c, inverse + c, grad_x.at(b, t) + c, term, n);
           for (int64_t i = 0; i < n; ++i) total[c + i] += term[i];
         }
       }
     });
   });
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < runs.channels; ++c) {
     double total = 0;
-    for (int64_t g = 0; g < groups; ++g) total += partial[g * channels + c];
+    for (int64_t i = c; i < groups * runs.size; i += runs.channels) total += partial[i];
     grad_alpha[c] = static_cast<T>(total);
   }
 }
@@ -177,16 +200,17 @@ void backward_channels_last(const SnakeShape& shape, Rows<const S> grad, Rows<co
 template <class S>
 void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, const Wide<S>* beta, Rows<S> y,
                    int threads, InstructionSet set) {
-  const std::vector<Wide<S>> inverse = inverses(beta, shape.channels());
-  const Segments segments(shape);
+  const Runs runs(shape, x, y);
+  const std::vector<Wide<S>> frequency = runs.repeated(alpha), inverse = inverses(runs.repeated(beta));
+  const Segments segments(runs);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
     run(set, [&]() __attribute__((always_inline)) {
       for (int64_t segment = first; segment < last; ++segment) {
         segments.each_block(segment, [&](int64_t b, int64_t r, int64_t i, int64_t n) __attribute__((always_inline)) {
           if (shape.channels_last) {
-            forward_block<1>(x.at(b, r) + i, alpha + i, inverse.data() + i, y.at(b, r) + i, n);
+            forward_block<1>(x.at(b, r) + i, frequency.data() + i, inverse.data() + i, y.at(b, r) + i, n);
           } else {
-            forward_block<0>(x.at(b, r) + i, alpha + r, inverse.data() + r, y.at(b, r) + i, n);
+            forward_block<0>(x.at(b, r) + i, frequency.data() + r, inverse.data() + r, y.at(b, r) + i, n);
           }
         });
       }
@@ -197,9 +221,10 @@ void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alph
 template <class S>
 void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const Wide<S>* alpha, Rows<S> grad_x,
                     Wide<S>* grad_alpha, int threads, InstructionSet set) {
-  const std::vector<Wide<S>> inverse = inverses(alpha, shape.channels());
+  const Runs runs(shape, grad, x, grad_x);
+  const std::vector<Wide<S>> frequency = runs.repeated(alpha), inverse = inverses(frequency);
   const auto backward = shape.channels_last ? backward_channels_last<S, Wide<S>> : backward_channels_first<S, Wide<S>>;
-  backward(shape, grad, x, alpha, inverse.data(), grad_x, grad_alpha, threads, set);
+  backward(runs, grad, x, frequency.data(), inverse.data(), grad_x, grad_alpha, threads, set);
 }
 
 #define DAC_SNAKE(S)                                                                                                \
