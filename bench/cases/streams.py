@@ -61,7 +61,7 @@ def prepare(preset: str, batch: int, direction: str, settings: Settings) -> Prep
     block = frame.expand(batch, -1, -1).contiguous()
     on_gpu = settings.device == "cuda"
     peers: dict[str, Peer] = {"modules": partial(_start, codec, direction, block, None, False)}
-    for precision in ("fp16", "fp32", "tf32") if on_gpu else ("fp32",):
+    for precision in ("fp16", "fp32", "tf32") if on_gpu else ("fp32", "bf16"):
         for captured in (False, True) if on_gpu else (False,):
             name = f"engine-{precision}{'-graph' if captured else ''}"
             peers[name] = partial(_start, codec, direction, block, precision, captured)
