@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.__main__ import app
 from bench.peers.published_step import PublishedStep
 from dac_fast.model.channels_last import set_channels_last
-from dac_fast.model.layers import Block, WeightNorm, weights_kept
+from dac_fast.model.layers import Block, ResidualUnit, WeightNorm, weights_kept
 from dac_fast.ops import use_backend
 from dac_fast.training import RecipeError, load_recipe
 from dac_fast.training.data import moved
-from dac_fast.training.step import TrainingStep
+from dac_fast.training.step import TrainingStep, fastest_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -100,6 +100,21 @@ def test_losses_gradients_and_weights_are_the_published_ones(form):
         torch.testing.assert_close(
             ours.state_dict()["networks"][name], network.state_dict(), rtol=1e-6, atol=1e-8
         )
+
+
+def test_gradients_keep_channels_innermost():
+    """Another layout would be copied in every unit."""
+    unit = ResidualUnit(8, 3, "snake")
+    set_channels_last(unit)
+    x = torch.randn(2, 50, 8).transpose(1, 2).requires_grad_()
+    unit(x).backward(torch.randn(2, 50, 8).transpose(1, 2))
+    assert x.grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_a_run_is_in_bf16_where_the_processor_multiplies_it(native, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert fastest_precision(CPU) == expected
 
 
 def test_a_checkpoint_goes_from_the_fast_step_to_the_published_one_and_back():

@@ -224,6 +224,9 @@ def test_bf16_autocast_keeps_losses_and_quantizer_in_full_precision():
     assert all(value.dtype == torch.float32 for value in losses[1].values())
     assert losses[1]["loss"].item() == pytest.approx(losses[0]["loss"].item(), rel=0.03)
     assert all(p.dtype == torch.float32 for p in half.codec.parameters())
+    # In bfloat16 its noise would hide what is quiet.
+    with half.autocast():
+        assert half.codec(some_audio())["audio"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("form", QUANTIZERS)

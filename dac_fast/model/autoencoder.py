@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dac_fast.model.layers import (
+    AudioConv1d,
     Block,
     Chain,
     Conv1d,
@@ -75,7 +76,7 @@ class Decoder(Layer):
             Conv1d(latent_dim, dim, kernel_size=7, padding=3),
             *(decoder_block(width, rate, act) for width, rate in zip(widths, rates, strict=False)),
             activation(act, widths[-1]),
-            Conv1d(widths[-1], channels, kernel_size=7, padding=3),
+            AudioConv1d(widths[-1], channels, kernel_size=7, padding=3),
             nn.Tanh(),
         )
 

@@ -164,6 +164,22 @@ class Conv1d(WeightNorm, Layer):
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
+class AudioConv1d(Conv1d):
+    """A convolution whose output is audio: autocast leaves it in float32.
+
+    Rounded to the 8 bits of bfloat16, audio has a floor of noise that hides what is quiet from the
+    losses: a codec learnt far less.
+    """
+
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, lengths, padded)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.bias.dtype), lengths, padded)
+
+
 class ConvTranspose1d(WeightNorm, Layer):
     """Weight-normed `torch.nn.ConvTranspose1d` with a kernel of two strides, bias included."""
 
@@ -296,8 +312,12 @@ class ResidualUnit(Block):
     ) -> Tensor:
         y = self.block(x, lengths, padded)
         crop = (x.shape[-1] - y.shape[-1]) // 2
+        x = x[..., crop : x.shape[-1] - crop]
+        # Channels last, y is a view, through whose change in place gradients would go by copies.
+        if torch.is_grad_enabled() and y._is_view():
+            return y + x
         # In place: nothing else needs y, and a large tensor's first touch costs more than the sum.
-        return y.add_(x[..., crop : x.shape[-1] - crop])
+        return y.add_(x)
 
 
 def residual_units(channels: int, act: str) -> list[ResidualUnit]:

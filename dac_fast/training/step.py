@@ -41,6 +41,12 @@ BOTTLENECK_LOSSES = {
 }
 
 
+def fastest_precision(device: torch.device) -> str:
+    """The precision of a run that asks for none: "bf16" where the device multiplies it, "fp32"."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
 class TrainingStep:
     """Both networks with their optimizers; called with a batch, it updates them.
 
@@ -79,7 +85,7 @@ class TrainingStep:
         self.networks: dict[str, nn.Module] = {"generator": self.codec}
         if self.discriminator:
             self.networks["discriminator"] = self.discriminator
-        if device.type == "cuda":
+        if device.type == "cuda" or precision == "bf16":
             for network in self.networks.values():
                 set_channels_last(network)
         for module in self.codec.modules():
