@@ -6,10 +6,10 @@ is odd, the decoder's output ends a few samples before frames times hop (8 at 24
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dac_fast.model.layers import (
-    AudioConv1d,
     Block,
     Chain,
     Conv1d,
@@ -19,6 +19,12 @@ from dac_fast.model.layers import (
     activation,
     residual_units,
 )
+from dac_fast.spectral import full_precision
+
+# Autocast leaves that many of the decoder's blocks, those nearest to the audio, in float32: the 8
+# bits of bfloat16 would put a floor of noise under the audio, which training would fight in place
+# of what is quiet.
+FULL_PRECISION_BLOCKS = 2
 
 
 def encoder_block(channels: int, stride: int, act: str) -> Block:
@@ -76,7 +82,7 @@ class Decoder(Layer):
             Conv1d(latent_dim, dim, kernel_size=7, padding=3),
             *(decoder_block(width, rate, act) for width, rate in zip(widths, rates, strict=False)),
             activation(act, widths[-1]),
-            AudioConv1d(widths[-1], channels, kernel_size=7, padding=3),
+            Conv1d(widths[-1], channels, kernel_size=7, padding=3),
             nn.Tanh(),
         )
 
@@ -86,4 +92,14 @@ class Decoder(Layer):
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
-        return self.model(x, lengths, padded)
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.model(x, lengths, padded)
+        layers = list(self.model)
+        begin = len(layers) - FULL_PRECISION_BLOCKS - 3
+        first, last = Chain(*layers[:begin]), Chain(*layers[begin:])
+        x = first(x, lengths, padded)
+        if lengths is not None:
+            lengths = first.output_length(lengths, padded)
+        with torch.autocast(device, enabled=False):
+            return last(full_precision(x), lengths, padded)

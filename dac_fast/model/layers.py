@@ -164,22 +164,6 @@ class Conv1d(WeightNorm, Layer):
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
-class AudioConv1d(Conv1d):
-    """A convolution whose output is audio: autocast leaves it in float32.
-
-    Rounded to the 8 bits of bfloat16, audio has a floor of noise that hides what is quiet from the
-    losses: a codec learnt far less.
-    """
-
-    def forward(  # noqa: D102
-        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
-    ) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, lengths, padded)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.bias.dtype), lengths, padded)
-
-
 class ConvTranspose1d(WeightNorm, Layer):
     """Weight-normed `torch.nn.ConvTranspose1d` with a kernel of two strides, bias included."""
 
