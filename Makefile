@@ -62,20 +62,20 @@ clean:
 	@echo "2/3 installing PyTorch ($(TORCH)), most of the download"
 	@$(BIN)/pip install --quiet "$(TORCH)"
 	@echo "3/3 compiling csrc for this machine, installing dac_fast: under a minute"
-	@$(BIN)/pip install --quiet --editable ".[plot]"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[plot]"
 	@touch $@
 
 # A contributor's environment: what tests and linters use on top (Ray, transformers and others).
 .venv/installed: .venv/demo
 	@echo "installing what the tests use: a minute or more, by your network"
-	@$(BIN)/pip install --quiet --editable ".[dev]"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@
 
 .venv/docs: .venv/demo
 	@echo "installing what the documentation site is made with"
-	@$(BIN)/pip install --quiet --editable ".[docs]"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[docs]"
 	@touch $@
 
 .venv/wheels: .venv/demo
-	@$(BIN)/pip install --quiet --editable ".[wheels]"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[wheels]"
 	@touch $@

@@ -18,7 +18,7 @@ from dac_fast.model.layers import Block, ResidualUnit, WeightNorm, weights_kept
 from dac_fast.ops import use_backend
 from dac_fast.training import RecipeError, load_recipe
 from dac_fast.training.data import moved
-from dac_fast.training.step import TrainingStep, fastest_precision
+from dac_fast.training.step import TrainingStep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -109,12 +109,6 @@ def test_gradients_keep_channels_innermost():
     x = torch.randn(2, 50, 8).transpose(1, 2).requires_grad_()
     unit(x).backward(torch.randn(2, 50, 8).transpose(1, 2))
     assert x.grad.stride() == x.stride()
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_a_run_is_in_bf16_where_the_processor_multiplies_it(native, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    assert fastest_precision(CPU) == expected
 
 
 def test_a_checkpoint_goes_from_the_fast_step_to_the_published_one_and_back():

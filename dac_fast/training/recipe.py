@@ -146,8 +146,7 @@ class TrainerConfig:
         batch_size: items per step, over all processes.
         seed: of everything random.
         device: "cpu", "cuda", "cuda:N"; null: cuda where there is one.
-        precision: "bf16" (autocast) or "fp32"; null: bf16 on cuda, and on processors that multiply
-            it (AVX-512 BF16).
+        precision: "bf16" (autocast) or "fp32"; null: bf16 on cuda.
         init_from: codec checkpoint or preset whose weights the generator starts with.
         discriminator_warmup: steps at the beginning that train the discriminator only, for use with
             `init_from`.

@@ -41,12 +41,6 @@ BOTTLENECK_LOSSES = {
 }
 
 
-def fastest_precision(device: torch.device) -> str:
-    """The precision of a run that asks for none: "bf16" where the device multiplies it, "fp32"."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
 class TrainingStep:
     """Both networks with their optimizers; called with a batch, it updates them.
 

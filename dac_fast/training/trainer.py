@@ -29,7 +29,7 @@ from dac_fast.training.log import Log
 from dac_fast.training.processes import Processes, Stop, process_group
 from dac_fast.training.recipe import Recipe, RecipeError, load_recipe
 from dac_fast.training.split import split_files
-from dac_fast.training.step import TrainingStep, fastest_precision
+from dac_fast.training.step import TrainingStep
 
 
 class TrainingError(ValueError):
@@ -123,7 +123,7 @@ class Run:
         self.split = split_files(recipe.data, recipe.model.sample_rate)
         self.unreadable = self.split.unreadable
 
-        precision = trainer.precision or fastest_precision(self.device)
+        precision = trainer.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         self.step = TrainingStep(recipe, self.device, precision)
         self.done = 0
         self.best: float | None = None
