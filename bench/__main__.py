@@ -1,8 +1,6 @@
 """The command line, `python -m bench`: every command is a function here."""
 
 import fnmatch
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +17,6 @@ from bench.options import (
     Budget,
     CaseNames,
     Commit,
-    Device,
     OnDevice,
     Out,
     PeerNames,
@@ -30,6 +27,12 @@ from bench.options import (
     Step,
     StepPrecision,
     Threads,
+    accepted,
+    must_be_files,
+    must_be_there,
+    name_of,
+    say_written,
+    without_tf32,
 )
 from bench.report import write_report
 
@@ -351,6 +354,34 @@ def halves(
 
 
 @app.command()
+def static(
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option("--arch", metavar="N", help="sm_N; may be repeated. Default: all."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Of launches, such as 'fp16/unit*'; may be repeated. Default: all."
+        ),
+    ] = None,
+    out: Out = None,
+    commit: Commit = None,
+) -> None:
+    """Compile every Triton kernel at the real sizes, and read its machine code; needs no GPU."""
+    # Imported here, since it needs Triton.
+    from bench.static.table import ARCHITECTURES, run_static
+
+    for number in architecture or ():
+        if number not in ARCHITECTURES:
+            choice = ", ".join(map(str, ARCHITECTURES))
+            raise typer.BadParameter(f"--arch is {number}; accepted: {choice}")
+    path = out or OUT / "static.json"
+    run_static(architecture or ARCHITECTURES, only or (), path, commit)
+    say_written([path, *write_report(path)])
+
+
+@app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
     """Turn result files into pages and pictures."""
     for path in results:
@@ -366,37 +397,6 @@ def house(
     print(checkout.markdown(root))
 
 
-def name_of(device: Device | None) -> str:
-    """The name of the device, by default of the fastest."""
-    if device:
-        return device.value
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def must_be_there(device: str) -> None:
-    """Ends the command where the device is missing."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda, but torch sees no CUDA device")
-
-
-def must_be_files(*paths: Path | None) -> None:
-    """Ends the command where one of the paths is no file; None is passed over."""
-    for path in paths:
-        if path and not path.is_file():
-            raise typer.BadParameter(f"{path} is no file")
-
-
-def accepted(
-    option: str, values: list[str] | None, available: Sequence[str], device: str
-) -> list[str]:
-    """The available values that are wanted, all of them where none is named."""
-    for value in values or ():
-        if value not in available:
-            choice = ", ".join(map(repr, available))
-            raise typer.BadParameter(f"{option} is {value!r}; accepted on {device}: {choice}")
-    return [value for value in available if value in (values or available)]
-
-
 def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]:
     """The cases that match, in the order in which they are run."""
     patterns = patterns or ["*"]
@@ -410,18 +410,6 @@ def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]
         hint = "`python -m bench list` prints them"
         raise typer.BadParameter(f"no case matches {wanted}; {hint}")
     return sorted(found, key=lambda case: case.priority)
-
-
-def without_tf32() -> None:
-    """Has single precision mean single precision in this process: the codes depend on it."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def say_written(paths: list[Path]) -> None:
-    """Prints the paths of new files."""
-    for path in paths:
-        print(f"wrote {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":

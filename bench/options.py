@@ -1,9 +1,12 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the checks of their values."""
 
+import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 
@@ -80,3 +83,46 @@ Commit = Annotated[str | None, typer.Option(help="Recorded where this is no git 
 Out = Annotated[
     Path | None, typer.Option(help="The result file. Default: one in bench/out, for the device.")
 ]
+
+
+def name_of(device: Device | None) -> str:
+    """The name of the device, by default of the fastest."""
+    if device:
+        return device.value
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def must_be_there(device: str) -> None:
+    """Ends the command where the device is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda, but torch sees no CUDA device")
+
+
+def must_be_files(*paths: Path | None) -> None:
+    """Ends the command where one of the paths is no file; None is passed over."""
+    for path in paths:
+        if path and not path.is_file():
+            raise typer.BadParameter(f"{path} is no file")
+
+
+def accepted(
+    option: str, values: list[str] | None, available: Sequence[str], device: str
+) -> list[str]:
+    """The available values that are wanted, all of them where none is named."""
+    for value in values or ():
+        if value not in available:
+            choice = ", ".join(map(repr, available))
+            raise typer.BadParameter(f"{option} is {value!r}; accepted on {device}: {choice}")
+    return [value for value in available if value in (values or available)]
+
+
+def without_tf32() -> None:
+    """Has single precision mean single precision in this process: the codes depend on it."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def say_written(paths: list[Path]) -> None:
+    """Prints the paths of new files."""
+    for path in paths:
+        print(f"wrote {os.path.relpath(path)}")

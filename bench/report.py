@@ -111,6 +111,10 @@ def kind(
         from bench import corpus
 
         return corpus.markdown, lambda _: {}
+    if "static" in document:
+        from bench.static import page as static_page
+
+        return static_page.markdown, lambda document: {".png": static_page.figure(document)}
     if "soak" in document:
         from bench import soak
 

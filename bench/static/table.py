@@ -1,0 +1,93 @@
+"""`python -m bench static`: compiles every launch, and writes what was found to a result file."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from bench.document import SCHEMA, Json, environment, write
+from bench.static.bound import bound, ctas, work
+from bench.static.compiled import compiled, key, versions
+from bench.static.launches import Launch, every_launch
+from bench.static.sass import Program, facts
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+# The one that bounds are computed for, and which launches the others are compiled for.
+HOPPER = 90
+ELSEWHERE = (
+    "fp16/conv 7 dilated, 768*",
+    "fp16/transposed 16 stride 8, 1536*",
+    "fp16/unit*: y and snake*",
+    "fp16/snake*",
+    "fp32/rvq *",
+)
+
+
+def run_static(
+    architectures: Sequence[int], patterns: Sequence[str], path: Path, commit: str | None
+) -> Json:
+    """Writes the document, and returns it.
+
+    Args:
+        architectures: some of `ARCHITECTURES`.
+        patterns: of launches' names; empty: all.
+        path: of the result file.
+        commit: recorded where the tree is no git checkout.
+    """
+    groups: dict[tuple[str, str], list[Launch]] = {}
+    for launch in every_launch():
+        if any(fnmatch(launch.name, pattern) for pattern in patterns or ["*"]):
+            groups.setdefault((launch.name, key(launch)), []).append(launch)
+    rows = []
+    known: dict[tuple[str, int], tuple[Json, Program]] = {}
+    for architecture in architectures:
+        for (name, code), launches in groups.items():
+            if architecture != HOPPER and not any(fnmatch(name, each) for each in ELSEWHERE):
+                continue
+            if (code, architecture) not in known:
+                resources, sass = compiled(launches[0], architecture)
+                known[code, architecture] = resources, Program(sass)
+            rows.append(row(launches, architecture, *known[code, architecture]))
+        print(f"sm_{architecture}: {len(rows)} rows", flush=True)
+    machine = environment("cpu", commit)
+    kept = {name: machine[name] for name in ("date", "commit", "dirty", "python", "torch")}
+    document = {"schema": SCHEMA, "environment": kept | versions(), "static": rows}
+    document["complete"] = not patterns
+    write(document, path)
+    return document
+
+
+def row(launches: list[Launch], architecture: int, resources: Json, program: Program) -> Json:
+    """What is known of launches of one name that share their machine code."""
+    first = launches[0]
+    warps = first.options["num_warps"]
+    count = len(program.instructions)
+    found = {
+        "name": first.name,
+        "precision": first.precision,
+        "op": first.op,
+        "tile": first.tile,
+        "kernel": first.kernel.__name__,
+        "architecture": architecture,
+        **resources,
+        "ctas": ctas(resources, warps, architecture),
+        "instructions": count,
+        "loops": len(program.loops),
+        "hot": facts(program.hot(work(first).trips)),
+        "all": facts(program.instructions),
+    }
+    if not program.loops:
+        found["per_element"] = count * warps * 32 / work(first).elements
+    if architecture == HOPPER:
+        found["sizes"] = {
+            size: bound(of_size[0], program, resources) | {"layers": len(of_size)}
+            for size, of_size in by_size(launches).items()
+        }
+    return found
+
+
+def by_size(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
+    """The launches of each size."""
+    sizes: dict[str, list[Launch]] = {}
+    for launch in launches:
+        sizes.setdefault(launch.size, []).append(launch)
+    return sizes
