@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dac_kernels import launch
-from dac_kernels.snake import _snake, _snake_backward, snake, snake_beta, snake_unsupported, warmup
+from dac_kernels.snake import (
+    _snake,
+    _snake_backward,
+    activated,
+    snake,
+    snake_beta,
+    snake_unsupported,
+    warmup,
+)
 from device import DEVICE
 from tolerances import assert_as_good_as
 
@@ -16,6 +24,9 @@ from dac_fast.ops import reference
 
 pytestmark = pytest.mark.triton
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Older interpreters round the product of a fused multiply-add.
+VERSION = tuple(map(int, launch.triton.__version__.split(".")[:2]))
+FUSED = not launch.INTERPRETED or VERSION >= (3, 9)
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +100,33 @@ def test_sine_is_accurate_to_its_stated_bound():
     alpha, beta = torch.ones(1, 1, 1, device=DEVICE), torch.full((1, 1, 1), 2.0**-20, device=DEVICE)
     gain = 1 / (beta.double() + 1e-9)
     error = ((snake_beta(x, alpha, beta).double() - x) / gain - x.double().sin().square()).abs()
-    fused = not launch.INTERPRETED or tuple(map(int, launch.triton.__version__.split(".")[:2])) >= (
-        3,
-        9,
-    )
     # Rounding of the result itself, which is at most 2^20 + 1e4.
     rounding = 6e-8 * 1.01
-    assert (error <= 4e-7 + rounding + (0 if fused else 1.2e-7) * x.abs()).all(), error.max()
+    assert (error <= 4e-7 + rounding + (0 if FUSED else 1.2e-7) * x.abs()).all(), error.max()
+
+
+@launch.jit
+def _in_float16(x, alpha, y):
+    """What a float16 kernel computes, before it is rounded."""
+    at = launch.tl.arange(0, 4096)
+    frequency = launch.tl.load(alpha + at)
+    gain = 1.0 / (frequency + 1e-9)
+    value = activated(launch.tl.load(x + at), frequency, gain, False)
+    launch.tl.store(y + at, value)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.1, 1.0, 30.0])
+def test_half_precision_is_accurate_to_its_stated_bound(alpha):
+    """Of the instruction for sine the interpreter makes the most of the error that it may have."""
+    scale = 10.0 ** torch.linspace(-4, 4, 2048, device=DEVICE)
+    x = torch.cat([scale, -scale]) / alpha
+    frequency, y = torch.full_like(x, alpha), torch.empty_like(x)
+    launch.launch(_in_float16, 1, x, frequency, y)
+    exact = x.double() + (x.double() * frequency).sin().square() / (frequency.double() + 1e-9)
+    stated = 1.5e-6 * x.abs() + 4.6e-13 / alpha
+    # Rounding of the gain and of the result in float32.
+    rounding = 1.2e-7 * (2 * x.abs() + exact.abs())
+    assert ((y - exact).abs() <= stated + rounding + (0 if FUSED else 1.2e-7) * x.abs()).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

@@ -103,8 +103,8 @@ def _residual_unit_kernel(
     for part in tl.static_range(PARTS):
         n = part * BLOCK_N + tl.arange(0, BLOCK_N)
         h = sums[part] + tl.load(bias1 + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
-        h = snake_of(h, alpha1, n, n < C).to(snaked.dtype.element_ty)
-        hidden = hidden + (h,)  # noqa: RUF005
+        h = snake_of(h, alpha1, n, n < C, snaked.dtype.element_ty == tl.float32)
+        hidden = hidden + (h.to(snaked.dtype.element_ty),)  # noqa: RUF005
 
     # In the three stages of the loop above Triton 3.6 runs out of registers.
     for column in tl.range(0, PARTS, num_stages=2):

@@ -12,16 +12,7 @@ The backward pass keeps only x: with s = sin(alpha x) and c = cos(alpha x),
 
 and for `snake`, where alpha is beta too, the last two are added. Each program writes its own fp32
 partial sums, and a second reduction adds them in a fixed order: no atomics, the same bits on every
-run.
-
-Sine and cosine: sin^2 and sin cos have period pi, so alpha x is reduced to r in [-pi/2, pi/2] by
-the nearest multiple of pi. That multiple is subtracted in two pieces (Cody and Waite), the first
-one exactly, and from the unrounded product by a fused multiply-add; the pieces are pi to 5e-12. On
-r, sin is an odd polynomial of degree 9 (relative error 5e-9 before rounding) and cos an even one of
-degree 8 (error 6e-8). For |alpha x| <= 1e4 the error of sin^2 is below 4e-7 where fma fuses, as on
-every GPU; where fma rounds the product first, 1.2e-7 |alpha x| is added, as in PyTorch's own fp32.
-For larger |alpha x| the error grows, but sin^2 stays in [0, 1], so y is off by at most 1 / beta.
-The compiler's own sine is not used: its full-range path spills to local memory.
+run. `sine.py` has the sine, and how exact y is.
 """
 
 # Strings as annotations: without Triton, `tl.constexpr` must not be looked up.
@@ -35,53 +26,22 @@ import torch
 from torch import Tensor
 
 from dac_kernels.launch import DTYPES, Config, device_unsupported, jit, launch, tl, tuned
+from dac_kernels.sine import sine_and_cosine, squared_sine
 
-# Elements of a tile and the warps that share it. The backward pass always takes the first one,
-# because its partial sums, hence its bits, depend on the tile.
+# Elements of a tile and the warps that share it.
 CONFIGS: tuple[Config, ...] = tuple(
     {"elements": elements, "num_warps": warps}
     for elements, warps in ((2048, 4), (4096, 8), (4096, 4))
 )
+# The backward pass has one only, because its partial sums, hence its bits, depend on it.
+BACKWARD: Config = {"elements": 4096, "num_warps": 4}
 
 
 @jit
 @no_type_check
-def _reduced(x, alpha):
-    # alpha x minus the nearest multiple of pi. Adding and subtracting 1.5 * 2^23 rounds to the
-    # nearest integer; 3.140625 has 8 significant bits, so its product with that integer is exact.
-    k = tl.fma(x, alpha * 0.3183098861837907, 12582912.0) - 12582912.0
-    r = tl.fma(x, alpha, k * -3.140625)
-    return tl.fma(k, -0.0009676535846665502, r)
-
-
-@jit
-@no_type_check
-def _sine(r):
-    u = r * r
-    p = tl.fma(u, 2.6089039693033556e-06, -0.00019811101083178073)
-    p = tl.fma(u, p, 0.008333087898790836)
-    p = tl.fma(u, p, -0.16666659712791443)
-    return tl.fma(r * u, p, r)
-
-
-@jit
-@no_type_check
-def _cosine(r):
-    u = r * r
-    p = tl.fma(u, 2.319407394679729e-05, -0.001385591458529234)
-    p = tl.fma(u, p, 0.041663989424705505)
-    p = tl.fma(u, p, -0.4999993145465851)
-    return tl.fma(u, p, 1.0)
-
-
-@jit
-@no_type_check
-def activated(x, alpha, gain):
-    """x + gain sin(alpha x)^2, in float32."""
-    sine = _sine(_reduced(x, alpha))
-    # Where the reduction has lost all precision the polynomial leaves [-1, 1]; NaN must pass.
-    square = tl.minimum(sine * sine, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.fma(square, gain, x)
+def activated(x, alpha, gain, SINGLE: tl.constexpr):
+    """x + gain sin(alpha x)^2 in float32; less exactly for results of 16 bits, not SINGLE."""
+    return tl.fma(squared_sine(x, alpha, SINGLE), gain, x)
 
 
 @jit
@@ -156,7 +116,8 @@ def _forward_kernel(
     frequency = tl.load(alpha + c, mask=c_inside, other=1.0).to(tl.float32)
     gain = 1.0 / (tl.load(beta + c, mask=c_inside, other=1.0).to(tl.float32) + 1e-9)
     value = tl.load(x_at, mask=inside).to(tl.float32)
-    tl.store(y_at, activated(value, frequency, gain).to(y.dtype.element_ty), mask=inside)
+    y_value = activated(value, frequency, gain, y.dtype.element_ty == tl.float32)
+    tl.store(y_at, y_value.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -189,12 +150,8 @@ def _backward_kernel(
 
     value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
-    r = _reduced(value, frequency)
-    # Where the reduction has lost all precision, sine and cosine must still be bounded; NaN must
-    # pass.
-    r = tl.clamp(r, -1.6, 1.6, propagate_nan=tl.PropagateNan.ALL)
-    sine = _sine(r)
-    double = 2.0 * sine * _cosine(r)
+    sine, cosine = sine_and_cosine(value, frequency, dx.dtype.element_ty == tl.float32)
+    double = 2.0 * sine * cosine
     d_x = grad * tl.fma(double, frequency * gain, 1.0)
     tl.store(dx_at, d_x.to(dx.dtype.element_ty), mask=inside)
 
@@ -270,11 +227,11 @@ def _snake_backward(
     sums = 1 if beta is None else 2
     if not x.numel():
         return dx, x.new_zeros(sums, channels, dtype=torch.float32)
-    programs, rows, constants = _geometry(CONFIGS[0]["elements"], x, g, dx)
+    programs, rows, constants = _geometry(BACKWARD["elements"], x, g, dx)
     partials = x.new_empty(sums, rows, channels, dtype=torch.float32)
     tensors = (x, alpha, alpha if beta is None else beta, g, dx, partials)
     integers = (channels, time, *x.stride(), *g.stride(), *dx.stride())
-    options = constants | {"SHARED": beta is None, "num_warps": CONFIGS[0]["num_warps"]}
+    options = constants | {"SHARED": beta is None, "num_warps": BACKWARD["num_warps"]}
     launch(_backward_kernel, programs, *tensors, *integers, **options)
     return dx, partials.sum(1)
 

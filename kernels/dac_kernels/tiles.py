@@ -62,10 +62,10 @@ def any_valid(lengths, item, known, position):
 
 @jit
 @no_type_check
-def snake_of(c, alpha, channel, known):
-    """Snake of c [M, N] with the frequencies of channels [N]."""
+def snake_of(c, alpha, channel, known, SINGLE: tl.constexpr):
+    """Snake of c [M, N] with the frequencies of channels [N]; see `activated`."""
     frequency = tl.load(alpha + channel, mask=known, other=1.0).to(tl.float32)[None, :]
-    return activated(c, frequency, 1.0 / (frequency + 1e-9))
+    return activated(c, frequency, 1.0 / (frequency + 1e-9), SINGLE)
 
 
 @jit
@@ -89,7 +89,7 @@ def finish(
     if y is not None:
         tl.store(y + at, c.to(y.dtype.element_ty), mask=inside)
     if alpha is not None:
-        c = snake_of(c, alpha, channel, channel_known)
+        c = snake_of(c, alpha, channel, channel_known, snaked.dtype.element_ty == tl.float32)
         tl.store(snaked + at, c.to(snaked.dtype.element_ty), mask=inside)
 
 
