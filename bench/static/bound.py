@@ -105,7 +105,7 @@ def _snake(a: Any, passes: int) -> Work:
 
 def _conv1d(a: Any) -> Work:
     size, elements = a.x.element_size(), a.BLOCK_M * a.BLOCK_N
-    blocks = a.runs * -(-a.run // a.BLOCK_K)
+    blocks = a.RUNS * -(-a.RUN // a.BLOCK_K)
     programs = -(-a.rows // a.BLOCK_M) * -(-a.N // a.BLOCK_N)
     operands = blocks * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_K * size
     epilogue = a.there("residual", "y", "snaked") * elements * size

@@ -147,7 +147,7 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> str:
             stride = arguments["step"] // channels
             name = f"conv {taps}" + (f" stride {stride}" if stride > 1 else "")
             # One run of inputs, or one for each tap.
-            name += " dilated" if arguments["runs"] > 1 else ""
+            name += " dilated" if arguments["RUNS"] > 1 else ""
         residual = " + residual" if arguments["residual"] is not None else ""
         return f"{name}, {channels} to {out}{residual}{_results(arguments)}"
     if kind == "residual_unit":

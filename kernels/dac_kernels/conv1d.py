@@ -62,7 +62,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "tf32": ((128, 64, 32, 4, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4)),
     "ieee": ((64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (32, 64, 32, 4, 3)),
     # Each thread holds an address per element.
-    "unaligned": ((64, 64, 32, 4, 2),),
+    "unaligned": ((64, 64, 16, 4, 2),),
 }
 
 
@@ -71,14 +71,16 @@ TILES: dict[str, tuple[Tile, ...]] = {
 @no_type_check
 def _conv1d_kernel(
     x, weight, bias, alpha, residual, lengths, y, snaked, rows, M, size, stride_x_batch,
-    step, first, runs, run, run_step,
+    step, first, run_step,
     stride_weight_run, stride_weight_in, stride_weight_tap, stride_weight_out,
     N, CHANNELS, T, skip, stride_y_batch, stride_residual_batch,
-    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUNS: tl.constexpr, RUN: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
+    TANH: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Items of `size` elements give M rows each, `rows` together. A row's first run of `run`
-    # elements starts at row * step - first, the next ones `run_step` apart.
+    # Items of `size` elements give M rows each, `rows` together. A row's first run of RUN elements
+    # starts at row * step - first, the next ones `run_step` apart. RUN is known to the compiler:
+    # the loop's divisions become shifts, and masks that always hold are left out.
     m_block, n_block = tile_of(tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     known = row < rows
@@ -98,8 +100,8 @@ def _conv1d_kernel(
         column = n.to(tl.int64) * stride_weight_out
     weight_at = weight + column[None, :]
 
-    run_blocks = tl.cdiv(run, BLOCK_K)
-    blocks = runs * run_blocks
+    run_blocks: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
+    blocks = RUNS * run_blocks
     if lengths is not None:
         blocks *= any_valid(lengths, item, known, m * (N // CHANNELS) - skip)
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -107,14 +109,14 @@ def _conv1d_kernel(
         r = block // run_blocks
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (r * run_step + k)[None, :]
-        a = tl.load(x_at + at, mask=(at >= low) & (at < high) & (k < run)[None, :], other=0.0)
-        offset = (r.to(tl.int64) * stride_weight_run + k.to(tl.int64) * stride_weight_in)[:, None]
-        w = tl.load(weight_at + offset, mask=n_known[None, :] & (k < run)[:, None], other=0.0)
+        a = tl.load(x_at + at, mask=(at >= low) & (at < high) & (k < RUN)[None, :], other=0.0)
+        offset = (tl.cast(r, tl.int64) * stride_weight_run + k.to(tl.int64) * stride_weight_in)[:, None]
+        w = tl.load(weight_at + offset, mask=n_known[None, :] & (k < RUN)[:, None], other=0.0)
         c = tl.dot(a, w, c, input_precision=PRECISION)
-    at = (m.to(tl.int64) * N - skip * CHANNELS)[:, None] + n[None, :]
+    row_at = (m.to(tl.int64) * N - skip * CHANNELS)[:, None]
     finish(
-        c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, n_known, at,
-        inside, stride_y_batch, stride_residual_batch, TANH,
+        c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, n_known,
+        row_at, n[None, :], inside, stride_y_batch, stride_residual_batch, TANH,
     )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def _product(
         out = weight.shape[1]
         return {
             "M": size + 1, "N": stride * out, "CHANNELS": out, "T": time, "skip": padding,
-            "step": channels, "first": channels, "runs": 2, "run": channels, "run_step": channels,
+            "step": channels, "first": channels, "RUNS": 2, "RUN": channels, "run_step": channels,
             "stride_weight_run": -stride * stride_tap, "stride_weight_in": stride_in,
             "stride_weight_tap": stride_tap, "stride_weight_out": stride_out,
         }  # fmt: skip
@@ -141,7 +143,7 @@ def _product(
     return {
         "M": time, "N": out, "CHANNELS": out, "T": time, "skip": 0,
         "step": stride * channels, "first": padding * channels,
-        "runs": 1 if one_run else kernel, "run": kernel * channels if one_run else channels,
+        "RUNS": 1 if one_run else kernel, "RUN": kernel * channels if one_run else channels,
         "run_step": dilation * channels,
         "stride_weight_run": stride_tap,
         "stride_weight_in": stride_tap if channels == 1 else stride_in,
@@ -197,9 +199,9 @@ def _conv1d(
         launch(_conv1d_kernel, programs, *tensors, **integers, **constants, **config)
 
     parts = [tensor is not None for tensor in tensors]
-    shape = (channels, product["N"], product["runs"], product["run"], stride, rows.bit_length())
+    shape = (channels, product["N"], product["RUNS"], product["RUN"], stride, rows.bit_length())
     kind = precision, align, aligned, weight.stride(), *parts, *shape
-    configs = tiles(TILES, x, precision, aligned, product["N"], product["run"])
+    configs = tiles(TILES, x, precision, aligned, product["N"], product["RUN"])
     run(tuned("conv1d", x, kind, configs, run))
     return existing(y, snaked)
 

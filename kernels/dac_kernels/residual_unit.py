@@ -63,13 +63,14 @@ TILES: dict[str, tuple[Tile, ...]] = {
 @no_type_check
 def _residual_unit_kernel(
     x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths, y, y_snaked, rows, M, size,
-    stride_snaked_batch, first, C, run_step,
+    stride_snaked_batch, first, run_step,
     stride_weight1_run, stride_weight1_in, stride_weight1_out, stride_weight2_in,
     stride_weight2_out, stride_y_batch, stride_x_batch,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, TAPS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Items of `size` elements give M rows each, `rows` together.
+    # Items of `size` elements give M rows each, `rows` together. C is known to the compiler: the
+    # loop's divisions become shifts, and masks that always hold are left out.
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = row < rows
     item = row // M
@@ -81,7 +82,7 @@ def _residual_unit_kernel(
     sums = ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # noqa: RUF005
-    run_blocks = tl.cdiv(C, BLOCK_K)
+    run_blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     blocks = TAPS * run_blocks
     if lengths is not None:
         blocks *= any_valid(lengths, item, known, m)
@@ -90,7 +91,7 @@ def _residual_unit_kernel(
         k = block % run_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         at = (tap * run_step + k)[None, :]
         a = tl.load(snaked_at + at, mask=(at >= low) & (at < high) & (k < C)[None, :], other=0.0)
-        w_row = tap.to(tl.int64) * stride_weight1_run + k.to(tl.int64) * stride_weight1_in
+        w_row = tl.cast(tap, tl.int64) * stride_weight1_run + k.to(tl.int64) * stride_weight1_in
         added = ()
         for part in tl.static_range(PARTS):
             n = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,11 +117,11 @@ def _residual_unit_kernel(
             w_at = weight2 + w_row[:, None] + n.to(tl.int64)[None, :] * stride_weight2_out
             w = tl.load(w_at, mask=(n < C)[None, :] & (k < C)[:, None], other=0.0)
             c = tl.dot(hidden[part], w, c, input_precision=PRECISION)
-        at = (m.to(tl.int64) * C)[:, None] + n[None, :]
+        row_at = (m.to(tl.int64) * C)[:, None]
         inside = known[:, None] & (n < C)[None, :]
         finish(
-            c, bias2, alpha, x, lengths, y, y_snaked, item, known, m[:, None], n, n < C, at,
-            inside, stride_y_batch, stride_x_batch, False,
+            c, bias2, alpha, x, lengths, y, y_snaked, item, known, m[:, None], n, n < C,
+            row_at, n[None, :], inside, stride_y_batch, stride_x_batch, False,
         )  # fmt: skip
 
 

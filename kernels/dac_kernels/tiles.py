@@ -71,10 +71,13 @@ def snake_of(c, alpha, channel, known, SINGLE: tl.constexpr):
 @jit
 @no_type_check
 def finish(
-    c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, channel_known, at,
-    inside, stride_y_batch, stride_residual_batch, TANH: tl.constexpr,
+    c, bias, alpha, residual, lengths, y, snaked, item, known, position, channel, channel_known,
+    row_at, column, inside, stride_y_batch, stride_residual_batch, TANH: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue on sums c [M, N]; `at` are their offsets in the item, valid where `inside`."""
+    """The epilogue on sums c [M, N], which lie at row_at [M, 1] + column [1, N] of their item.
+
+    They exist where `inside`.
+    """
     c += tl.load(bias + channel, mask=channel_known, other=0.0).to(tl.float32)[None, :]
     if TANH:
         c = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * c))
@@ -83,14 +86,14 @@ def finish(
         length = tl.load(lengths + item, mask=known[:, None], other=0)
         c = tl.where(position < length, c, 0.0)
     if residual is not None:
-        residual_at = residual + item * stride_residual_batch + at
+        residual_at = residual + (item * stride_residual_batch + row_at) + column
         c += tl.load(residual_at, mask=inside, other=0.0).to(tl.float32)
-    at += item * stride_y_batch
+    row_at += item * stride_y_batch
     if y is not None:
-        tl.store(y + at, c.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + row_at + column, c.to(y.dtype.element_ty), mask=inside)
     if alpha is not None:
         c = snake_of(c, alpha, channel, channel_known, snaked.dtype.element_ty == tl.float32)
-        tl.store(snaked + at, c.to(snaked.dtype.element_ty), mask=inside)
+        tl.store(snaked + row_at + column, c.to(snaked.dtype.element_ty), mask=inside)
 
 
 def channels_innermost(x: Tensor) -> Tensor:
