@@ -134,18 +134,23 @@ def _residual_unit(a: Any) -> Work:
 
 
 def _project(a: Any) -> Work:
-    elements, blocks = a.BLOCK_R * a.BLOCK_F, -(-a.D // a.BLOCK_D)
-    operands = blocks * a.BLOCK_D * (4 * a.BLOCK_R + a.x.element_size() * a.BLOCK_F)
+    elements, blocks = a.BLOCK_R * a.BLOCK_F, a.DEPTH // a.BLOCK_D
+    operands = a.DEPTH * (4 * a.BLOCK_R + a.x.element_size() * a.BLOCK_F)
     moved = a.bytes("weight", "x", "y")
     return Work(elements, 0, moved, operands + 4 * elements, [blocks])
 
 
+def _sum(a: Any) -> Work:
+    read = 4 * a.BLOCK * (a.PIECES + 1)
+    return Work(a.BLOCK, 0, a.bytes("parts", "y"), read, [])
+
+
 def _search(a: Any) -> Work:
-    table = a.bytes("codebooks", "units", "half_norms")
+    table = a.bytes("codebooks", "units", "half_norms", "cross")
     rows = a.bytes("projections", "latents", "entries", "codes")
+    of_cta = rows * a.BLOCK_F // a.frames
     mean_earlier = round((a.N - 1) / 2)
     trips = [a.N, mean_earlier, -(-a.K // a.BLOCK_K)]
-    of_cta = rows * a.BLOCK_F // a.frames
     return Work(a.BLOCK_F, 0, table + rows, table + of_cta, trips)
 
 
@@ -162,6 +167,7 @@ WORK = {
     "conv1d": _conv1d,
     "residual_unit": _residual_unit,
     "project": _project,
+    "sum": _sum,
     "search": _search,
     "decode": _decode,
 }

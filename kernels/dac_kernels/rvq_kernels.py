@@ -1,5 +1,5 @@
 # ruff: noqa: N803 (sizes of a kernel are named as in its formulas)
-"""The three Triton kernels of residual vector quantisation, and their registered ops.
+"""The Triton kernels of residual vector quantisation, and their registered ops.
 
 They are `project`, `search` and `decode`; `rvq.py` has the formulas and puts them together.
 """
@@ -15,32 +15,51 @@ from torch import Tensor
 
 from dac_kernels.launch import Config, jit, launch, tl, tuned
 
+# Channels that one program of `project` sums: a few frames then keep many SMs busy. It is the same
+# for every batch, and so are the bits.
+DEPTH = 128
+
 
 @jit
 @no_type_check
 def _project_kernel(
     weight, x, bias, y, R, D, frames, size, stride_x_batch, stride_x_depth, stride_x_frame,
-    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # y [B, R, F] = weight [R, D] x [B, D, F] + bias [R] in fp32; `frames` is B F, `size` is F.
+    # y [D / DEPTH, B, R, F]: weight [R, D] x [B, D, F], of DEPTH channels each, and bias [R] added
+    # to the first, in fp32; `frames` is B F, `size` is F.
     blocks = tl.cdiv(R, BLOCK_R)
+    pieces = tl.cdiv(D, DEPTH)
     pid = tl.program_id(0).to(tl.int64)
     row = pid % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    frame = pid // blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    piece = pid // blocks % pieces
+    frame = pid // (blocks * pieces) * BLOCK_F + tl.arange(0, BLOCK_F)
     item, time = frame // size, frame % size
     row_known, frame_known = (row < R)[:, None], (frame < frames)[None, :]
     x_at = (x + item * stride_x_batch + time * stride_x_frame)[None, :]
     total = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+    for start in range(0, DEPTH, BLOCK_D):
+        d = piece * DEPTH + start + tl.arange(0, BLOCK_D)
         w_at = weight + row[:, None] * D + d[None, :]
         w = tl.load(w_at, mask=row_known & (d < D)[None, :], other=0.0)
-        v_at = x_at + d.to(tl.int64)[:, None] * stride_x_depth
+        v_at = x_at + d[:, None] * stride_x_depth
         v = tl.load(v_at, mask=(d < D)[:, None] & frame_known, other=0.0).to(tl.float32)
         total = tl.dot(w, v, total, input_precision="ieee")
-    total += tl.load(bias + row, mask=row < R, other=0.0)[:, None]
-    y_at = y + (item[None, :] * R + row[:, None]) * size + time[None, :]
+    if piece == 0:
+        total += tl.load(bias + row, mask=row < R, other=0.0)[:, None]
+    y_at = y + piece * R * frames + (item[None, :] * R + row[:, None]) * size + time[None, :]
     tl.store(y_at, total, mask=row_known & frame_known)
+
+
+@jit
+@no_type_check
+def _sum_kernel(parts, y, size, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    # y [size], the sum of parts [PIECES, size] in their order.
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        total += tl.load(parts + piece * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(y + at, total, mask=at < size)
 
 
 @jit
@@ -158,12 +177,18 @@ def project(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
     """fp32 [B, R, F] = weight [R, D] x [B, D, F] + bias [R], whatever torch's TF32 switches say."""
     rows, depth = weight.shape
     items, _, size = x.shape
-    y = x.new_empty((items, rows, size), dtype=torch.float32)
-    frames = items * size
-    programs = -(-rows // 32) * -(-frames // 32)
+    frames, pieces = items * size, -(-depth // DEPTH)
+    parts = x.new_empty((pieces, items, rows, size), dtype=torch.float32)
+    programs = -(-rows // 32) * pieces * -(-frames // 32)
     integers = (rows, depth, frames, size, *x.stride())
-    blocks = {"BLOCK_R": 32, "BLOCK_F": 32, "BLOCK_D": 32}
-    launch(_project_kernel, programs, weight, x, bias, y, *integers, **blocks, num_warps=4)
+    blocks = {"DEPTH": DEPTH, "BLOCK_R": 32, "BLOCK_F": 32, "BLOCK_D": 32}
+    launch(_project_kernel, programs, weight, x, bias, parts, *integers, **blocks, num_warps=4)
+    if pieces == 1:
+        return parts[0]
+    y = torch.empty_like(parts[0])
+    total, block = y.numel(), 1024
+    programs = -(-total // block)
+    launch(_sum_kernel, programs, parts, y, total, PIECES=pieces, BLOCK=block, num_warps=4)
     return y
 
 
@@ -243,8 +268,13 @@ def search(
 
 
 def search_configs(dim: int) -> list[Config]:
-    """The rows that a thread holds cost `dim` registers each, so wide codes take few."""
-    sizes = ((16, 128), (32, 64)) if dim <= 8 else ((8 if dim <= 16 else 4, 64),)
+    """The rows that a thread holds cost `dim` registers each, so wide codes take few.
+
+    Few frames want programs of few frames each, which then share a search among more threads.
+    """
+    sizes = (
+        ((16, 128), (32, 64), (4, 256), (2, 512)) if dim <= 8 else ((8 if dim <= 16 else 4, 64),)
+    )
     return [{"BLOCK_F": f, "BLOCK_K": k, "num_warps": 4} for f, k in sizes]
 
 
