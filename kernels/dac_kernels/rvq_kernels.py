@@ -144,7 +144,7 @@ def _decode_kernel(
     codes, codebooks, weight, bias, y, N, K, D, frames, size, stride_weight_row,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # y [B, D, F] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks
+    # y [B, F, D] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks
     # [N, K, DIM].
     blocks = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
@@ -168,7 +168,7 @@ def _decode_kernel(
         w = tl.load(w_at, mask=d_known & (r < N * DIM)[None, :], other=0.0)
         total = tl.dot(w, entry, total, input_precision="ieee")
     total += tl.load(bias + d, mask=d < D, other=0.0)[:, None]
-    y_at = y + (item[None, :] * D + d[:, None]) * size + time[None, :]
+    y_at = y + frame[None, :] * D + d[:, None]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=d_known & frame_known)
 
 
@@ -336,12 +336,13 @@ def decode(
 ) -> Tensor:
     """[B, D, F] from codes [B, N, F] and, in fp32, codebooks [N, K, d], weight [D, N d], bias [D].
 
-    The rows of the weight are contiguous.
+    The rows of the weight are contiguous. The result has its channels innermost in memory, as the
+    decoder reads it.
     """
     items, stages, size = codes.shape
     _, entries, dim = codebooks.shape
     depth = weight.shape[0]
-    y = codes.new_empty((items, depth, size), dtype=dtype)
+    y = codes.new_empty((items, size, depth), dtype=dtype).mT
     frames = items * size
     programs = -(-depth // 64) * -(-frames // 32)
     tensors = (codes, codebooks, weight, bias, y)
@@ -353,7 +354,7 @@ def decode(
 
 @decode.register_fake
 def _(codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty((codes.shape[0], weight.shape[0], codes.shape[2]), dtype=dtype)
+    return codes.new_empty((codes.shape[0], codes.shape[2], weight.shape[0]), dtype=dtype).mT
 
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
