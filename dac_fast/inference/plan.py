@@ -177,11 +177,12 @@ class Convolution:
         """Positions that come out of `length`; the very tensor where the number stays the same."""
         padding = self.padding if padded else 0
         if self.transposed:
-            return length * self.stride + (self.stride - 2 * padding)
+            scaled = length * self.stride
+            change = self.stride - 2 * padding
+            return scaled + change if change else scaled
         change = 2 * padding - self.dilation * (self.kernel_size - 1) + self.stride - 1
-        if self.stride == 1:
-            return length + change if change else length
-        return (length + change) // self.stride
+        moved = length + change if change else length
+        return moved // self.stride if self.stride > 1 else moved
 
     def __call__(
         self,
