@@ -16,6 +16,7 @@ KINDS = {
              "CCTL", "UTCBAR", "ARRIVES", "ERRBAR"),
     "load": ("LDG", "LD."),
     "store": ("STG", "ST."),
+    "spill": ("LDL", "STL"),
     "shared load": ("LDS", "LDTM"),
     "shared store": ("STS", "STTM"),
     "special function": ("MUFU",),
