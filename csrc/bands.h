@@ -46,7 +46,7 @@ DAC_HD Range common(Range a, Range b) { return {greater(a.begin, b.begin), lesse
 // The sample that a position holds.
 DAC_HD int reflect(int position, int samples) {
   position = position < 0 ? -position : position;
-  return position < samples ? position : 2 * (samples - 1) - position;
+  return lesser(position, 2 * (samples - 1) - position);
 }
 
 // The three ways from samples to the positions that hold them: position = shift + sign sample, for the positions
@@ -91,13 +91,12 @@ DAC_HD Range samples_under(const Spectrogram& s, const Image& way, Range frames,
 }
 
 // Sum of what those of the frames that cover a position have there; value(f, n) is sample n of frame frames.begin + f.
-// hop and pad are the spectrogram's (constants, where the caller knows them).
 template <class S, class Value>
-DAC_HD S overlap(int hop, int pad, int position, Range frames, const Value& value) {
-  const int offset = position + pad, newest = offset / hop;
+DAC_HD S overlap(const Spectrogram& s, int position, Range frames, const Value& value) {
+  const int offset = position + s.pad, newest = offset / s.hop;
   const Range covering = common({newest - 3, newest + 1}, frames);
   S total = 0;
-  for (int t = covering.begin; t < covering.end; ++t) total += value(t - frames.begin, offset - t * hop);
+  for (int t = covering.begin; t < covering.end; ++t) total += value(t - frames.begin, offset - t * s.hop);
   return total;
 }
 
@@ -105,9 +104,10 @@ DAC_HD S overlap(int hop, int pad, int position, Range frames, const Value& valu
 // bins are 1 element apart, channels last 2.
 DAC_HD int64_t row_offset(const Spectrogram& s, const Segment& segment, bool channels_last, int64_t item, int frame,
                           int part) {
-  const int64_t width = segment.high - segment.low;
-  if (channels_last) return (item * s.frames + frame) * width * 2 + part;
-  return ((item * 2 + part) * s.frames + frame) * width;
+  // There are fewer than 2^31 rows.
+  const int width = segment.high - segment.low, row = static_cast<int>(item) * s.frames + frame;
+  if (channels_last) return static_cast<int64_t>(row) * (2 * width) + part;
+  return static_cast<int64_t>(row + (static_cast<int>(item) + part) * s.frames) * width;
 }
 
 }  // namespace dac

@@ -143,8 +143,8 @@ void bind_bands_cuda(py::module_& m, const std::string& types) {
         },
         unlocked);
   m.def(("stft_bands_backward_cuda_" + types).c_str(),
-        [](const Plan& plan, Address grad_x, int device, Address stream) {
-          stft_bands_backward_cuda<Out>(plan, at<float>(grad_x), device, at<void>(stream));
+        [](const Plan& plan, Address partial, Address grad_x, int device, Address stream) {
+          stft_bands_backward_cuda<Out>(plan, at<float>(partial), at<float>(grad_x), device, at<void>(stream));
         },
         unlocked);
 }
@@ -171,6 +171,7 @@ void bind_cuda(py::module_& m) {
     check_cuda(cudaGetDeviceCount(&count), "CUDA devices");
     return count;
   });
+  m.def("stft_bands_partial", &stft_bands_partial);
   bind_bands_cuda<float>(m, "float32_float32");
   bind_bands_cuda<BFloat16>(m, "float32_bfloat16");
 }

@@ -174,7 +174,7 @@ void backward_span(const Plan& plan, int64_t item, Range span, S* grad, Workspac
         const Image way = image(s, which);
         const Range samples = samples_under(s, way, frames, span);
         for (int i = samples.begin; i < samples.end; ++i) {
-          grad[i] += overlap<S>(s.hop, s.pad, way.shift + way.sign * i, frames, [&](int lane, int n) {
+          grad[i] += overlap<S>(s, way.shift + way.sign * i, frames, [&](int lane, int n) {
             return work.at(lane, n / 2, 1 - n % 2) * window[n];
           });
         }

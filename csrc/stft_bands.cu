@@ -1,6 +1,9 @@
-// A block transforms kPoints complex points at a time, whatever the window: 1 frame of 4096 samples, or 128 of 32.
+// A block transforms kPoints complex points of one item, whatever the window: 1 frame of 4096 samples, or 128 of 32.
 // Instructions limit this as much as memory does (butterflies, addresses), hence transforms of a size known when
-// compiling, and rows of bins copied between shared memory and the tensors a warp at a time.
+// compiling, and bins that go straight between registers and the tensors: neighbouring threads have neighbouring bins.
+//
+// The backward op is two launches. The first transforms every frame once, and adds up a block's frames where they
+// overlap; the second adds up the blocks that cover a sample or one of its reflections.
 #include <mutex>
 #include <set>
 
@@ -12,223 +15,250 @@ namespace {
 
 constexpr int kThreads = 256, kWarp = 32;
 constexpr int kPoints = 8 * kThreads;
-// Samples whose gradients a block owns, at most: the more, the fewer frames are transformed by two blocks.
-constexpr int kSpan = 4096;
+// Samples between the first frames of neighbouring blocks.
+constexpr int kStep = kPoints / 2;
 
 __device__ Tables<float> tables;
 
-// In exchanges one element in 9 is left free: elements 8 apart then lie in different banks.
-__device__ __forceinline__ int padded(int i) { return i + i / 8; }
+// In exchanges one element in 9 is left free: elements 8 apart then lie in different banks. padded(i) + padded(j) is
+// padded(i + j) where the lowest three bits of i and j have no carry.
+DAC_HD constexpr int padded(int i) { return i + i / 8; }
 
-// Shared memory, declared outside templates: g++ drops attributes of static variables in them (see tests/fibers).
-__device__ __forceinline__ Complex<float>* shared_elements() {
-  __shared__ Complex<float> elements[kPoints + kPoints / 8];
-  return elements;
+// Declared outside templates, in which g++ drops attributes of static variables (see tests/fibers).
+__device__ __forceinline__ Complex<float>* shared_rows() {
+  alignas(float4) __shared__ Complex<float> rows[padded(kPoints)];
+  return rows;
 }
 
-__device__ __forceinline__ float* shared_gradient() {
-  __shared__ float gradient[kSpan];
-  return gradient;
-}
-
-// The thread's index, read anew: what each size of transform derives from it is otherwise kept in registers across the
-// loop over windows, for all eight sizes, which spills.
-__device__ __forceinline__ int thread_index() {
-  int index = threadIdx.x;
-#ifdef __CUDA_ARCH__
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-#endif
-  return index;
-}
-
-// Transforms of M points: the frame of the block that this thread works on, as number `worker` of M / 8.
+// Transforms of M points: the frame of the block that this thread works on, as number `worker` of M / 8. A frame has a
+// row of its own in shared memory.
 template <int M>
 struct Place {
-  static constexpr int kFrames = kPoints / M, kWorkers = M / 8;
-  int slot, worker;
-
-  __device__ __forceinline__ explicit Place(int thread) : slot(thread / kWorkers), worker(thread % kWorkers) {}
+  static constexpr int kFrames = kPoints / M, kWorkers = M / 8, kRow = padded(M);
+  // Nobody else waits for a frame's workers where they are in one warp.
+  static constexpr bool kOneWarp = kWorkers <= kWarp;
+  int slot = threadIdx.x / kWorkers, worker = threadIdx.x % kWorkers;
 };
 
-// Complex transform of every frame, elements as in fft.h. Nobody may need what is in shared memory any more, before
-// and after.
+// Complex transform of a frame, elements as in fft.h. Nobody may need what is in its row any more, before and after.
 template <int M, int kStride = 1>
-__device__ __forceinline__ void transform(Complex<float> (&v)[8], const Place<M>& place, Complex<float>* shared) {
+__device__ __forceinline__ void transform(Complex<float> (&v)[8], int worker, Complex<float>* row) {
   constexpr int R = radix(M, kStride);
-  pass<R>(v, place.worker, M, kStride, tables.root);
+  pass<R>(v, worker, M, kStride, tables.root);
   if constexpr (kStride * R < M) {
-    Complex<float>* row = shared + place.slot * padded(M);
+    static_assert(R == 8, "a destination is that of element 0 and e strides");
+    Complex<float>* to = row + padded(destination<R>(worker, 0, M, kStride));
+    const Complex<float>* from = row + padded(worker);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) row[padded(destination<R>(place.worker, e, M, kStride))] = v[e];
-    __syncthreads();
+    for (int e = 0; e < 8; ++e) to[padded(e * kStride)] = v[e];
+    Place<M>::kOneWarp ? __syncwarp() : __syncthreads();
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = row[padded(place.worker + e * (M / 8))];
-    __syncthreads();
-    transform<M, kStride * R>(v, place, shared);
+    for (int e = 0; e < 8; ++e) v[e] = from[padded(e * (M / 8))];
+    Place<M>::kOneWarp ? __syncwarp() : __syncthreads();
+    transform<M, kStride * R>(v, worker, row);
   }
 }
 
-struct Frame {
-  int item, number;
+// The blocks of a launch: of each window so many for an item. And for the backward op, where each window has what its
+// blocks found, a row of `covered` elements each; the last entry is the number of all.
+struct Grid {
+  int chunks[kMaxWindows];
+  int64_t partial[kMaxWindows + 1];
+  int64_t blocks;
 };
 
-// Calls copy(bins, segment, re, im, lane) by whole warps, for each segment of each slot's frame: its bins in shared
-// memory, which holds M + 1 a frame, and its rows' offsets in the tensor. frame_of(slot): item -1 for an empty slot.
-template <int M, class FrameOf, class Copy>
-__device__ __forceinline__ void each_row(const Spectrogram& s, bool channels_last, Complex<float>* shared,
-                                         const FrameOf& frame_of, const Copy& copy) {
-  constexpr int kFrames = Place<M>::kFrames;
-  for (int task = threadIdx.x / kWarp; task < kFrames * s.segments; task += kThreads / kWarp) {
-    const int slot = task % kFrames;
-    const Segment& segment = s.segment[task / kFrames];
-    const Frame frame = frame_of(slot);
-    if (frame.item < 0) continue;
-    copy(shared + slot * (M + 1) + segment.low, segment,
-         row_offset(s, segment, channels_last, frame.item, frame.number, 0),
-         row_offset(s, segment, channels_last, frame.item, frame.number, 1), threadIdx.x % kWarp);
+// Positions that a block's frames cover.
+DAC_HD int covered(const Spectrogram& s) { return kStep + 3 * s.hop; }
+
+Grid grid_of(const Plan& plan) {
+  Grid grid = {};
+  for (int w = 0; w < plan.windows; ++w) {
+    const Spectrogram& s = plan.window[w];
+    const int frames = kPoints / (s.size / 2);
+    grid.chunks[w] = (s.frames - 1) / frames + 1;
+    grid.blocks += plan.batch * grid.chunks[w];
+    grid.partial[w + 1] = grid.partial[w] + plan.batch * grid.chunks[w] * covered(s);
+  }
+  return grid;
+}
+
+// What a block works on.
+struct Task {
+  int window, item, chunk;
+};
+
+__device__ Task task_of(const Plan& plan, const Grid& grid) {
+  int window = 0;
+  unsigned block = blockIdx.x, chunks = grid.chunks[0];
+  while (block >= static_cast<unsigned>(plan.batch) * chunks) {
+    block -= static_cast<unsigned>(plan.batch) * chunks;
+    chunks = grid.chunks[++window];
+  }
+  return {window, static_cast<int>(block / chunks), static_cast<int>(block % chunks)};
+}
+
+// Calls visit(j, re, im) with where a worker's bins are in the band tensors, whose elements are T. For j = 0..3 it is that
+// of element j, for 4 the middle one (of worker 0), for 5..8 the mirror images of elements 3..0, so that bins ascend. A
+// bin that no band wants is left out.
+template <int M, bool kLast, class T, class Visit>
+__device__ __forceinline__ void each_bin(const Spectrogram& s, int item, int frame, int worker, const Visit& visit) {
+  constexpr int kPair = kLast ? 2 : 1;
+  // The segment's bins are [low, high). `own` is what distinguishes this worker's bin from others'; re and im are of bin
+  // `own`, so that the rest of an address is a constant.
+  int next = 0, low = 0, high = 0, own = worker;
+  T *re = nullptr, *im = nullptr;
+#pragma unroll
+  for (int j = 0; j < 9; ++j) {
+    if (j == 4 && worker > 0) continue;
+    // The same segment once more, for another `own`.
+    if (j == 5) own = -worker, high = 0, --next;
+    const int common = j < 4 ? j * (M / 8) : M - (8 - j) * (M / 8);
+    if (own + common >= high) {
+      while (own + common >= high) high = s.segment[next++].high;
+      const Segment& segment = s.segment[next - 1];
+      low = segment.data ? segment.low : high;
+      if (!segment.data) continue;
+      T* first = static_cast<T*>(segment.data) + (own - low) * kPair;
+      re = first + row_offset(s, segment, kLast, item, frame, 0);
+      im = first + row_offset(s, segment, kLast, item, frame, 1);
+    }
+    if (own + common >= low) visit(j, re + common * kPair, im + common * kPair);
+  }
+}
+
+// A frame's samples, windowed, as the elements of its transform.
+template <int M>
+__device__ __forceinline__ void load_frame(const Spectrogram& s, const float* signal, int frame, int worker,
+                                           Complex<float> (&v)[8]) {
+  const auto* window = reinterpret_cast<const float2*>(tables.half_hann + 2 * M);
+  const int start = s.start(frame);
+  const float* first = signal + start;
+  if (start >= 0 && start + 2 * M <= s.samples && reinterpret_cast<uintptr_t>(first) % sizeof(float2) == 0) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int i = worker + e * (M / 8);
+      const float2 sample = __ldg(reinterpret_cast<const float2*>(first) + i);
+      v[e] = {sample.x * window[i].x, sample.y * window[i].y};
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int i = worker + e * (M / 8), n = start + 2 * i;
+    v[e].re = __ldg(signal + reflect(n, s.samples)) * window[i].x;
+    v[e].im = __ldg(signal + reflect(n + 1, s.samples)) * window[i].y;
   }
 }
 
 template <int M, class Out>
-__device__ void forward_block(const Plan& plan, const Spectrogram& s, const float* x, int64_t stride, int block,
-                              Complex<float>* shared) {
-  const Place<M> place(thread_index());
-  const int first = block * Place<M>::kFrames, count = static_cast<int>(plan.batch) * s.frames;
-  const auto frame_of = [&](int slot) {
-    const int frame = first + slot;
-    return frame < count ? Frame{frame / s.frames, frame % s.frames} : Frame{-1, 0};
-  };
-
+__device__ void forward_block(const Plan& plan, const Spectrogram& s, const float* x, int64_t stride, const Task& task) {
+  const Place<M> place;
+  const int frame = task.chunk * Place<M>::kFrames + place.slot;
   Complex<float> v[8] = {};
-  const Frame frame = frame_of(place.slot);
-  if (frame.item >= 0) {
-    const float* signal = x + frame.item * stride;
-    const auto* window = reinterpret_cast<const float2*>(tables.half_hann + 2 * M);
-    const int start = s.start(frame.number);
-    const bool inside = start >= 0 && start + 2 * M <= s.samples;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int i = place.worker + e * (M / 8), n = start + 2 * i;
-      const float2 weight = window[i];
-      v[e].re = __ldg(signal + (inside ? n : reflect(n, s.samples))) * weight.x;
-      v[e].im = __ldg(signal + (inside ? n + 1 : reflect(n + 1, s.samples))) * weight.y;
-    }
-  }
-  transform<M>(v, place, shared);
+  if (frame < s.frames) load_frame<M>(s, x + task.item * stride, frame, place.worker, v);
+  Complex<float>* row = shared_rows() + place.slot * Place<M>::kRow;
+  transform<M>(v, place.worker, row);
 
   // A worker splits its elements 0..3 and their mirror images, which other workers hold: among their elements 4..7.
-  Complex<float>* row = shared + place.slot * (M + 1);
 #pragma unroll
   for (int e = 4; e < 8; ++e) row[place.worker + e * (M / 8)] = v[e];
-  __syncthreads();
+  Place<M>::kOneWarp ? __syncwarp() : __syncthreads();
+  const Complex<float>* root = tables.root + 2 * M;
+  Complex<float> mirror[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int k = place.worker + e * (M / 8);
+    mirror[e] = k == 0 ? v[0] : row[M - k];
+    split(v[e], mirror[e], root[k]);
+  }
+  // The middle bin is its own mirror image.
+  if (place.worker == 0) {
+    Complex<float> same = v[4];
+    split(v[4], same, root[M / 2]);
+  }
+
+  if (frame >= s.frames) return;
+  const auto bin = [&](int j) {
+    const Complex<float>& from = j <= 4 ? v[j] : mirror[8 - j];
+    Complex<Out> to;
+    convert(from.re, to.re);
+    convert(from.im, to.im);
+    return to;
+  };
+  if (plan.channels_last) {
+    each_bin<M, true, Out>(s, task.item, frame, place.worker,
+                           [&](int j, Out* pair, Out*) { *reinterpret_cast<Complex<Out>*>(pair) = bin(j); });
+  } else {
+    each_bin<M, false, Out>(s, task.item, frame, place.worker,
+                            [&](int j, Out* re, Out* im) { *re = bin(j).re, *im = bin(j).im; });
+  }
+}
+
+__device__ __forceinline__ void add(float& sum, float value) { sum += value; }
+__device__ __forceinline__ void add(float4& sum, const float4& value) {
+  sum.x += value.x, sum.y += value.y, sum.z += value.z, sum.w += value.w;
+}
+
+// The gradient of the positions that a block's frames cover, as far as it comes from these frames.
+template <int M, class In>
+__device__ void inverse_block(const Plan& plan, const Spectrogram& s, const Task& task, float* partial) {
+  constexpr unsigned kFrames = Place<M>::kFrames, kHop = M / 2;
+  const Place<M> place;
+  const int frame = task.chunk * kFrames + place.slot;
+  Complex<float> v[8] = {}, mirror[4] = {};
+  const auto set_bin = [&](int j, const Complex<In>& from) {
+    Complex<float>& to = j <= 4 ? v[j] : mirror[8 - j];
+    convert(from.re, to.re);
+    convert(from.im, to.im);
+  };
+  if (frame < s.frames && plan.channels_last) {
+    each_bin<M, true, const In>(s, task.item, frame, place.worker, [&](int j, const In* pair, const In*) {
+      set_bin(j, *reinterpret_cast<const Complex<In>*>(pair));
+    });
+  } else if (frame < s.frames) {
+    each_bin<M, false, const In>(s, task.item, frame, place.worker,
+                                 [&](int j, const In* re, const In* im) { set_bin(j, {*re, *im}); });
+  }
+
+  // As in the forward op, the other way round.
+  Complex<float>* row = shared_rows() + place.slot * Place<M>::kRow;
   const Complex<float>* root = tables.root + 2 * M;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int k = place.worker + e * (M / 8);
-    // Nobody else reads this one, nor any that is written here.
-    Complex<float> mirror = k == 0 ? v[0] : row[M - k];
-    split(v[e], mirror, root[k]);
-    row[k] = v[e];
-    row[M - k] = mirror;
+    merge(v[e], mirror[e], root[k], k == 0);
+    row[M - k] = mirror[e];
   }
-  // The middle bin is its own mirror image.
   if (place.worker == 0) {
-    Complex<float> mirror = v[4];
-    split(v[4], mirror, root[M / 2]);
+    Complex<float> same = v[4];
+    merge(v[4], same, root[M / 2], false);
     row[M / 2] = v[4];
   }
+  Place<M>::kOneWarp ? __syncwarp() : __syncthreads();
+#pragma unroll
+  for (int e = 0; e < 8; ++e) v[e] = swapped(e < 4 ? v[e] : row[place.worker + e * (M / 8)]);
+  Place<M>::kOneWarp ? __syncwarp() : __syncthreads();
+  transform<M>(v, place.worker, row);
+
+  const auto* window = reinterpret_cast<const float2*>(tables.half_hann + 2 * M);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int i = place.worker + e * (M / 8);
+    row[i] = {v[e].im * window[i].x, v[e].re * window[i].y};
+  }
   __syncthreads();
-
-  each_row<M>(s, plan.channels_last, shared, frame_of,
-              [&](const Complex<float>* bins, const Segment& segment, int64_t re, int64_t im, int lane) {
-                Out* data = static_cast<Out*>(segment.data);
-                if (!data) return;
-                for (int k = lane; k < segment.high - segment.low; k += kWarp) {
-                  Complex<Out> bin;
-                  convert(bins[k].re, bin.re);
-                  convert(bins[k].im, bin.im);
-                  if (plan.channels_last) {
-                    reinterpret_cast<Complex<Out>*>(data + re)[k] = bin;
-                  } else {
-                    data[re + k] = bin.re;
-                    data[im + k] = bin.im;
-                  }
-                }
-              });
-}
-
-// Adds one window's part of the gradient to the span's, grad[0] being that of sample span.begin. Sample i belongs to
-// thread (i - span.begin) % kThreads throughout.
-template <int M, class In>
-__device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, Range span, float* grad,
-                              Complex<float>* shared) {
-  const Range touching = frames_over(s, span);
-  for (int first = touching.begin; first < touching.end; first += Place<M>::kFrames) {
-    const Range frames = {first, lesser(first + Place<M>::kFrames, touching.end)};
-    const auto frame_of = [&](int slot) {
-      return first + slot < frames.end ? Frame{item, first + slot} : Frame{-1, 0};
-    };
-    each_row<M>(s, plan.channels_last, shared, frame_of,
-                [&](Complex<float>* bins, const Segment& segment, int64_t re, int64_t im, int lane) {
-                  const In* data = static_cast<const In*>(segment.data);
-                  for (int k = lane; k < segment.high - segment.low; k += kWarp) {
-                    Complex<In> bin = {};
-                    if (data && plan.channels_last) {
-                      bin = reinterpret_cast<const Complex<In>*>(data + re)[k];
-                    } else if (data) {
-                      bin = {data[re + k], data[im + k]};
-                    }
-                    convert(bin.re, bins[k].re);
-                    convert(bin.im, bins[k].im);
-                  }
-                });
-    __syncthreads();
-
-    // As in the forward op, the other way round. (An empty slot transforms leftovers that nobody reads.)
-    const int thread = thread_index();
-    const Place<M> place(thread);
-    Complex<float> v[8];
-    Complex<float>* row = shared + place.slot * (M + 1);
-    const Complex<float>* root = tables.root + 2 * M;
+  // Frames past the item's last one are zeros.
+  const auto* values = reinterpret_cast<const float*>(shared_rows());
+  constexpr int kApart = 2 * Place<M>::kRow - M / 2;
+  for (unsigned n = 4 * threadIdx.x; n < kStep + 3 * kHop; n += 4 * kThreads) {
+    const int newest = n / kHop;
+    float4 sum = {0, 0, 0, 0};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int k = place.worker + e * (M / 8);
-      v[e] = row[k];
-      Complex<float> mirror = row[M - k];
-      merge(v[e], mirror, root[k], k == 0);
-      row[M - k] = mirror;
+    for (int back = 3; back >= 0; --back) {
+      const int t = newest - back;
+      if (static_cast<unsigned>(t) < kFrames) add(sum, *reinterpret_cast<const float4*>(values + n + t * kApart));
     }
-    if (place.worker == 0) {
-      Complex<float> middle = row[M / 2], mirror = middle;
-      merge(middle, mirror, root[M / 2], false);
-      row[M / 2] = middle;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = swapped(e < 4 ? v[e] : row[place.worker + e * (M / 8)]);
-    __syncthreads();
-    transform<M>(v, place, shared);
-
-    Complex<float>* frame = shared + place.slot * M;
-    const auto* window = reinterpret_cast<const float2*>(tables.half_hann + 2 * M);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int i = place.worker + e * (M / 8);
-      const float2 weight = window[i];
-      frame[i] = {v[e].im * weight.x, v[e].re * weight.y};
-    }
-    __syncthreads();
-    const float* values = reinterpret_cast<const float*>(shared);
-    for (int which = 0; which < kImages; ++which) {
-      const Image way = image(s, which);
-      const Range samples = samples_under(s, way, frames, span);
-      const int owned = (thread - (samples.begin - span.begin)) & (kThreads - 1);
-      for (int i = samples.begin + owned; i < samples.end; i += kThreads) {
-        grad[i - span.begin] += overlap<float>(M / 2, 3 * M / 4, way.shift + way.sign * i, frames,
-                                               [&](int f, int n) { return values[f * 2 * M + n]; });
-      }
-    }
-    __syncthreads();
+    *reinterpret_cast<float4*>(partial + n) = sum;
   }
 }
 
@@ -245,37 +275,67 @@ __device__ void backward_span(const Plan& plan, const Spectrogram& s, int item, 
     case 4096: { constexpr int M = 2048; __VA_ARGS__; break; } \
   }
 
-// Blocks that one window needs.
-DAC_HD int blocks_of(const Plan& plan, const Spectrogram& s) {
-  const int frames = kPoints / (s.size / 2);
-  return (static_cast<int>(plan.batch) * s.frames + frames - 1) / frames;
-}
-
 template <class Out>
 __global__ void __launch_bounds__(kThreads, 4)
-    forward_kernel(const __grid_constant__ Plan plan, const float* x, int64_t stride) {
-  Complex<float>* shared = shared_elements();
-  int block = blockIdx.x, w = 0;
-  for (; block >= blocks_of(plan, plan.window[w]); ++w) block -= blocks_of(plan, plan.window[w]);
-  const Spectrogram& s = plan.window[w];
-  DAC_WITH_SIZE(s.size, forward_block<M, Out>(plan, s, x, stride, block, shared))
+    forward_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Grid grid, const float* x,
+                   int64_t stride) {
+  const Task task = task_of(plan, grid);
+  const Spectrogram& s = plan.window[task.window];
+  DAC_WITH_SIZE(s.size, forward_block<M, Out>(plan, s, x, stride, task))
 }
 
 template <class In>
-__global__ void __launch_bounds__(kThreads, 3)  // A fourth block would leave too few registers: spills.
-    backward_kernel(const __grid_constant__ Plan plan, float* grad_x, int spans, int span_size) {
-  Complex<float>* shared = shared_elements();
-  float* grad = shared_gradient();
-  const int item = blockIdx.x / spans, begin = static_cast<int>(blockIdx.x % spans) * span_size;
+__global__ void __launch_bounds__(kThreads, 4)
+    inverse_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Grid grid, float* partial) {
+  const Task task = task_of(plan, grid);
+  const Spectrogram& s = plan.window[task.window];
+  partial += grid.partial[task.window] + static_cast<int64_t>(task.item * grid.chunks[task.window] + task.chunk) * covered(s);
+  DAC_WITH_SIZE(s.size, inverse_block<M, In>(plan, s, task, partial))
+}
+
+// What the blocks of an item that cover a position found for it, added up. V: float, or float4 for four positions.
+template <class V>
+__device__ __forceinline__ V covering(const Spectrogram& s, const float* partial, int chunks, int position) {
+  const int size = covered(s), offset = position + s.pad;
+  const int first = offset < size ? 0 : (offset - size) / kStep + 1, last = lesser(offset / kStep, chunks - 1);
+  const float* at = partial + static_cast<int64_t>(first) * size + (offset - first * kStep);
+  V sum = {};
+  for (int c = first; c <= last; ++c, at += size - kStep) add(sum, __ldg(reinterpret_cast<const V*>(at)));
+  return sum;
+}
+
+DAC_HD unsigned quads_of(unsigned samples) { return (samples + 3) / 4; }
+
+// Four neighbouring samples a thread.
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Grid grid, const float* partial,
+                  float* grad_x) {
   const int samples = plan.window[0].samples;
-  const Range span = {begin, lesser(begin + span_size, samples)};
-  for (int i = threadIdx.x; i < kSpan; i += kThreads) grad[i] = 0;
+  const unsigned index = blockIdx.x * kThreads + threadIdx.x, quads = quads_of(samples);
+  const int item = index / quads, first = index % quads * 4;
+  if (item >= plan.batch) return;
+  float4 total = {0, 0, 0, 0};
   for (int w = 0; w < plan.windows; ++w) {
     const Spectrogram& s = plan.window[w];
-    DAC_WITH_SIZE(s.size, backward_span<M, In>(plan, s, item, span, grad, shared))
+    const float* of_item = partial + grid.partial[w] + static_cast<int64_t>(item) * grid.chunks[w] * covered(s);
+    add(total, covering<float4>(s, of_item, grid.chunks[w], first));
+    for (int which = 1; which < kImages; ++which) {
+      const Image way = image(s, which);
+      const Range held = common(way.map(way.positions), {first, lesser(first + 4, samples)});
+      const auto reflected = [&](int sample) {
+        if (sample < held.begin || sample >= held.end) return 0.0f;
+        return covering<float>(s, of_item, grid.chunks[w], way.shift + way.sign * sample);
+      };
+      if (held.begin >= held.end) continue;
+      add(total, {reflected(first), reflected(first + 1), reflected(first + 2), reflected(first + 3)});
+    }
   }
-  float* out = grad_x + static_cast<int64_t>(item) * samples + span.begin;
-  for (int i = threadIdx.x; i < span.end - span.begin; i += kThreads) out[i] = grad[i];
+  float* out = grad_x + static_cast<int64_t>(item) * samples + first;
+  const float of[4] = {total.x, total.y, total.z, total.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (first + i < samples) out[i] = of[i];
+  }
 }
 
 // Copies the tables to a device the first time it is used.
@@ -299,25 +359,26 @@ void stft_bands_forward_cuda(const Plan& plan, const float* x, int64_t stride, i
   const char* what = "stft_bands";
   const DeviceGuard guard(device, what);
   prepare(device);
-  int blocks = 0;
-  for (int w = 0; w < plan.windows; ++w) blocks += blocks_of(plan, plan.window[w]);
-  launch(what, stream, blocks, kThreads, forward_kernel<Out>, plan, x, stride);
+  const Grid grid = grid_of(plan);
+  launch(what, stream, grid.blocks, kThreads, forward_kernel<Out>, plan, grid, x, stride);
 }
 
+int64_t stft_bands_partial(const Plan& plan) { return grid_of(plan).partial[plan.windows]; }
+
 template <class In>
-void stft_bands_backward_cuda(const Plan& plan, float* grad_x, int device, void* stream) {
+void stft_bands_backward_cuda(const Plan& plan, float* partial, float* grad_x, int device, void* stream) {
   const char* what = "stft_bands backward";
   const DeviceGuard guard(device, what);
   prepare(device);
-  const int samples = plan.window[0].samples;
-  const int spans = (samples + kSpan - 1) / kSpan;
-  launch(what, stream, plan.batch * spans, kThreads, backward_kernel<In>, plan, grad_x, spans,
-         (samples + spans - 1) / spans);
+  const Grid grid = grid_of(plan);
+  const int64_t blocks = (plan.batch * quads_of(plan.window[0].samples) + kThreads - 1) / kThreads;
+  launch(what, stream, grid.blocks, kThreads, inverse_kernel<In>, plan, grid, partial);
+  launch(what, stream, blocks, kThreads, gather_kernel, plan, grid, partial, grad_x);
 }
 
 template void stft_bands_forward_cuda<float>(const Plan&, const float*, int64_t, int, void*);
 template void stft_bands_forward_cuda<BFloat16>(const Plan&, const float*, int64_t, int, void*);
-template void stft_bands_backward_cuda<float>(const Plan&, float*, int, void*);
-template void stft_bands_backward_cuda<BFloat16>(const Plan&, float*, int, void*);
+template void stft_bands_backward_cuda<float>(const Plan&, float*, float*, int, void*);
+template void stft_bands_backward_cuda<BFloat16>(const Plan&, float*, float*, int, void*);
 
 }  // namespace dac

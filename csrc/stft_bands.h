@@ -25,13 +25,15 @@ void stft_bands_forward(const Plan& plan, const S* x, int64_t stride, int thread
 template <class S, class Out>
 void stft_bands_backward(const Plan& plan, S* grad_x, int threads);
 
-// The same on a CUDA device, in one launch each, asynchronous on the stream. Channels last, tensors are aligned to pairs
-// of elements. Throw std::runtime_error where CUDA reports an error. The first call on a device copies the tables there,
-// which a CUDA graph cannot capture.
+// The same on a CUDA device, asynchronous on the stream. Channels last, tensors are aligned to pairs of elements;
+// partial: room for stft_bands_partial(plan) elements. Throw std::runtime_error where CUDA reports an error. The first
+// call on a device copies the tables there, which a CUDA graph cannot capture.
 template <class Out>
 void stft_bands_forward_cuda(const Plan& plan, const float* x, int64_t stride, int device, void* stream);
 
 template <class Out>
-void stft_bands_backward_cuda(const Plan& plan, float* grad_x, int device, void* stream);
+void stft_bands_backward_cuda(const Plan& plan, float* partial, float* grad_x, int device, void* stream);
+
+int64_t stft_bands_partial(const Plan& plan);
 
 }  // namespace dac

@@ -24,6 +24,9 @@ extern dim3 threadIdx, blockIdx;
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 template <class T>
 T __ldg(const T* address) {

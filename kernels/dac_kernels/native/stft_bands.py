@@ -227,7 +227,9 @@ def _stft_bands_backward(
     grad_x = _gradient(grads, samples, windows, edges, channels_last, dtype)
     grads = [_aligned(grad, _memory_format(channels_last)) for grad in grads]
     plan = _plan(grads, grad_x, windows, edges, channels_last)
-    call("stft_bands_backward", grad_x, [dtype, grads[0].dtype], plan, grad_x.data_ptr())
+    partial = [grad_x.new_empty(extension.stft_bands_partial(plan))] if grad_x.is_cuda else []
+    addresses = [tensor.data_ptr() for tensor in (*partial, grad_x)]
+    call("stft_bands_backward", grad_x, [dtype, grads[0].dtype], plan, *addresses)
     return grad_x
 
 
