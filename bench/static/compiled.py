@@ -1,6 +1,5 @@
 """A launch compiled ahead of time: its machine code, and what it takes of an SM."""
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from bench.document import Json
@@ -80,9 +80,6 @@ def _output(tool: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@functools.cache
 def versions() -> Json:
-    """Of Triton and of its assembler."""
-    release = _output("ptxas", "--version")
-    found = re.search(r"release ([\d.]+)", release)
-    return {"triton": triton.__version__, "ptxas": found[1] if found else release}
+    """Of Triton, and of the assembler that it takes for sm_90."""
+    return {"triton": triton.__version__, "ptxas": get_ptxas(90).version}

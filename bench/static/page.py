@@ -44,7 +44,7 @@ def markdown(document: Json) -> str:
     for size in ("training", *SIZES):
         for precision, found in grouped(best(rows, size), "precision"):
             lines += ["", f"### {size}, {precision}", "", *bounds(found, size)]
-            if document["complete"] and size in SIZES and any("conv" in r["op"] for r in found):
+            if precision in document["complete"] and size in SIZES:
                 lines += ["", total(found, size)]
     lines += ["", "## Machine code", "", MACHINE_CODE]
     hopper = [row for row in rows if row["architecture"] == HOPPER]

@@ -34,8 +34,11 @@ def run_static(
         commit: recorded where the tree is no git checkout.
     """
     groups: dict[tuple[str, str], list[Launch]] = {}
+    whole: dict[str, bool] = {}
     for launch in every_launch():
-        if any(fnmatch(launch.name, pattern) for pattern in patterns or ["*"]):
+        wanted = any(fnmatch(launch.name, pattern) for pattern in patterns or ["*"])
+        whole[launch.precision] = wanted and whole.get(launch.precision, True)
+        if wanted:
             groups.setdefault((launch.name, key(launch)), []).append(launch)
     rows = []
     known: dict[tuple[str, int], tuple[Json, Program]] = {}
@@ -51,7 +54,7 @@ def run_static(
     machine = environment("cpu", commit)
     kept = {name: machine[name] for name in ("date", "commit", "dirty", "python", "torch")}
     document = {"schema": SCHEMA, "environment": kept | versions(), "static": rows}
-    document["complete"] = not patterns
+    document["complete"] = [precision for precision, all_of_it in whole.items() if all_of_it]
     write(document, path)
     return document
 
