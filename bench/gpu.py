@@ -48,6 +48,7 @@ LIMITS = {
     "tests": 120,
     "memcheck": 45,
     "racecheck": 45,
+    "synccheck": 45,
     "precisions": 40,
     "train": 100,
 }
@@ -197,7 +198,7 @@ def sanitizers(session: Session) -> None:
     """Runs the tests of our own CUDA code under compute-sanitizer, where it is installed."""
     if not shutil.which("compute-sanitizer"):
         return
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST]
         command += ["-x", "-k", SANITIZED]
         # PyTorch's caching allocator hides accesses past the end of a tensor.

@@ -329,11 +329,12 @@ def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
         "tests",
         "memcheck",
         "racecheck",
+        "synccheck",
         "cases",
         "cases",
         "precisions",
     ]
-    command, limit = done[4][1:]
+    command, limit = done[5][1:]
     assert command[command.index("--case") + 1] == "codec/*"
     assert 500 < limit <= 570 - gpu.RESERVE - gpu.LIMITS["precisions"]
     assert "running" not in json.loads(first.read_text())
@@ -345,7 +346,7 @@ def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
     second = gpu.run_everything(settings)
     assert [name for name, *_ in done] == ["cases", "precisions", "train"]
     document = json.loads(second.read_text())
-    assert (second.name, len(document["rows"]), len(document["steps"])) == (first.name, 3, 10)
+    assert (second.name, len(document["rows"]), len(document["steps"])) == (first.name, 3, 11)
 
     done.clear()
     gpu.run_everything(gpu.GpuSettings(tmp_path, 30))
