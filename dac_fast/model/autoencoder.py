@@ -93,7 +93,7 @@ class Decoder(Layer):
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if x.is_meta or not torch.is_autocast_enabled(device):
             return self.model(x, lengths, padded)
         layers = list(self.model)
         begin = len(layers) - FULL_PRECISION_BLOCKS - 3
