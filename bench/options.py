@@ -21,6 +21,7 @@ class Precision(str, Enum):
     """Precisions of the engine."""
 
     fp32 = "fp32"
+    tf32x3 = "tf32x3"
     tf32 = "tf32"
     fp16 = "fp16"
     bf16 = "bf16"

@@ -219,6 +219,7 @@ class DAC(nn.Module):
         precision: PrecisionOption = None,
         shapes: ShapesOption = (),
         memory: int = 4 << 30,
+        invariant: bool = False,
     ) -> "DAC":
         """Have an engine run `encode`, `decode` and what uses them. Returns self.
 
@@ -230,8 +231,9 @@ class DAC(nn.Module):
         the codec has none. `str(codec.engine)` says what it does.
 
         Args:
-            precision: of the convolutions, "fp32" (no TF32), "tf32", "fp16" or "bf16", or
-                {"encode": one of these, "decode": one of these}. None: fp32 for encode, so that
+            precision: of the convolutions, "fp32" (no TF32), "tf32x3" (three products of TF32 for
+                each of float32, on CUDA), "tf32", "fp16" or "bf16", or {"encode": one of these,
+                "decode": one of these}. None: fp32 for encode, so that
                 codes are the reference's; for decode fp16 on CUDA, fp32 on the CPU. The quantizer
                 computes in fp32 in any case.
             shapes: (batch, frames) pairs, or {"encode": pairs, "decode": pairs}. At each size, the
@@ -241,11 +243,16 @@ class DAC(nn.Module):
                 batches too. Without shapes, layers run on cuDNN and cuBLAS; on a CPU by the
                 compiled kernels where the processor has what they need, else on oneDNN and MKL.
             memory: bytes that the graphs may hold; shapes beyond are timed but not captured.
+            invariant: whether, on CUDA, an item's codes and audio have the same bits whatever
+                batch, chunk, neighbours and graph they meet: every layer is a fused kernel then,
+                and none is chosen by timing. On a CPU this goes for encoder and decoder; the
+                quantizer's products are PyTorch's, whose last bit may depend on the shape.
         Raises:
+            BackendError: `invariant`, and a layer has no fused kernel here.
             ValueError: an argument is out of range, the codec is not in float32, or its activation
                 is not Snake.
         """
-        options = Options.checked(self, precision, shapes, memory)
+        options = Options.checked(self, precision, shapes, memory, invariant)
         # Frees what an earlier engine holds.
         self.engine = None
         # Parameters made in inference mode could not be changed outside of it.
@@ -265,9 +272,7 @@ class DAC(nn.Module):
         with _lending:
             lent = self._lent if self._borrowers else None
             if lent is None and self._lacks_engine():
-                lent = self._lent = self.engine = Engine(
-                    self, Options.checked(self, None, (), memory=0)
-                )
+                lent = self._lent = self.engine = Engine(self, Options.checked(self))
             if lent:
                 self._borrowers += 1
         try:

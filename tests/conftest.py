@@ -86,3 +86,26 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    """Triton's interpreter adds products to a sum one by one, as a GPU's instructions do.
+
+    NumPy's own product of a tile has an order that depends on the tile's shape.
+    """
+    from dac_kernels import launch
+
+    if not launch.INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, sums, *rest):
+        total = sums.data
+        for k in range(a.data.shape[1]):
+            # Exact in float64, and rounded once: a fused multiply-add.
+            products = a.data[:, k, None].astype("float64") * b.data[None, k].astype("float64")
+            total = (total + products).astype("float32")
+        return TensorHandle(total, sums.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)

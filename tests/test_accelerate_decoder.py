@@ -301,5 +301,5 @@ def test_bad_arguments():
         accelerate_decoder(nn.Conv1d(3, 3, 1))
     with pytest.raises(ValueError, match=r"parameters are torch\.float16; accepted: torch\.float"):
         accelerate_decoder(nn.Conv1d(3, 3, 1).half())
-    with pytest.raises(ValueError, match="precision is 'fp8'; accepted: fp32, tf32"):
+    with pytest.raises(ValueError, match="precision is 'fp8'; accepted: fp32, tf32x3, tf32"):
         accelerate_decoder(nn.Conv1d(3, 3, 1).eval(), precision="fp8")

@@ -55,6 +55,9 @@ BUDGETS = {
     "tf32/conv 7 dilated, 768 to 768: snake/128×128×32, 8 warps, 3 stages": Budget(
         177, 127, 16, "wgmma 64×128×8"
     ),
+    "tf32x3/conv 7 dilated, 768 to 768: snake/128×128×32, 8 warps, 3 stages": Budget(
+        214, 507, 16, "wgmma 64×128×8"
+    ),
     "fp32/conv 7 dilated, 768 to 768: snake/64×64×16, 4 warps, 3 stages": Budget(128, 627, 16),
     "fp16/snake forward, channels last/32×128, 4 warps": Budget(53, 19.91, 16),
     "fp16/snake backward, channels last/32×128, 4 warps": Budget(122, 33.8, 16),

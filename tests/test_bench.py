@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from served import small_codec
 
 from bench import codes, gpu, precisions, run, soak, timing
 from bench.case import Case, Prepared, Run, Settings, Unavailable
 from bench.cases import end_to_end
 from bench.checks import ops as checks
-from bench.checks.codec import PIECE, Truth
+from bench.checks import tensor_cores
+from bench.checks.codec import PIECE, Truth, decibels
 from bench.checks.random_codec import random_codec
 from bench.document import speedups, write
 from bench.report import markdown, write_report
@@ -285,12 +287,16 @@ def test_table_of_precisions(tmp_path, monkeypatch):
     with wave.open(str(clip), "wb") as file:
         file.setparams((2, 2, 44100, 0, "NONE", ""))
         file.writeframes(torch.randint(-9000, 9000, (8000,), dtype=torch.int16).numpy().tobytes())
-    document = precisions.run_table("cpu", ("fp32", "fp16"), clip, 0.1, tmp_path / "table.json")
+    document = precisions.run_table(
+        "cpu", ("fp32", "tf32x3", "fp16"), clip, 0.1, tmp_path / "table.json"
+    )
     assert json.loads((tmp_path / "table.json").read_text()) == document
-    reference, fp32, fp16 = document["rows"]
-    assert reference["agreement"] == fp32["agreement"] == 1
+    reference, fp32, three, fp16 = document["rows"]
+    assert reference["agreement"] == fp32["agreement"] == three["agreement"] == 1
     assert min(reference["snr_db"], fp32["snr_db"]) > 90 > fp16["snr_db"] > 40
-    assert "| golden, even strides | fp16 |" in precisions.markdown(document)
+    page = precisions.markdown(document)
+    assert "| golden, even strides | fp16 |" in page
+    assert "| golden, even strides | tf32x3, emulated |" in page
 
 
 def test_gpu_runs_every_step_and_goes_on_with_a_document(tmp_path, monkeypatch):
@@ -396,3 +402,18 @@ def test_a_soak_compares_whatever_ends(tmp_path):
         while run.counts["streams"] < 4:
             run.step()
         assert run.counts["wrong"] > 0
+
+
+def test_emulated_tensor_cores():
+    """Three products of TF32 are as near to float64 as float32 is; one is not."""
+    x, weight, bias = torch.randn(1, 40, 70), torch.randn(24, 40, 7), torch.randn(24)
+    exact = F.conv1d(x.double(), weight.double(), bias.double(), 2, 9, 3)
+    with tensor_cores.emulated_convolutions():
+        three = F.conv1d(x, weight, bias, 2, 9, 3)
+    one = F.conv1d(tensor_cores.rounded(x), tensor_cores.rounded(weight), bias, 2, 9, 3)
+    single = F.conv1d(x, weight, bias, 2, 9, 3)
+    assert decibels(three, exact) > decibels(single, exact) - 3 > 120 > decibels(one, exact)
+    assert tensor_cores.rounded(torch.tensor([1 + 2**-11, -1 - 2**-11])).tolist() == [
+        1 + 2**-10,
+        -1 - 2**-10,
+    ]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from dac_kernels import conv1d as module
-from dac_kernels import launch
 from dac_kernels.conv1d import (
     _conv1d,
     conv1d,
@@ -11,6 +10,7 @@ from dac_kernels.conv1d import (
     conv_transpose1d,
     conv_transpose1d_unsupported,
 )
+from dac_kernels.tiles import PRODUCTS
 from device import DEVICE
 from tolerances import assert_as_good_as
 
@@ -199,21 +199,43 @@ def test_more_than_one_group_of_tiles():
 
 
 @pytest.mark.parametrize("kind", module.TILES)
-def test_every_tile(kind, monkeypatch):
+def test_every_tile(kind, monkeypatch, products_in_order):
     dtype = torch.float16 if kind == "half" else torch.float32
     # wide enough that no tile is narrowed
     x, weight, bias, alpha = layer(50 if kind == "unaligned" else 48, 144, 1, 70, dtype=dtype)
     # one result, which all tiles can give
-    options = {"alpha": alpha, "keep": False, "tf32": kind == "tf32"}
+    products = kind if kind in PRODUCTS else "ieee"
+    options = {"alpha": alpha, "keep": False, "products": products}
     made = []
     for tile in range(len(module.TILES[kind])):
         choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
         monkeypatch.setattr(module, "tuned", choice)
         bound = torch.float16 if kind == "tf32" else None
         made.append(compare("conv1d", x, weight, bias, dtype=bound, **options)[1])
-    if not launch.INTERPRETED:
-        # what `launch.tuned` asks for
-        assert all(torch.equal(snaked, made[0]) for snaked in made[1:])
+    # what `launch.tuned` asks for
+    assert all(torch.equal(snaked, made[0]) for snaked in made[1:])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_item_has_its_bits_in_any_batch_and_piece(transposed, monkeypatch, products_in_order):
+    """By every tile: alone, in a batch, ragged, and what a piece of it determines."""
+    x, weight, bias, alpha = layer(16, 40, 4 if transposed else 7, 70, transposed, items=3)
+    op = conv_transpose1d if transposed else conv1d
+    where, sizes = ((2, 1), (140, 60)) if transposed else ((1, 3), (70, 30))
+    lengths, batches = torch.tensor([sizes[0], 9, sizes[1]], device=DEVICE), []
+    for tile in range(len(module.TILES["ieee"])):
+        choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
+        monkeypatch.setattr(module, "tuned", choice)
+        batch = op(x, weight, bias, *where, alpha=alpha)[1]
+        batches.append(batch)
+        assert torch.equal(batch, batches[0])
+        assert torch.equal(op(x[1:2], weight, bias, *where, alpha=alpha)[1], batch[1:2])
+        ragged = op(x, weight, bias, *where, alpha=alpha, lengths=lengths)[1]
+        for item, length in enumerate(lengths):
+            assert torch.equal(ragged[item, :, :length], batch[item, :, :length])
+        scale = sizes[0] // 70
+        piece = op(innermost(x[..., 20:50]), weight, bias, *where, alpha=alpha)[1]
+        assert torch.equal(piece[..., 4 * scale : 26 * scale], batch[..., 24 * scale : 46 * scale])
 
 
 def test_offsets_beyond_32_bits():
@@ -246,14 +268,14 @@ def test_registered():
     x, weight, bias, alpha = layer(16, 24, 7, 20)
     lengths = torch.tensor([5, 20], device=DEVICE)
     torch.library.opcheck(
-        _conv1d, (x, weight, bias, alpha, None, lengths, 1, 3, 1, False, False, True, False)
+        _conv1d, (x, weight, bias, alpha, None, lengths, 1, 3, 1, False, False, True, "ieee")
     )
     torch.library.opcheck(
-        _conv1d, (x, weight, bias, None, None, None, 2, 3, 1, False, True, True, False)
+        _conv1d, (x, weight, bias, None, None, None, 2, 3, 1, False, True, True, "ieee")
     )
     x, weight, bias, alpha = layer(16, 24, 10, 20, True)
     torch.library.opcheck(
-        _conv1d, (x, weight, bias, alpha, None, None, 5, 3, 1, True, False, False, False)
+        _conv1d, (x, weight, bias, alpha, None, None, 5, 3, 1, True, False, False, "ieee")
     )
     compiled = torch.compile(conv_transpose1d, fullgraph=True, backend="aot_eager")
     outputs = conv_transpose1d(x, weight, bias, 5, 3, alpha=alpha)
@@ -285,6 +307,8 @@ def test_refusals_name_the_value():
     )
     with pytest.raises(ValueError, match="alpha has shape"):
         conv1d(x, weight, bias, alpha=alpha[0])
+    with pytest.raises(ValueError, match="products is 'fp8'; accepted: ieee, tf32, tf32x3"):
+        conv1d(x, weight, bias, products="fp8")
 
 
 # The 44.1 kHz model: channels in, out, kernel, stride, padding, dilation, size of one second.
@@ -297,15 +321,15 @@ REAL = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", REAL, ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, "tf32", "tf32x3"], ids=str)
 def test_real_sizes(shape, dtype):
     channels, out, kernel, stride, padding, dilation, size = shape
-    tf32, dtype = dtype == "tf32", torch.float32 if dtype == "tf32" else dtype
+    products, dtype = (dtype, torch.float32) if dtype in PRODUCTS else ("ieee", dtype)
     x, weight, bias, alpha = layer(channels, out, kernel, size, dtype=dtype)
     time = module.output_length(size, kernel, stride, padding, dilation, False)
     lengths = torch.tensor([time // 3, time], device=DEVICE)
-    options = {"alpha": alpha, "lengths": lengths, "tf32": tf32}
-    bound = torch.float16 if tf32 else None
+    options = {"alpha": alpha, "lengths": lengths, "products": products}
+    bound = torch.float16 if products == "tf32" else None
     compare("conv1d", x, weight, bias, stride, padding, dilation, dtype=bound, **options)
 
 

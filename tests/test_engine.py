@@ -9,7 +9,7 @@ import torch
 from device import DEVICE
 
 import dac_fast
-from dac_fast import DAC, PRESETS, use_backend
+from dac_fast import DAC, PRESETS, ops, use_backend
 from dac_fast.inference import plan as plans
 from dac_fast.inference.buckets import Graphs
 from dac_fast.inference.engine import PRECISIONS, PrecisionError
@@ -48,6 +48,13 @@ def decibels(actual, exact) -> float:
     return float(
         10 * torch.log10(exact.square().sum() / (actual.double().cpu() - exact).square().sum())
     )
+
+
+def skip_without_kernels(dtype) -> None:
+    """Skips the test where the processor does not multiply that dtype."""
+    ones = torch.ones(2, 2, 1, dtype=dtype)
+    if reason := plans.native.conv1d_unsupported(ones, ones, ones[:, 0, 0]):
+        pytest.skip(reason)
 
 
 def assert_same(actual, expected, tolerance=1e-5):
@@ -148,6 +155,52 @@ def test_the_fused_kernels_are_the_same_codec(precision):
         assert torch.equal(found.codes.cpu(), expected.codes)
     assert decibels(again, restored) > {"fp32": 90, "fp16": 40}[precision]
     assert not again[1, :, 20:].any()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "fp32"), ("cpu", {"decode": "bf16"})]
+    + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in PRECISIONS],
+)
+@torch.no_grad()
+def test_invariant_items_have_their_bits_in_any_company(device, precision):
+    """Alone, in batches, ragged, in the middle of a longer item, and by graphs of several sizes."""
+    if device == "cpu":
+        skip_without_kernels(torch.float32 if precision == "fp32" else torch.bfloat16)
+    codec, size = dac_fast.load("tiny").to(device), 48
+    audio, hop = noise(3, 1, size * codec.hop_length).to(device), codec.hop_length
+    codes = torch.randint(0, 1024, (3, 9, size), generator=torch.Generator().manual_seed(2))
+    codes, lengths = codes.to(device), torch.tensor([size, 17, 29], device=device)
+    shapes = [(), [(1, 32), (4, 48)]]
+    for timed in shapes:
+        codec.optimize(precision, timed, invariant=True)
+        z, _ = codec.engine.features(audio), codec.encode(audio)
+        together, restored = codec.encode(audio, lengths * hop), codec.decode_codes(codes, lengths)
+        if timed == shapes[0]:
+            expected = z, together.codes, restored
+        found = z, together.codes, restored
+        assert all(map(torch.equal, found, expected))
+        for i, frames in enumerate(lengths.tolist()):
+            alone = audio[i : i + 1, :, : frames * hop]
+            assert torch.equal(codec.encode(alone).codes, together.codes[i : i + 1, :, :frames])
+            ours = codec.decode_codes(codes[i : i + 1, :, :frames])
+            assert torch.equal(ours, restored[i : i + 1, :, : frames * hop])
+    # What reaches no end of the piece.
+    inside = slice(12, 20)
+    piece = codec.engine.features(audio[:1, :, 8 * hop : 40 * hop])
+    assert torch.equal(piece[..., inside], z[:1, :, 8:40][..., inside])
+    plan = codec.engine.plans["decode"]
+    whole, piece = plan(z), plan(z[:2, :, 8:40])
+    samples = slice(12 * hop, 20 * hop)
+    assert torch.equal(piece[..., samples], whole[:2, :, 8 * hop : 40 * hop][..., samples])
+
+
+def test_invariance_needs_a_kernel_for_every_layer():
+    skip_without_kernels(torch.bfloat16)
+    codec = small(decoder_dim=16)
+    with pytest.raises(ops.BackendError, match="whatever the batch: .*1 channels; accepted in bf"):
+        codec.optimize({"decode": "bf16"}, invariant=True)
+    assert codec.engine is None
 
 
 def test_the_fastest_way_is_taken_and_named(monkeypatch):
@@ -328,7 +381,10 @@ def test_what_optimize_refuses():
     codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
     engine = codec.optimize().engine
     for arguments, message in (
-        ({"precision": "fp8"}, "precision is 'fp8' for 'encode'; accepted: fp32, tf32, fp16, bf16"),
+        (
+            {"precision": "fp8"},
+            "precision is 'fp8' for 'encode'; accepted: fp32, tf32x3, tf32, fp16, bf16",
+        ),
         ({"precision": {"train": "fp16"}}, "precision is 'fp16' for 'train'"),
         (
             {"shapes": [(1, 0)]},

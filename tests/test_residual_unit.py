@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from dac_kernels import launch
 from dac_kernels import residual_unit as module
 from dac_kernels.residual_unit import _residual_unit, residual_unit, residual_unit_unsupported
+from dac_kernels.tiles import PRODUCTS
 from device import DEVICE
 from tolerances import assert_as_good_as
 
@@ -116,27 +116,26 @@ def test_tiles_past_the_length():
 
 
 @pytest.mark.parametrize("kind", module.TILES)
-def test_every_tile(kind, monkeypatch):
+def test_every_tile(kind, monkeypatch, products_in_order):
     arguments, alpha = unit(
         50 if kind == "unaligned" else 96, 70, torch.float16 if kind == "half" else torch.float32
     )
     tf32, made = kind == "tf32", []
+    products = kind if kind in PRODUCTS else "ieee"
+    options = {"alpha": alpha, "products": products}
     for tile in range(len(module.TILES[kind])):
         choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
         monkeypatch.setattr(module, "tuned", choice)
-        made += [
-            compare(arguments, 3, 9, dtype=torch.float16 if tf32 else None, alpha=alpha, tf32=tf32)
-        ]
-    if not launch.INTERPRETED:
-        # what `launch.tuned` asks for
-        assert all(torch.equal(a, b) for outputs in made[1:] for a, b in zip(outputs, made[0]))
+        made += [compare(arguments, 3, 9, dtype=torch.float16 if tf32 else None, **options)]
+    # what `launch.tuned` asks for
+    assert all(torch.equal(a, b) for outputs in made[1:] for a, b in zip(outputs, made[0]))
 
 
 def test_registered():
     arguments, alpha = unit(16, 20)
     lengths = torch.tensor([5, 20], device=DEVICE)
-    torch.library.opcheck(_residual_unit, (*arguments, alpha, lengths, 3, 9, True, False))
-    torch.library.opcheck(_residual_unit, (*arguments, None, None, 3, 0, True, False))
+    torch.library.opcheck(_residual_unit, (*arguments, alpha, lengths, 3, 9, True, "ieee"))
+    torch.library.opcheck(_residual_unit, (*arguments, None, None, 3, 0, True, "ieee"))
     compiled = torch.compile(residual_unit, fullgraph=True, backend="aot_eager")
     outputs = residual_unit(*arguments, 1, 3, alpha=alpha)
     assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments, 1, 3, alpha=alpha), outputs))
@@ -147,6 +146,7 @@ def test_refusals_name_the_value():
     assert residual_unit_unsupported(*arguments, 3, 9, alpha=alpha) is None
     assert "padding 8" in residual_unit_unsupported(*arguments, 3, 8)
     assert "no output" in residual_unit_unsupported(*arguments, 3, 9, keep=False)
+    assert "accepted: ieee, tf32" in residual_unit_unsupported(*arguments, 3, 9, products="tf32x3")
     assert "2 x -34 output" in residual_unit_unsupported(*arguments, 9, 0)
     x, snaked, *weights = arguments
     reason = residual_unit_unsupported(x, snaked[..., :10], *weights, 3, 9)
@@ -163,12 +163,12 @@ def test_refusals_name_the_value():
 @pytest.mark.parametrize("channels", [64, 96, 128, 192])
 @pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
 def test_real_sizes(channels, dtype):
-    tf32, dtype = dtype == "tf32", torch.float32 if dtype == "tf32" else dtype
+    products, dtype = (dtype, torch.float32) if dtype in PRODUCTS else ("ieee", dtype)
     arguments, alpha = unit(channels, 20_001, dtype)
     for dilation in (1, 9):
         lengths = torch.tensor([333, 20_001], device=DEVICE)
-        options = {"alpha": alpha, "lengths": lengths, "tf32": tf32}
-        bound = torch.float16 if tf32 else None
+        options = {"alpha": alpha, "lengths": lengths, "products": products}
+        bound = torch.float16 if products == "tf32" else None
         compare(arguments, dilation, 3 * dilation, dtype=bound, **options)
 
 

@@ -44,7 +44,7 @@ COUNT, CLOCK = 132, 1.7e9
 ISSUED = 4
 L2 = 30.0
 HBM = 3.0e12 / COUNT / CLOCK
-PRODUCTS = {"fp16": 4096, "bf16": 4096, "tf32": 2048}
+PRODUCTS = {"fp16": 4096, "bf16": 4096, "tf32": 2048, "tf32x3": 2048 / 3}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dac_kernels.launch import INTERPRETED, Config
 from torch import Tensor
 
 from dac_fast import DAC, PRESETS, use_backend
+from dac_fast.inference.engine import PRECISIONS
 from dac_fast.inference.plan import Plan
 
 MODULES = (snake, rvq, rvq_kernels, conv1d, residual_unit)
@@ -26,13 +27,6 @@ SIZES = {"16 × 10 s": (16, 862), "1 × 1 s": (1, 87)}
 LATENT = 1024
 # Of the training step: items of 0.38 s, times, channels.
 TRAINING = (72, 16758, 96)
-# dtype of weights and activations, whether TF32 is allowed.
-PRECISIONS = {
-    "fp16": (torch.float16, False),
-    "bf16": (torch.bfloat16, False),
-    "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False),
-}
 # What is compiled into a kernel beside its arguments.
 COMPILER_OPTIONS = ("num_warps", "num_stages")
 
@@ -173,10 +167,10 @@ def every_launch() -> list[Launch]:
     codec = codec.to_empty(device="cpu").eval().fold_weight_norm()
     hop = codec.hop_length
     # bfloat16 differs from float16 in nothing but the products' type.
-    for precision in ("fp16", "tf32", "fp32"):
-        dtype, tf32 = PRECISIONS[precision]
-        encoder = Plan("encoder", codec.encoder, dtype, tf32)
-        decoder = Plan("decoder", codec.decoder, dtype, tf32)
+    for precision in ("fp16", "tf32", "tf32x3", "fp32"):
+        dtype, products = PRECISIONS[precision]
+        encoder = Plan("encoder", codec.encoder, dtype, products)
+        decoder = Plan("decoder", codec.decoder, dtype, products)
         for size, (items, frames) in SIZES.items():
             lengths = torch.full((items,), frames)
             with recorder.recording(size, precision):
@@ -189,7 +183,7 @@ def every_launch() -> list[Launch]:
     for precision in ("fp16", "bf16", "fp32"):
         for layout in (torch.preserve_format, torch.contiguous_format):
             with recorder.recording("training", precision):
-                x = torch.empty(*TRAINING, dtype=PRECISIONS[precision][0])
+                x = torch.empty(*TRAINING, dtype=PRECISIONS[precision].dtype)
                 x = x.mT if layout is torch.preserve_format else x.mT.contiguous()
                 _snakes(x)
     _others(recorder)
@@ -213,12 +207,14 @@ def _others(recorder: Recorder) -> None:
             rvq.warmup([(1, 64, 33)], 3, 100, dim, torch.float32, "cpu")
     with recorder.recording("other", "fp16"):
         _snakes(torch.empty(1, 96, 1000, dtype=torch.float16))
-    for precision, (dtype, tf32) in PRECISIONS.items():
+    for precision, (dtype, products) in PRECISIONS.items():
         with recorder.recording("other", precision):
             x = torch.empty(2, 128, 24, dtype=dtype).mT
             weight = torch.empty(24, 7, 24, dtype=dtype).mT
             bias, alpha, lengths = torch.empty(24), torch.empty(1, 24, 1), torch.empty(2).long()
-            conv1d.conv1d(x, weight, bias, 1, 3, alpha=alpha, lengths=lengths, tf32=tf32)
+            conv1d.conv1d(x, weight, bias, 1, 3, alpha=alpha, lengths=lengths, products=products)
             point = torch.empty(24, 1, 24, dtype=dtype).mT
             arguments = x, x, weight, bias, alpha, point, bias, 1, 3
-            residual_unit.residual_unit(*arguments, alpha=alpha, lengths=lengths, tf32=tf32)
+            options = {"alpha": alpha, "lengths": lengths, "products": products}
+            if not residual_unit.residual_unit_unsupported(*arguments, **options):
+                residual_unit.residual_unit(*arguments, **options)

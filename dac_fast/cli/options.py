@@ -31,6 +31,7 @@ class Precision(str, Enum):
     """Precisions of the convolutions."""
 
     fp32 = "fp32"
+    tf32x3 = "tf32x3"
     tf32 = "tf32"
     fp16 = "fp16"
     bf16 = "bf16"

@@ -37,7 +37,7 @@ class Options:
         shuffle: seed of the order of recordings; None: they are in the order of their keys.
         n_quantizers: use the first that many codebooks; None: all.
         normalize_db: loudness to bring recordings to, in LUFS; None: as they are.
-        precision: of the encoder: fp32, tf32, fp16 or bf16.
+        precision: of the encoder: fp32, tf32x3, tf32, fp16 or bf16.
         audio_column: of Parquet files.
         device: "cpu", "cuda" (of several GPUs, each worker has one), "cuda:N", or "auto": a GPU
             where there is one.

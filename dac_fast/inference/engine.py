@@ -15,7 +15,8 @@ from dac_kernels import native
 from torch import Tensor
 
 from dac_fast.inference.buckets import Bucket, Graphs, Request
-from dac_fast.inference.plan import Plan, choosing
+from dac_fast.inference.choices import choosing
+from dac_fast.inference.plan import Plan
 from dac_fast.model.frames import encoded
 from dac_fast.model.halves import DIRECTIONS, directions_of
 from dac_fast.model.interface import Codec
@@ -30,18 +31,19 @@ class Precision(NamedTuple):
 
     Attributes:
         dtype: of weights and activations.
-        tf32: whether products of float32 may be rounded to TF32.
+        products: of float32, see `ops.conv1d`.
     """
 
     dtype: torch.dtype
-    tf32: bool
+    products: str
 
 
 PRECISIONS = {
-    "fp32": Precision(torch.float32, tf32=False),
-    "tf32": Precision(torch.float32, tf32=True),
-    "fp16": Precision(torch.float16, tf32=False),
-    "bf16": Precision(torch.bfloat16, tf32=False),
+    "fp32": Precision(torch.float32, "ieee"),
+    "tf32x3": Precision(torch.float32, "tf32x3"),
+    "tf32": Precision(torch.float32, "tf32"),
+    "fp16": Precision(torch.float16, "ieee"),
+    "bf16": Precision(torch.bfloat16, "ieee"),
 }
 
 # Of both directions, or by direction.
@@ -62,15 +64,22 @@ class Options:
         precision: by direction, the name of a precision.
         shapes: by direction, (batch, frames) pairs.
         memory: bytes that the graphs may hold.
+        invariant: whether bits must not depend on the batch, nor on the size.
     """
 
     precision: dict[str, str]
     shapes: dict[str, list[tuple[int, int]]]
     memory: int
+    invariant: bool
 
     @classmethod
     def checked(
-        cls, codec: Codec, precision: PrecisionOption, shapes: ShapesOption, memory: int
+        cls,
+        codec: Codec,
+        precision: PrecisionOption = None,
+        shapes: ShapesOption = (),
+        memory: int = 0,
+        invariant: bool = False,
     ) -> "Options":
         """The options of `DAC.optimize` for that codec.
 
@@ -89,7 +98,7 @@ class Options:
             )
         directions = directions_of(codec)
         precisions = _precisions(precision, directions, parameter.device)
-        return cls(precisions, _shapes(shapes, directions), memory)
+        return cls(precisions, _shapes(shapes, directions), memory, invariant)
 
 
 def _precisions(
@@ -154,12 +163,13 @@ class Engine:
             self.plans: dict[str, Plan] = {}
             for direction in directions_of(codec):
                 part, precision = DIRECTIONS[direction], PRECISIONS[self.precision[direction]]
-                self.plans[direction] = Plan(part, getattr(codec, part), *precision)
-            if self.device.type == "cuda":
-                with torch.cuda.device(self.device):
-                    self._warm_up(options.shapes)
-            else:
-                self._warm_up(options.shapes, capture=False)
+                module = getattr(codec, part)
+                self.plans[direction] = Plan(part, module, *precision, options.invariant)
+            with torch.cuda.device_of(next(codec.parameters())):
+                if options.invariant:
+                    # Now rather than later, a layer without a kernel says so.
+                    self._warm_up({name: [(1, 1)] for name in self.plans}, capture=False)
+                self._warm_up(options.shapes, capture=self.device.type == "cuda")
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Graphs cannot be copied or pickled: a copy of the codec has no engine.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dac_fast import ops
-from dac_fast.inference.plan import Choices, Convolution, Result, Unit
+from dac_fast.inference.choices import Choices, Result
+from dac_fast.inference.plan import Convolution, Unit
 from dac_fast.inference.recorded import PADDING, Recording, Signal, Step, aten
 from dac_fast.model import channels_last
 from dac_fast.model.layers import Conv1d, ConvTranspose1d
@@ -48,14 +49,14 @@ class Node:
     last: list[Signal] = field(default_factory=list)
 
 
-def fused(recording: Recording, dtype: torch.dtype, tf32: bool, choices: Choices) -> list[Node]:
+def fused(recording: Recording, dtype: torch.dtype, products: str, choices: Choices) -> list[Node]:
     """The nodes of a recording, in an order in which each finds its inputs.
 
     Args:
         recording: of a module; its weights as they are now are used.
-        dtype, tf32, choices: of the layers, see `Convolution`.
+        dtype, products, choices: of the layers, see `Convolution`.
     """
-    nodes = list(_Nodes(recording, dtype, tf32, choices))
+    nodes = list(_Nodes(recording, dtype, products, choices))
     nodes = list(_with_units(nodes))
     read = {recording.output}
     for node in reversed(nodes):
@@ -67,8 +68,8 @@ def fused(recording: Recording, dtype: torch.dtype, tf32: bool, choices: Choices
 class _Nodes:
     """The nodes of a recording, before residual units are put together."""
 
-    def __init__(self, recording: Recording, dtype: torch.dtype, tf32: bool, choices: Choices):
-        self._dtype, self._common = dtype, (dtype, tf32, choices)
+    def __init__(self, recording: Recording, dtype: torch.dtype, products: str, choices: Choices):
+        self._dtype, self._common = dtype, (dtype, products, choices)
         self._output = recording.output
         self._steps = _with_snakes(recording)
         self._place = {step.output: place for place, step in enumerate(self._steps)}

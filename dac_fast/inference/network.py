@@ -6,8 +6,9 @@ import torch
 from dac_kernels import native
 from torch import Tensor
 
+from dac_fast.inference.choices import Choices, choosing
 from dac_fast.inference.fusion import fused
-from dac_fast.inference.plan import Choices, Scratch, choosing
+from dac_fast.inference.plan import Scratch
 from dac_fast.inference.recorded import Recording, Signal
 from dac_fast.ops.precision import float32_products
 
@@ -18,19 +19,19 @@ class Network:
     Args:
         recording: of the module; its weights as they are now are used.
         dtype: of weights and signals.
-        tf32: whether products of float32 may be rounded to TF32.
+        products: of float32, see `ops.conv1d`.
     Attributes:
         nodes: what runs, in order.
         choices: which way each layer runs, see `Plan`.
     """
 
-    def __init__(self, recording: Recording, dtype: torch.dtype, tf32: bool = False):
-        self.dtype, self.tf32 = dtype, tf32
+    def __init__(self, recording: Recording, dtype: torch.dtype, products: str = "ieee"):
+        self.dtype, self.products = dtype, products
         self.choices = Choices()
         self._input, self._output = recording.input, recording.output
         self._scratch = Scratch()
         with torch.no_grad():
-            self.nodes = fused(recording, dtype, tf32, self.choices)
+            self.nodes = fused(recording, dtype, products, self.choices)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A copy of the module runs by itself.
@@ -53,7 +54,7 @@ class Network:
         # Channels innermost, as in all that follows.
         first = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         values = {self._input: first}
-        with float32_products(self.tf32), self._scratch.lent() as memory:
+        with float32_products(tf32=self.products == "tf32"), self._scratch.lent() as memory:
             for node in self.nodes:
                 made = node.run(*(values[signal] for signal in node.inputs))
                 for signal, tensor in zip(node.outputs, made, strict=True):

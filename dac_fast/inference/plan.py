@@ -4,26 +4,22 @@ A fused layer is a convolution with optional tanh, mask, residual and Snake, in 
 whole residual unit. It computes what the next layer reads and nothing else: its result y, Snake of
 y, or both. (A residual unit reads both: it adds y to what it computes from Snake of y.)
 
-A layer can run in several ways: by the library (cuDNN and cuBLAS on CUDA, oneDNN and MKL on the
-CPU) followed by plain ops, or by a fused kernel (Triton's on CUDA, the compiled one on the CPU); a
-residual unit as one kernel or as two layers. Which way is fastest depends on the shape: inside
-`choosing`, each new shape of each layer is timed in every way. An input takes the way that was
-fastest for the timed shape of the nearest size.
+A layer can run in several ways, of which `Choices` takes one: by the library (cuDNN and cuBLAS on
+CUDA, oneDNN and MKL on the CPU) followed by plain ops, or by a fused kernel (Triton's on CUDA, the
+compiled one on the CPU); a residual unit as one kernel or as two layers.
 """
 
 import contextlib
 import functools
-import math
-import timeit
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from dac_kernels import native
 from torch import Tensor, nn
 
 from dac_fast import ops
+from dac_fast.inference.choices import LIBRARY, Choices, Result
 from dac_fast.model import folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
@@ -34,98 +30,6 @@ KEPT_BYTES = 256 << 20
 
 # A number of positions, or one per item of a batch.
 Length = TypeVar("Length", int, Tensor)
-# A layer's result y, and Snake of y; None where the next layer does not read it.
-Result = tuple[Tensor | None, Tensor | None]
-Way = Callable[[], Result]
-
-
-@dataclass
-class Choices:
-    """Which way each layer runs at which shape.
-
-    Attributes:
-        timing: whether shapes that were not seen before are timed.
-        times: layer name -> shape [B, C, T] of the input -> way -> milliseconds.
-    """
-
-    timing: bool = False
-    times: dict[str, dict[tuple[int, ...], dict[str, float]]] = field(default_factory=dict)
-
-    def run(self, layer: str, x: Tensor, ways: dict[str, Way]) -> Result:
-        """Run the fastest of the layer's ways; without any times, the first one."""
-        first = next(iter(ways.values()))
-        if len(ways) == 1:
-            return first()
-        shape, times = tuple(x.shape), self.times.setdefault(layer, {})
-        if self.timing and shape not in times:
-            with torch.cuda.device_of(x):
-                times[shape] = _milliseconds(ways)
-        if not times:
-            return first()
-
-        def distance(known: tuple[int, ...]) -> tuple[float, bool]:
-            # Of the shapes of one size, the input's own comes first.
-            return abs(math.log(math.prod(known) / max(x.numel(), 1))), known != shape
-
-        nearest = times[min(times, key=distance)]
-        return ways[min(ways, key=lambda name: nearest.get(name, math.inf))]()
-
-    def table(self, precision: str) -> list[str]:
-        """A line per layer and shape: every way's milliseconds, the fastest first."""
-        rows = []
-        for layer, shapes in self.times.items():
-            for shape, times in shapes.items():
-                fastest_first = sorted(times.items(), key=lambda item: item[1])
-                ways = ", ".join(f"{name} {time:.4f} ms" for name, time in fastest_first)
-                rows.append(f"{layer:28} {precision}  {' × '.join(map(str, shape)):18} {ways}")
-        return rows
-
-
-@contextlib.contextmanager
-def choosing(choices: Choices | None) -> Iterator[None]:
-    """Inside, what is fastest is found by timing: cuDNN's algorithms, and the ways of layers."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    if choices:
-        choices.timing = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-        if choices:
-            choices.timing = False
-
-
-def _milliseconds(ways: dict[str, Way]) -> dict[str, float]:
-    """How long each way takes, with warm caches; on CUDA in a graph, as the engine replays it."""
-    if "triton" in ways:
-        import triton
-
-        timed = triton.testing.do_bench_cudagraph
-        return {name: timed(way, rep=2) for name, way in ways.items()}
-    memory = native.Memory()
-
-    def milliseconds(way: Way) -> float:
-        with memory.in_force():
-            return 1e3 * timeit.timeit(way, number=1)
-
-    return {name: min([milliseconds(way) for _ in range(4)][1:]) for name, way in ways.items()}
-
-
-def _ways(
-    op: str, arguments: list[Any], options: dict[str, Any], others: dict[str, Way]
-) -> dict[str, Way]:
-    """The fused kernels that the backend in force has for an op, and other ways.
-
-    Untimed, the first way runs: a kernel whose backend was named, or of the CPU, since that has no
-    tiles to choose; else another way.
-    """
-    found = ops.implementations(op, *arguments, **options)
-    fused: dict[str, Way] = {
-        name: functools.partial(function, *arguments, **options)
-        for name, function in found.items()
-        if callable(function)
-    }
-    return fused | others if ops.backend() == "triton" or "native" in fused else others | fused
 
 
 def _constant(tensor: Tensor) -> Tensor:
@@ -140,7 +44,7 @@ class Convolution:
         name: of the module that the layer stands for.
         conv: the module; its weights as they are now are used.
         dtype: of weights and activations; biases and alphas stay as they are.
-        tf32: see `ops.conv1d`.
+        products: of float32, see `ops.conv1d`.
         choices: of the plan.
         alpha: [1, out, 1], of the Snake that follows.
         keep: whether anything reads the result before that Snake.
@@ -152,14 +56,14 @@ class Convolution:
         name: str,
         conv: Conv1d | ConvTranspose1d,
         dtype: torch.dtype,
-        tf32: bool,
+        products: str,
         choices: Choices,
         alpha: Tensor | None,
         keep: bool = True,
         tanh: bool = False,
     ):
         self.name = name
-        self.tf32 = tf32
+        self.products = products
         self.choices = choices
         self.alpha = alpha
         self.keep = keep
@@ -204,7 +108,12 @@ class Convolution:
         assert x is not None
         padding = self.padding if padded else 0
         arguments = [x, self.weight, self.bias, self.stride, padding]
-        options = {"alpha": self.alpha, "lengths": lengths, "keep": self.keep, "tf32": self.tf32}
+        options = {
+            "alpha": self.alpha,
+            "lengths": lengths,
+            "keep": self.keep,
+            "products": self.products,
+        }
         if not self.transposed:
             arguments.append(self.dilation)
             options |= {"residual": residual, "tanh": self.tanh}
@@ -214,7 +123,8 @@ class Convolution:
             result: Result = getattr(ops, op)(*arguments, **options)
             return result
         library = functools.partial(self._by_library, x, padding, lengths, residual)
-        return self.choices.run(self.name, x, _ways(op, arguments, options, {"library": library}))
+        ways = self.choices.ways(op, arguments, options, {LIBRARY: library})
+        return self.choices.run(self.name, x, ways)
 
     def _by_library(
         self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
@@ -262,7 +172,7 @@ class Unit:
         name: str,
         unit: ResidualUnit,
         dtype: torch.dtype,
-        tf32: bool,
+        products: str,
         choices: Choices,
         alpha: Tensor | None,
         keep: bool,
@@ -272,7 +182,7 @@ class Unit:
         assert isinstance(dilated, Conv1d)
         assert isinstance(middle, Snake)
         assert isinstance(pointwise, Conv1d)
-        common, between = (dtype, tf32, choices), _constant(middle.alpha)
+        common, between = (dtype, products, choices), _constant(middle.alpha)
         first = Convolution(f"{name}.block.1", dilated, *common, between, keep=False)
         return cls(name, first, Convolution(f"{name}.block.3", pointwise, *common, alpha, keep))
 
@@ -298,12 +208,10 @@ class Unit:
             "alpha": second.alpha,
             "lengths": lengths,
             "keep": second.keep,
-            "tf32": first.tf32,
+            "products": first.products,
         }
-        two: dict[str, Way] = {
-            "two layers": functools.partial(self._as_two, x, snaked, lengths, padded)
-        }
-        ways = _ways("residual_unit", arguments, options, two)
+        two = functools.partial(self._as_two, x, snaked, lengths, padded)
+        ways = self.choices.ways("residual_unit", arguments, options, {"two layers": two})
         return self.choices.run(self.name, x, ways)
 
     def _as_two(self, x: Tensor, snaked: Tensor, lengths: Tensor | None, padded: bool) -> Result:
@@ -342,20 +250,28 @@ class Plan:
         module: the `Encoder` or `Decoder`, with Snake activations; its weights as they are now are
             used.
         dtype: of weights and activations.
-        tf32: whether products of float32 may be rounded to TF32.
+        products: of float32, see `ops.conv1d`.
+        invariant: see `Choices`.
     """
 
-    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, tf32: bool = False):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        dtype: torch.dtype,
+        products: str = "ieee",
+        invariant: bool = False,
+    ):
         self.dtype = dtype
-        self.tf32 = tf32
-        self.choices = Choices()
+        self.products = products
+        self.choices = Choices(invariant)
         self.layers: list[Convolution | Unit] = []
         self._scratch = Scratch()
         # Positions of a frame in the input, and in the output: a hop and 1, or 1 and a hop.
         self._frame_in = self._frame_out = 1
         steps = list(_steps(name, module))
         followers = [step for _, step in steps[1:]] + [None]
-        common = (dtype, tf32, self.choices)
+        common = (dtype, products, self.choices)
         with torch.no_grad():
             for (path, step), following in zip(steps, followers, strict=True):
                 activation = (
@@ -400,7 +316,7 @@ class Plan:
         # Channels innermost, as in all that follows.
         y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         snaked: Tensor | None = None
-        with float32_products(self.tf32), self._scratch.lent() as memory:
+        with float32_products(tf32=self.products == "tf32"), self._scratch.lent() as memory:
             for layer in self.layers:
                 if lengths is not None:
                     lengths = layer.output_length(lengths, padded)

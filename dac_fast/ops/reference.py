@@ -91,7 +91,7 @@ def conv1d(
     lengths: Tensor | None = None,
     tanh: bool = False,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """A convolution and what follows it: c = conv(x) + bias, tanh, mask, + residual.
 
@@ -103,12 +103,12 @@ def conv1d(
         residual: [B, out, T'], of x's dtype: added at the end.
         lengths: int64 [B], valid positions of each item in the output; c is zero past them.
         keep: whether c itself is wanted.
-        tf32: float32 may be rounded to TF32 for the products (CUDA).
+        products: of float32, on CUDA: "ieee", "tf32", or "tf32x3", which here is "ieee".
     Returns:
         c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
         `alpha`. Both have x's dtype, and channels innermost in memory.
     """
-    with float32_products(tf32):
+    with float32_products(tf32=products == "tf32"):
         c = F.conv1d(x, weight, None, stride, padding, dilation)
     return _finish(c, x.dtype, bias, alpha, residual, lengths, tanh, keep)
 
@@ -123,18 +123,18 @@ def conv_transpose1d(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """A transposed convolution: c = conv_transpose(x) + bias, zero past lengths.
 
     Args:
         weight: [in, out, 2 stride], of x's dtype; the kernel is two strides long. It is fast with
             its input axis innermost.
-        x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
+        x, bias, alpha, lengths, keep, products: as for `conv1d`.
     Returns:
         c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
     """
-    with float32_products(tf32):
+    with float32_products(tf32=products == "tf32"):
         c = F.conv_transpose1d(x, weight, None, stride, padding)
     return _finish(c, x.dtype, bias, alpha, None, lengths, False, keep)
 
@@ -153,7 +153,7 @@ def residual_unit(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """The residual unit (paper, appendix A), its first Snake excepted.
 
@@ -166,19 +166,26 @@ def residual_unit(
         weight2, bias2: [C, C, 1] and [C].
         padding: 3 dilation, or 0. With 0 the result is shorter, and x is cropped on both sides.
         alpha: [1, C, 1], of the Snake that follows.
-        lengths, keep, tf32: as for `conv1d`, and so are the dtypes. The Snake in the middle is
+        lengths, keep, products: as for `conv1d`, and so are the dtypes. The Snake in the middle is
             rounded to x's dtype.
     Returns:
         c and snake(c), as for `conv1d`.
     """
     _, hidden = conv1d(
-        snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, tf32=tf32
+        snaked, weight1, bias1, 1, padding, dilation, alpha=alpha1, keep=False, products=products
     )
     assert hidden is not None
     crop = 3 * dilation - padding
     x = x[..., crop : x.shape[2] - crop]
     return conv1d(
-        hidden, weight2, bias2, alpha=alpha, residual=x, lengths=lengths, keep=keep, tf32=tf32
+        hidden,
+        weight2,
+        bias2,
+        alpha=alpha,
+        residual=x,
+        lengths=lengths,
+        keep=keep,
+        products=products,
     )
 
 

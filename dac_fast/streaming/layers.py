@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dac_fast.inference.plan import Choices, Convolution, Length, Plan, Result, Unit
+from dac_fast.inference.choices import Choices, Result
+from dac_fast.inference.plan import Convolution, Length, Plan, Unit
 from dac_fast.model.layers import Block, Chain, Conv1d, ConvTranspose1d, ResidualUnit
 from dac_fast.ops.precision import float32_products
 
@@ -153,11 +154,12 @@ class StreamedChain:
 
     def __init__(self, chain: Chain | Plan, batch: int):
         self.choices: Choices | None = None
+        # None: as the user has set the switches.
         self._tf32: bool | None = None
         layers: Iterable[Convolution | Unit | nn.Module]
         if isinstance(chain, Plan):
             layers = chain.layers
-            self.choices, self._tf32 = chain.choices, chain.tf32
+            self.choices, self._tf32 = chain.choices, chain.products == "tf32"
         else:
             layers = _flat(chain)
         self._layers = [

@@ -14,8 +14,9 @@ import torch
 from dac_kernels import native
 from torch import Tensor
 
+from dac_fast.inference.choices import choosing
 from dac_fast.inference.engine import Engine
-from dac_fast.inference.plan import Plan, choosing
+from dac_fast.inference.plan import Plan
 from dac_fast.model.halves import DIRECTIONS, Direction, require
 from dac_fast.model.interface import Codec
 from dac_fast.model.layers import Chain

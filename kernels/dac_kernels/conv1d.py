@@ -63,6 +63,12 @@ TILES: dict[str, tuple[Tile, ...]] = {
         (256, 128, 64, 16, 3),
     ),
     "tf32": ((128, 64, 32, 4, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4)),
+    "tf32x3": (
+        (128, 128, 32, 8, 3),
+        (64, 64, 32, 4, 4),
+        (128, 32, 32, 4, 4),
+        (64, 32, 32, 4, 3),
+    ),
     "ieee": ((64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (32, 64, 32, 4, 3)),
     # Each thread holds an address per element.
     "unaligned": ((64, 64, 16, 4, 2),),
@@ -170,7 +176,7 @@ def _conv1d(
     transposed: bool,
     tanh: bool,
     keep: bool,
-    tf32: bool,
+    products: str,
 ) -> list[Tensor]:
     """c, if wanted, and snake(c), if there is an alpha."""
     dtype = x.dtype
@@ -190,7 +196,7 @@ def _conv1d(
         "stride_residual_batch": 0 if residual is None else residual.stride(0),
     }
     align, aligned = alignment(channels, x, weight)
-    precision = precision_of(x, tf32)
+    precision = precision_of(x, products)
     constants = {
         "TRANSPOSED": transposed,
         "ALIGN": align,
@@ -228,7 +234,7 @@ def _(
     transposed: bool,
     tanh: bool,
     keep: bool,
-    tf32: bool,
+    products: str,
 ) -> list[Tensor]:
     product = _product(x, weight, stride, padding, dilation, transposed)
     return existing(
@@ -296,7 +302,7 @@ def conv1d_unsupported(
     lengths: Tensor | None = None,
     tanh: bool = False,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `conv1d` cannot run on these arguments, or None."""
     return device_unsupported(x) or arguments_unsupported(
@@ -314,7 +320,7 @@ def conv_transpose1d_unsupported(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `conv_transpose1d` cannot run on these arguments, or None."""
     return device_unsupported(x) or arguments_unsupported(
@@ -335,7 +341,7 @@ def conv1d(
     lengths: Tensor | None = None,
     tanh: bool = False,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """c = conv(x) + bias, its tanh where asked, zero past lengths, + residual; and snake(c).
 
@@ -351,7 +357,8 @@ def conv1d(
         residual: [B, out, T'], of x's dtype: added at the end. Copied as x is.
         lengths: int64 [B], valid positions of each item in the output.
         keep: whether c itself is wanted.
-        tf32: float32 may be rounded to TF32 for the products.
+        products: of float32: "ieee"; "tf32", of factors rounded to 11 bits; or "tf32x3", the sum of
+            three of those, of the rounded factors and of what rounding took off them.
     Returns:
         c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
         `alpha`. Both of x's dtype, with channels innermost in memory. Sums and epilogue are
@@ -365,7 +372,7 @@ def conv1d(
         raise ValueError(reason)
     made = _conv1d(
         x, weight, bias, alpha, residual, lengths, stride, padding, dilation, False, tanh, keep,
-        tf32,
+        products,
     )  # fmt: skip
     return pair(made, keep)
 
@@ -380,7 +387,7 @@ def conv_transpose1d(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """c = conv_transpose(x) + bias, kernel of two strides, zero past lengths; and snake(c).
 
@@ -389,7 +396,7 @@ def conv_transpose1d(
     Args:
         weight: [in, out, 2 stride], of x's dtype, any strides; fast with `in` or `out` innermost in
             memory.
-        x, bias, alpha, lengths, keep, tf32: as for `conv1d`.
+        x, bias, alpha, lengths, keep, products: as for `conv1d`.
     Returns:
         c and snake(c), as for `conv1d`; T' = (T + 1) stride - 2 padding.
     Raises:
@@ -400,6 +407,6 @@ def conv_transpose1d(
     ):
         raise ValueError(reason)
     made = _conv1d(
-        x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, tf32
+        x, weight, bias, alpha, None, lengths, stride, padding, 1, True, False, keep, products
     )
     return pair(made, keep)

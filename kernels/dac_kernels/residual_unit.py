@@ -139,7 +139,7 @@ def _residual_unit(
     dilation: int,
     padding: int,
     keep: bool,
-    tf32: bool,
+    products: str,
 ) -> list[Tensor]:
     """c, if wanted, and snake(c), if there is an alpha."""
     items, channels, size = x.shape
@@ -169,7 +169,7 @@ def _residual_unit(
         "stride_x_batch": x.stride(0),
     }
     align, aligned = alignment(channels, snaked, weight1, weight2)
-    precision = precision_of(x, tf32)
+    precision = precision_of(x, products)
 
     def run(config: Config) -> None:
         constants = {
@@ -204,7 +204,7 @@ def _(
     dilation: int,
     padding: int,
     keep: bool,
-    tf32: bool,
+    products: str,
 ) -> list[Tensor]:
     time = output_length(x.shape[2], KERNEL, 1, padding, dilation, False)
     return existing(*outputs(x, x.dtype, x.shape[1], time, keep, alpha is not None))
@@ -224,7 +224,7 @@ def residual_unit_unsupported(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `residual_unit` cannot run on these arguments, or None."""
     tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2)
@@ -234,7 +234,10 @@ def residual_unit_unsupported(
         *tensors, dilation, padding, alpha, lengths, keep
     ):
         return reason
-    if tf32 and x.is_cuda and x.dtype == torch.float32:
+    if products == "tf32x3" and x.dtype == torch.float32:
+        # Each warp would split the same weights into the parts that the three products are of.
+        return f"products is {products!r}; accepted: ieee, tf32"
+    if products == "tf32" and x.is_cuda and x.dtype == torch.float32:
         properties: Any = torch.cuda.get_device_properties(x.device)
         available = properties.shared_memory_per_block_optin
         if available < SHARED_TF32:
@@ -300,7 +303,7 @@ def residual_unit(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """c = conv1(snake(conv7(snaked))) + x, zero past lengths before x is added; and snake(c).
 
@@ -316,8 +319,8 @@ def residual_unit(
         padding: 3 dilation, or 0: then the result is shorter than x, which is cropped alike on both
             sides.
         alpha: [1, C, 1], of the Snake that follows.
-        lengths, keep, tf32, dtypes: as for `conv1d`. The Snake in the middle is rounded to x's
-            dtype.
+        lengths, keep, products, dtypes: as for `conv1d`, but not "tf32x3". The Snake in the middle
+            is rounded to x's dtype.
     Returns:
         c and snake(c), as for `conv1d`.
     Raises:
@@ -325,7 +328,7 @@ def residual_unit(
     """
     tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2)
     if reason := residual_unit_unsupported(
-        *tensors, dilation, padding, alpha=alpha, lengths=lengths, keep=keep, tf32=tf32
+        *tensors, dilation, padding, alpha=alpha, lengths=lengths, keep=keep, products=products
     ):
         raise ValueError(reason)
-    return pair(_residual_unit(*tensors, alpha, lengths, dilation, padding, keep, tf32), keep)
+    return pair(_residual_unit(*tensors, alpha, lengths, dilation, padding, keep, products), keep)

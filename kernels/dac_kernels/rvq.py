@@ -44,6 +44,7 @@ class _EncodeTables:
     decode: _DecodeTables
     in_weight: Tensor  # [R, D]
     bias: Tensor  # [R], of the projections
+    columns: Tensor  # [D, R + N], of the output: the weights, then a bias per stage
     cross: Tensor  # [R, R], the M_ij
     units: Tensor  # [N, d, K]
     half_norms: Tensor  # [N, K]
@@ -70,8 +71,8 @@ def _build_encode_tables(
     stages, _, dim = tables.codebooks.shape
     in_weight = torch.cat(list(in_weights)).float()
     # W_in applied to every column of W_out and to every output bias.
-    columns = torch.cat([tables.out_weight, tables.out_bias.t()], dim=1)[None]
-    products = project(in_weight, columns, in_weight.new_zeros(in_weight.shape[0]))[0]
+    columns = torch.cat([tables.out_weight, tables.out_bias.t()], dim=1)
+    products = project(in_weight, columns[None], in_weight.new_zeros(in_weight.shape[0]))[0]
     cross, shifts = products.split([stages * dim, stages], dim=1)
     earlier = earlier_stages(stages, dim, cross.device)[:, ::dim]
     bias = torch.cat(list(in_biases)).float() - (shifts * earlier).sum(1)
@@ -80,6 +81,7 @@ def _build_encode_tables(
         decode=tables,
         in_weight=in_weight,
         bias=bias,
+        columns=columns,
         cross=cross.contiguous(),
         units=unit.transpose(1, 2).contiguous(),
         half_norms=0.5 * unit.square().sum(2),
@@ -192,16 +194,16 @@ def rvq_encode(
     # Each item's and stage's share in the losses.
     share = z.new_full((items, stages), 1 / (items * dim), dtype=torch.float32)
     share = share / (size if lengths is None else lengths[:, None])
-    if counts is None:
-        kept, bias = entries, decoding.out_bias.sum(0)[None, :, None]
-    else:
+    kept, keep = entries, torch.ones_like(share)
+    if counts is not None:
         keep = (torch.arange(stages, device=z.device) < counts[:, None]).float()
         share = share * keep
         kept = entries * keep.repeat_interleave(dim, 1)[:, :, None]
-        bias = torch.matmul(keep, decoding.out_bias)[:, :, None]
     share = share.repeat_interleave(dim, 1)[:, :, None]
 
-    quantised = torch.baddbmm(bias, decoding.out_weight.expand(items, -1, -1), kept)
+    # Biases are factors of 1 or 0, so that a frame's sum has one order with counts or without.
+    rows = torch.cat([kept, keep[:, :, None].expand(-1, -1, size)], dim=1)
+    quantised = project(encoding.columns, rows, rows.new_zeros(z.shape[1]))
     if lengths is not None:
         quantised = quantised * valid_mask(lengths, size)
 

@@ -22,6 +22,9 @@ from dac_kernels.snake import activated
 # memory.
 GROUP = 8
 
+# How products of float32 are computed; see `conv1d`.
+PRODUCTS = ("ieee", "tf32", "tf32x3")
+
 # BLOCK_M, BLOCK_N, BLOCK_K (elements of the sum at a time), num_warps, num_stages.
 Tile = tuple[int, int, int, int, int]
 
@@ -137,9 +140,15 @@ def pair(made: Sequence[Tensor], keep: bool) -> tuple[Tensor | None, Tensor | No
     return c, rest[0] if rest else None
 
 
-def precision_of(x: Tensor, tf32: bool) -> str:
-    """`input_precision` of products; half precision has only one."""
-    return "tf32" if tf32 or x.dtype != torch.float32 else "ieee"
+def precision_of(x: Tensor, products: str) -> str:
+    """`input_precision` of products; half precision has only one.
+
+    Raises:
+        ValueError: products is none of `PRODUCTS`.
+    """
+    if products not in PRODUCTS:
+        raise ValueError(f"products is {products!r}; accepted: {', '.join(PRODUCTS)}")
+    return products if x.dtype == torch.float32 else "tf32"
 
 
 def alignment(channels: int, x: Tensor, *weights: Tensor) -> tuple[int, bool]:
@@ -161,7 +170,7 @@ def tiles(
     """The configurations for such tensors, with tiles no wider than the product needs.
 
     Args:
-        kinds: the tiles of "half" precision, "tf32", "ieee", and of "unaligned" tensors.
+        kinds: the tiles of "half" precision, of each of `PRODUCTS`, and of "unaligned" tensors.
         columns: the product's N.
         run: elements of its sum that lie next to each other.
     """

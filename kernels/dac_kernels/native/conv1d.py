@@ -36,11 +36,11 @@ def conv1d(
     lengths: Tensor | None = None,
     tanh: bool = False,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `dac_kernels.conv1d.conv1d`, on the CPU, in float32 or bfloat16.
 
-    In bfloat16 the number of input channels is even. `tf32` changes nothing.
+    In bfloat16 the number of input channels is even. `products` changes nothing.
 
     Raises:
         RuntimeError: see `conv1d_unsupported`.
@@ -63,7 +63,7 @@ def conv1d_unsupported(
     lengths: Tensor | None = None,
     tanh: bool = False,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `conv1d` cannot run on these arguments, or None."""
     tensors = (x, weight, bias, alpha, residual, lengths)
@@ -80,7 +80,7 @@ def conv_transpose1d(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `dac_kernels.conv1d.conv_transpose1d`, with what `conv1d` above says.
 
@@ -101,7 +101,7 @@ def conv_transpose1d_unsupported(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `conv_transpose1d` cannot run on these arguments, or None."""
     tensors = (x, weight, bias, alpha, None, lengths)
@@ -122,7 +122,7 @@ def residual_unit(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `dac_kernels.residual_unit.residual_unit`, of any number of channels.
 
@@ -149,7 +149,7 @@ def residual_unit_unsupported(
     alpha: Tensor | None = None,
     lengths: Tensor | None = None,
     keep: bool = True,
-    tf32: bool = False,
+    products: str = "ieee",
 ) -> str | None:
     """Why `residual_unit` cannot run on these arguments, or None."""
     tensors = (x, snaked, weight1, bias1, alpha1, weight2, bias2, alpha, lengths)
