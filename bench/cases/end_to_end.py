@@ -170,6 +170,9 @@ def cuda_peers(codec: DAC, direction: str, source: Tensor, seconds: float) -> di
     found["engine-fp16-graph"] = partial(captured, precision="fp16")
     found["engine"] = engine
     found["engine-fp32"] = partial(engine, precision="fp32")
+    if direction == "encode":
+        found["engine-fp32-invariant"] = partial(engine, precision="fp32", invariant=True)
+        found["engine-tf32x3"] = partial(engine, precision="tf32x3")
     if direction == "both":
         for precision in ("fp16", "tf32", "bf16"):
             found[f"engine-{precision}"] = partial(engine, precision=precision)

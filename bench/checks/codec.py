@@ -16,7 +16,7 @@ from dac_fast import ops
 from dac_fast.codec import DAC
 
 # The least signal-to-noise ratio of audio, in dB, that a precision must reach.
-LEAST_SNR = {"float32": 90, "tf32": 50, "float16": 40, "bfloat16": 15}
+LEAST_SNR = {"float32": 90, "tf32x3": 90, "tf32": 50, "float16": 40, "bfloat16": 15}
 # The least share of codes that must agree; in float32 it depends on the reference, see `Truth`.
 LEAST_AGREEMENT = {"tf32": 0.8, "float16": 0.8, "bfloat16": 0.4}
 # Frames of a piece.

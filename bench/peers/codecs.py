@@ -22,7 +22,13 @@ from dac_fast.ops import reference
 from dac_fast.storage import checkpoint
 
 # The precisions of `DAC.optimize` as they are called in result files.
-PRECISIONS = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = {
+    "fp32": "float32",
+    "tf32x3": "tf32x3",
+    "tf32": "tf32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -125,6 +131,7 @@ def engine(
     precision: str | None = None,
     shapes: Sequence[tuple[int, int]] = (),
     memory: int = 0,
+    invariant: bool = False,
 ) -> Run:
     """`codec.optimize`: each layer runs in the way that was fastest for the shapes.
 
@@ -132,11 +139,13 @@ def engine(
         codec, direction, source: see the module.
         precision, shapes: of `optimize`; the shapes are those of both directions.
         memory: of `optimize`; 0: nothing is captured.
+        invariant: of `optimize`.
     Raises:
         Unavailable: the graphs need more memory.
     """
     directions = ("encode", "decode") if direction == "both" else (direction,)
-    codec = copy.deepcopy(codec).optimize(precision, dict.fromkeys(directions, shapes), memory)
+    wanted = dict.fromkeys(directions, shapes)
+    codec = copy.deepcopy(codec).optimize(precision, wanted, memory, invariant)
     if memory and codec.engine.graphs.left_eager:
         raise Unavailable(f"its graphs need more than {memory >> 30} GiB")
     run = in_turn(lambda audio: codec.encode(audio).codes, codec.decode_codes, direction)
