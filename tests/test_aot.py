@@ -43,6 +43,9 @@ BUDGETS = {
     "fp16/conv 7 dilated, 768 to 768: snake/256×128×64, 16 warps, 3 stages": Budget(
         128, 118, 16, "wgmma 64×128×16"
     ),
+    "fp16/conv 1, 768 to 768 + residual: y and snake/128×128×64, 8 warps, 3 stages": Budget(
+        166, 120, 16, "wgmma 64×128×16"
+    ),
     "fp16/transposed 16 stride 8, 1536 to 768: y and snake/128×128×64, 8 warps, 3 stages": Budget(
         196, 127, 16, "wgmma 64×128×16"
     ),

@@ -156,7 +156,9 @@ def _product(
         "step": stride * channels, "first": padding * channels,
         "RUNS": 1 if one_run else kernel, "RUN": kernel * channels if one_run else channels,
         "run_step": dilation * channels,
-        "stride_weight_run": stride_tap,
+        # Unless 16 divides it weights are not loaded in vectors, and a kernel of 1 may have any
+        # `stride_tap`.
+        "stride_weight_run": 0 if one_run else stride_tap,
         "stride_weight_in": stride_tap if channels == 1 else stride_in,
         "stride_weight_tap": 0, "stride_weight_out": stride_out,
     }  # fmt: skip
