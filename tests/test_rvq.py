@@ -182,17 +182,20 @@ def test_first_of_equal_entries_wins():
     assert torch.equal(codes, reference.rvq_encode(torch.zeros_like(z), *weights)[1])
 
 
-def test_decode_gradients_and_codes_that_do_not_exist():
+@pytest.mark.parametrize("lengths", [None, [9, 4]], ids=str)
+def test_decode_gradients_and_codes_that_do_not_exist(lengths):
+    lengths = lengths and torch.tensor(lengths, device=DEVICE)
     weights = random_weights()[2:]
     codes = torch.randint(0, 100, (2, 2, 9), device=DEVICE)
     results = []
     for module in (rvq, reference):
         inputs = [[w.clone().requires_grad_() for w in group] for group in weights]
-        z = module.rvq_decode(codes, *inputs)
+        z = module.rvq_decode(codes, *inputs, lengths)
         (z * torch.arange(9, device=DEVICE)).sum().backward()
         results.append([z, *(group[i].grad for group in inputs for i in range(2))])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+    assert lengths is None or not results[0][0][1, :, 4:].any()
     codes[0, 0, 3], codes[1, 1, 5] = 100, -1
     bad = rvq.rvq_decode(codes, *weights).isnan()
     assert bad[0, :, 3].all()
@@ -309,9 +312,8 @@ def test_registered():
     tables = decoding.codebooks, encoding.units, encoding.half_norms
     torch.library.opcheck(search, (leaf(projections), leaf(encoding.cross), *tables, lengths))
     bias = leaf(decoding.out_bias.sum(0))
-    torch.library.opcheck(
-        decode, (codes, leaf(decoding.codebooks), leaf(decoding.out_weight), bias, torch.float32)
-    )
+    tables = leaf(decoding.codebooks), leaf(decoding.out_weight), bias
+    torch.library.opcheck(decode, (codes, *tables, lengths, torch.float32))
 
 
 def test_compiles_into_one_graph():

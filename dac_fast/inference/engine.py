@@ -231,25 +231,29 @@ class Engine:
         if padded and (bucket := self._bucket("decode", batch, frames, codebooks)):
             with self._replayed("decode", bucket, kept, lengths) as (audio,):
                 return audio[:batch, :, : frames * self._config.hop_length].clone()
-        return self._run("decode", self._latent(kept), lengths, padded)
+        return self._run("decode", self._latent(kept, lengths), lengths, padded, masked=True)
 
     def _frames(self, lengths: Tensor | None) -> Tensor | None:
         """Lengths in samples to lengths in frames."""
         return None if lengths is None else -(-lengths // self._config.hop_length)
 
-    def _latent(self, codes: Tensor) -> Tensor:
-        """Codes to the quantised latent, with codes out of range clamped; latents as they are.
+    def _latent(self, kept: Tensor, lengths: Tensor | None) -> Tensor:
+        """Codes to the quantised latent, with codes out of range clamped; or latents.
 
         Looking such a code up could end the process's work on the GPU.
         """
-        if self._config.continuous:
-            return codes
-        codes = codes.clamp(0, self._config.codebook_size - 1)
+        if not self._config.continuous:
+            kept = kept.clamp(0, self._config.codebook_size - 1)
         with float32_products(tf32=False):
-            return self._quantizer.decode(codes)
+            return self._quantizer.decode(kept, lengths)
 
     def _run(
-        self, direction: str, x: Tensor, lengths: Tensor | None, padded: bool = True
+        self,
+        direction: str,
+        x: Tensor,
+        lengths: Tensor | None,
+        padded: bool = True,
+        masked: bool = False,
     ) -> Tensor:
         """A direction's plan; its first run looks at what every layer gives.
 
@@ -258,7 +262,7 @@ class Engine:
         """
         plan = self.plans[direction]
         if direction in self._proven:
-            return plan(x, lengths, padded)
+            return plan(x, lengths, padded, masked)
         names: list[str] = []
         finite: list[Tensor] = []
 
@@ -266,7 +270,7 @@ class Engine:
             names.append(name)
             finite.append(tensor.isfinite().all())
 
-        y = plan(x, lengths, padded, watch)
+        y = plan(x, lengths, padded, masked, watch)
         is_finite = torch.stack(finite).tolist()
         # An input that is not finite says nothing about the precision.
         if not is_finite[0]:
@@ -313,7 +317,7 @@ class Engine:
 
     def _decode_request(self, kept: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """What a graph of decode captures. lengths: frames, 0 for an item that is not there."""
-        return (self._run("decode", self._latent(kept), lengths),)
+        return (self._run("decode", self._latent(kept, lengths), lengths, masked=True),)
 
     @contextlib.contextmanager
     def _replayed(

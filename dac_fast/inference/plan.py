@@ -11,7 +11,7 @@ compiled one on the CPU); a residual unit as one kernel or as two layers.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -288,12 +288,25 @@ class Plan:
                     self._frame_in *= step.stride
                 elif isinstance(step, ConvTranspose1d):
                     self._frame_out *= step.stride
+        # What the layers give of whole frames: so many positions for each, and so many more.
+        one, two = (list(self._output_lengths(n * self._frame_in, True)) for n in (1, 2))
+        each = [more - less for less, more in zip(one, two, strict=True)]
+        device = next(module.parameters()).device
+        self._each = torch.tensor(each, device=device)[:, None]
+        self._more = torch.tensor(one, device=device)[:, None] - self._each
+
+    def _output_lengths(self, length: Length, padded: bool) -> Iterator[Length]:
+        """Positions that come out of each layer in turn."""
+        for layer in self.layers:
+            length = layer.output_length(length, padded)
+            yield length
 
     def __call__(
         self,
         x: Tensor,
         lengths: Tensor | None = None,
         padded: bool = True,
+        masked: bool = False,
         watch: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """Audio [B, 1, T] to the latent [B, D, F], or the latent to audio [B, 1, F hop].
@@ -303,25 +316,31 @@ class Plan:
             lengths: int64 [B], positions of each item in x, for padded convolutions. What lies past
                 them does not matter; the result is zero past the frames that they reach into.
             padded: False runs every convolution without its padding.
+            masked: whether x is zero past the lengths, and its frames are whole.
             watch: called with x as the layers read it, and each tensor that they compute; before it
                 with "the input", or the layer's name.
         Returns:
             of x's dtype. Audio that does not fill its last frame is filled up with zeros; and so is
             the audio of the last frame, since the module stops short where a stride is odd.
         """
-        if padded:
+        if padded and not masked:
             x, lengths = whole_frames(x, lengths, self._frame_in)
+        after: Iterable[Tensor | None] = [None] * len(self.layers)
+        if lengths is not None and padded:
+            # All in one step.
+            frames = lengths // self._frame_in if self._frame_in > 1 else lengths
+            after = torch.addcmul(self._more, self._each, frames).unbind()
+        elif lengths is not None:
+            after = self._output_lengths(lengths, padded)
         if watch is not None:
             watch("the input", x)
         # Channels innermost, as in all that follows.
         y: Tensor | None = x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         snaked: Tensor | None = None
         with float32_products(tf32=self.products == "tf32"), self._scratch.lent() as memory:
-            for layer in self.layers:
-                if lengths is not None:
-                    lengths = layer.output_length(lengths, padded)
+            for layer, valid in zip(self.layers, after, strict=True):
                 read = y, snaked
-                y, snaked = layer(y, snaked, lengths, padded)
+                y, snaked = layer(y, snaked, valid, padded)
                 memory.give_back(*read)
                 if watch is not None:
                     for result in (y, snaked):

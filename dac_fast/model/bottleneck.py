@@ -45,8 +45,11 @@ class Bottleneck(nn.Module, ABC):
         """
 
     @abstractmethod
-    def decode(self, kept: Tensor) -> Tensor:
-        """What `encode` gives, or only the first codes of it, to the decoder's input [B, D, F]."""
+    def decode(self, kept: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What `encode` gives, or only the first codes of it, to the decoder's input [B, D, F].
+
+        It is zero past the lengths, int64 [B].
+        """
 
     def blank(self, items: int, frames: int, n_quantizers: int | None = None) -> Tensor:
         """Zeros in the form of what `encode` gives, on the CPU."""
@@ -119,6 +122,6 @@ class VAE(Bottleneck):
         """The means [B, D, F] in the encoder's output [B, 2 D, F]."""
         return features[:, : self.rows(n_quantizers)]
 
-    def decode(self, kept: Tensor) -> Tensor:
-        """Latents, as they are."""
-        return kept
+    def decode(self, kept: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Latents, as they are, up to the lengths."""
+        return kept if lengths is None else zero_past(kept, lengths)

@@ -15,7 +15,7 @@ from dac_fast import ops
 from dac_fast.config import codebook_count
 from dac_fast.model.bottleneck import Bottleneck
 from dac_fast.model.ema_codebook import EMACodebook, nearest_row
-from dac_fast.model.layers import Conv1d
+from dac_fast.model.layers import Conv1d, zero_past
 from dac_fast.ops.reference import nearest_code, valid_mask
 
 # Quantised z [B, D, F], codes int64 [B, N, F], latents [B, sum d, F], commitment and codebook loss.
@@ -216,8 +216,8 @@ class ResidualVectorQuantizer(Bottleneck):
         """
         return self.decode(codes), torch.cat(self._entries(codes), dim=1), codes
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, N, F] of the first N stages to quantised z [B, D, F].
+    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Codes [B, N, F] of the first N stages to quantised z [B, D, F], zero past the lengths.
 
         Raises:
             ValueError: there are more codes per frame than stages.
@@ -225,8 +225,9 @@ class ResidualVectorQuantizer(Bottleneck):
         n = codebook_count(codes.shape[1], len(self.quantizers))
         if self.form in ("unprojected", "ema"):
             first, *others = self._entries(codes)
-            return sum(others, start=first)
-        return ops.rvq_decode(codes, *self._decode_weights(n))
+            z = sum(others, start=first)
+            return z if lengths is None else zero_past(z, lengths)
+        return ops.rvq_decode(codes, *self._decode_weights(n), lengths)
 
     def _entries(self, codes: Tensor) -> list[Tensor]:
         """The codebook entries [B, d, F] of codes [B, N, F], stage by stage."""

@@ -272,20 +272,23 @@ def rvq_decode(
     codebooks: Sequence[Tensor],
     out_weights: Sequence[Tensor],
     out_biases: Sequence[Tensor],
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Codes back to the quantised latent: the sum of every stage's projected entry.
 
     Args:
         codes: int64 [B, N, F]; of more codebooks than N the first N are used.
         codebooks, out_weights, out_biases: per stage [K_i, d_i], [D, d_i] and [D].
+        lengths: int64 [B], valid frames of each item; None: all of them.
     Returns:
-        [B, D, F].
+        [B, D, F]; zero past the lengths.
     """
     outputs = []
     for i in range(codes.shape[1]):
         entry = F.embedding(codes[:, i], codebooks[i]).transpose(1, 2)
         outputs.append(F.conv1d(entry, out_weights[i].unsqueeze(2), out_biases[i]))
-    return functools.reduce(torch.add, outputs)
+    z = functools.reduce(torch.add, outputs)
+    return z if lengths is None else torch.where(valid_mask(lengths, z.shape[2]), z, 0)
 
 
 def disc_preprocess(x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class _DecodeTables:
     codebooks: Tensor  # [N, K, d]
     out_weight: Tensor  # [D, R]
     out_bias: Tensor  # [N, D]
+    bias_sums: Tensor  # [N, D], of the biases up to each stage's
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class _EncodeTables:
 def _build_decode_tables(
     codebooks: Sequence[Tensor], out_weights: Sequence[Tensor], out_biases: Sequence[Tensor]
 ) -> _DecodeTables:
+    out_bias = torch.stack(list(out_biases)).float()
     return _DecodeTables(
         torch.stack(list(codebooks)).float(),
         torch.cat(list(out_weights), dim=1).float(),
-        torch.stack(list(out_biases)).float(),
+        out_bias,
+        out_bias.cumsum(0),
     )
 
 
@@ -228,6 +231,7 @@ def rvq_decode_unsupported(
     codebooks: Sequence[Tensor],
     out_weights: Sequence[Tensor],
     out_biases: Sequence[Tensor],
+    lengths: Tensor | None = None,
 ) -> str | None:
     """Why `rvq_decode` cannot run on these arguments, or None."""
     if reason := device_unsupported(codes):
@@ -244,6 +248,7 @@ def rvq_decode(
     codebooks: Sequence[Tensor],
     out_weights: Sequence[Tensor],
     out_biases: Sequence[Tensor],
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Codes back to the quantised latent: the sum, in fp32, of every stage's projected entry.
 
@@ -251,8 +256,9 @@ def rvq_decode(
         codes: int64 [B, N, F]; of more codebooks than N the first N are used. A code outside its
             codebook gives NaN.
         codebooks, out_weights, out_biases: per stage [K, d], [D, d] and [D], as for `rvq_encode`.
+        lengths: int64 [B], valid frames of each item; None: all.
     Returns:
-        [B, D, F], of the codebooks' dtype.
+        [B, D, F], of the codebooks' dtype; zero past the lengths.
     Raises:
         ValueError: `rvq_decode_unsupported` has a reason.
     """
@@ -260,9 +266,9 @@ def rvq_decode(
         raise ValueError(reason)
     tables = _decode_tables(codebooks, out_weights, out_biases)
     stages, dim = codes.shape[1], tables.codebooks.shape[2]
-    weight, bias = tables.out_weight[:, : stages * dim], tables.out_bias[:stages].sum(0)
+    weight, bias = tables.out_weight[:, : stages * dim], tables.bias_sums[stages - 1]
     z: Tensor = decode(
-        codes.contiguous(), tables.codebooks[:stages], weight, bias, codebooks[0].dtype
+        codes.contiguous(), tables.codebooks[:stages], weight, bias, lengths, codebooks[0].dtype
     )
     return z
 
@@ -291,4 +297,4 @@ def warmup(
             _, codes, *_ = rvq_encode(
                 z, in_weights, in_biases, codebooks, out_weights, out_biases, lengths=lengths
             )
-        rvq_decode(codes, codebooks, out_weights, out_biases)
+            rvq_decode(codes, codebooks, out_weights, out_biases, lengths)

@@ -141,11 +141,11 @@ def _search_kernel(
 @jit
 @no_type_check
 def _decode_kernel(
-    codes, codebooks, weight, bias, y, N, K, D, frames, size, stride_weight_row,
+    codes, codebooks, weight, bias, lengths, y, N, K, D, frames, size, stride_weight_row,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # y [B, F, D] = weight [D, N DIM] entries(codes) + bias [D]; codes [B, N, F], codebooks
-    # [N, K, DIM].
+    # [N, K, DIM]; zero past each item's length.
     blocks = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
     d = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -168,6 +168,9 @@ def _decode_kernel(
         w = tl.load(w_at, mask=d_known & (r < N * DIM)[None, :], other=0.0)
         total = tl.dot(w, entry, total, input_precision="ieee")
     total += tl.load(bias + d, mask=d < D, other=0.0)[:, None]
+    if lengths is not None:
+        length = tl.load(lengths + item, mask=frame < frames, other=0)
+        total = tl.where((time < length)[None, :], total, 0.0)
     y_at = y + frame[None, :] * D + d[:, None]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=d_known & frame_known)
 
@@ -332,12 +335,17 @@ def gather(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 @torch.library.custom_op("dac_kernels::rvq_decode", mutates_args=())
 def decode(
-    codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    codes: Tensor,
+    codebooks: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lengths: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[B, D, F] from codes [B, N, F] and, in fp32, codebooks [N, K, d], weight [D, N d], bias [D].
 
-    The rows of the weight are contiguous. The result has its channels innermost in memory, as the
-    decoder reads it.
+    The rows of the weight are contiguous. The result is zero past each item's length, int64 [B],
+    and has its channels innermost in memory, as the decoder reads it.
     """
     items, stages, size = codes.shape
     _, entries, dim = codebooks.shape
@@ -345,7 +353,7 @@ def decode(
     y = codes.new_empty((items, size, depth), dtype=dtype).mT
     frames = items * size
     programs = -(-depth // 64) * -(-frames // 32)
-    tensors = (codes, codebooks, weight, bias, y)
+    tensors = (codes, codebooks, weight, bias, lengths, y)
     integers = (stages, entries, depth, frames, size, weight.stride(0))
     blocks = {"DIM": dim, "BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_R": 16}
     launch(_decode_kernel, programs, *tensors, *integers, **blocks, num_warps=4)
@@ -353,24 +361,34 @@ def decode(
 
 
 @decode.register_fake
-def _(codes: Tensor, codebooks: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor,
+    codebooks: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lengths: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     return codes.new_empty((codes.shape[0], codes.shape[2], weight.shape[0]), dtype=dtype).mT
 
 
 def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    codes, codebooks, weight, _, lengths, _ = inputs
+    ctx.save_for_backward(codes, codebooks, weight, lengths)
 
 
 def _decode_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    codes, codebooks, weight = ctx.saved_tensors
+    codes, codebooks, weight, lengths = ctx.saved_tensors
     g = g.float()
+    if lengths is not None:
+        g = g * valid_mask(lengths, g.shape[2])
     stages, size, dim = codebooks.shape
     items, _, frames = g.shape
     d_weight = torch.matmul(_flat(g), _flat(gather(codes, codebooks)).t())
     d_entries = torch.matmul(weight.t(), g).view(items, stages, dim, frames).transpose(2, 3)
     rows = codes + torch.arange(stages, device=codes.device)[:, None] * size
     d_codebooks = torch.ops.aten.embedding_dense_backward(d_entries, rows, stages * size, -1, False)
-    return None, d_codebooks.view(codebooks.shape), d_weight, g.sum((0, 2)), None
+    return None, d_codebooks.view(codebooks.shape), d_weight, g.sum((0, 2)), None, None
 
 
 decode.register_autograd(_decode_gradients, setup_context=_save_decode)
