@@ -182,9 +182,10 @@ def run(
     """
     code = 0
     report = Report(verb, len(jobs))
+    to_do: list[Job] = []
+    ended: set[Job] = set()
     try:
         with Stop() as stop, report:
-            to_do = []
             for job in jobs:
                 ready = attempt(_prepare, job, existing, difference)
                 if ready is True:
@@ -200,10 +201,15 @@ def run(
             for job, outcome in work(to_do, advance) if to_do else ():
                 # An output that came into being after it was looked for.
                 late = isinstance(outcome, FileExistsError) and existing is Existing.skip
+                ended.add(job)
                 report.end(job.source, SKIPPED if late else outcome)
                 stop.check()
     except Stopped as stopped:
         code = 128 + stopped.number
+        for job in to_do:
+            # The signal came between the last step of a file and its count.
+            if job not in ended and existing is not Existing.overwrite and job.target.exists():
+                report.end(job.source, 0.0)
     out.print(report.summary())
     if code or report.failed:
         raise typer.Exit(code or 1)
