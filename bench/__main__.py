@@ -362,13 +362,13 @@ def static(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GLOB", help="Of launches, such as 'fp16/unit*'; may be repeated. Default: all."
+            metavar="GLOB", help="Such as 'fp16/unit*', 'csrc/*'; may be repeated. Default: all."
         ),
     ] = None,
     out: Out = None,
     commit: Commit = None,
 ) -> None:
-    """Compile every Triton kernel at the real sizes, and read its machine code; needs no GPU."""
+    """Compile every GPU kernel at the real sizes, and read the machine code; needs no GPU."""
     # Imported here, since it needs Triton.
     from bench.static.table import ARCHITECTURES, run_static
 

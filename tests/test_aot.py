@@ -17,6 +17,8 @@ from typing import NamedTuple
 import pytest
 from dac_kernels.residual_unit import SHARED_TF32
 
+from bench.static.sass import Loop, Program, facts
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -73,30 +75,36 @@ BUDGETS = {
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("static") / "static.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     command = [sys.executable, "-m", "bench", "static", "--arch", "90", "--out", path]
-    for pattern in (*BUDGETS, "other/*", "*/rvq sum*"):
+    for pattern in (*BUDGETS, "other/*", "*/rvq sum*", "csrc/disc_preprocess"):
         command += ["--only", pattern]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     page = path.with_suffix(".md").read_text()
     assert "Nothing here was measured" in page
-    return json.loads(path.read_text())["static"]
+    return json.loads(path.read_text()) | {"page": page}
 
 
-def test_nothing_spills(table):
+@pytest.fixture(scope="module")
+def table(document):
+    return document["static"]
+
+
+def test_nothing_spills(table, document):
     kernels = {row["kernel"].strip("_").removesuffix("_kernel") for row in table}
     assert kernels == {
         *("forward", "backward", "conv1d", "residual_unit", "project", "sum", "search", "decode")
     }
     assert not [row["name"] for row in table if "spill" in row["hot"]["kinds"]]
-    # Triton 3.6 keeps a few registers of the tallest tile in memory while its loop runs.
-    low = [row for row in table if not row["tile"].startswith("256×")]
-    spilling = [row["name"] for row in low if row["stack"] or row["spilled"]]
-    assert not spilling, spilling
+    # With Triton 3.6 registers that the tallest tile's epilogue needs wait while its loop runs.
+    tall = 80 if document["environment"]["triton"].startswith("3.6") else 0
+    for row in table:
+        allowed = tall if row["tile"].startswith("256×") else 0
+        assert row["stack"] + row["spilled"] <= allowed, row["name"]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -115,6 +123,49 @@ def test_budget(table, name):
         assert found.registers <= budget.registers, found
         assert found.instructions <= budget.instructions, found
         assert found[2:] == budget[2:], found
+
+
+def test_kernels_of_csrc(document):
+    rows = document["csrc"]
+    if "nvcc" not in document["environment"]:
+        assert not rows
+        assert "nvcc was not found" in document["page"]
+        return
+    assert {row["kernel"] for row in rows} == {
+        *("measure", "scale", "measure_gradient", "scale_gradient")
+    }
+    for row in rows:
+        assert f"| {row['name']} | {row['registers']} |" in document["page"]
+        assert row["stack"] + row["spilled"] == 0
+        # A tree over 256 threads has 8 levels of 2 barriers.
+        assert row["all"]["waits"]["barrier"] >= 16
+
+
+# What sm_100 does with a barrier that is not there yet: it waits behind the kernel's end.
+WAITING = """
+.L_x_0:
+ /*0000*/ IADD3 R0, R0, 0x1, RZ ;
+ /*0010*/ LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+ /*0020*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+ /*0030*/ @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+ /*0040*/ UTCHMMA gdesc[UR4], gdesc[UR10], tmem[UR8], tmem[UR18], idesc[UR19], UPT ;
+ /*0050*/ ISETP.GE.AND P1, PT, R0, R3, PT ;
+ /*0060*/ @!P1 BRA `(.L_x_0) ;
+ /*0070*/ STG.E.128 desc[UR6][R6.64], R8 ;
+ /*0080*/ EXIT ;
+.L_x_2:
+ /*0090*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+ /*00a0*/ @!P0 BRA `(.L_x_2) ;
+ /*00b0*/ BRA `(.L_x_1) ;
+"""
+
+
+def test_waiting_behind_the_end_is_no_loop():
+    program = Program(WAITING)
+    assert program.loops == [Loop(0, 6)]
+    assert facts(program.hot([8]))["mma"] == {"UTCHMMA": 1}
+    assert program.executed([8]) == 8 * 7 + 3
 
 
 def test_defaults_fit_in_shared_memory(table):

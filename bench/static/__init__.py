@@ -1,1 +1,1 @@
-"""What the compiler makes of every Triton kernel at the codec's real sizes; needs no GPU."""
+"""What the compilers make of every kernel at the codec's real sizes; needs no GPU."""

@@ -65,18 +65,31 @@ def compiled(launch: Launch, architecture: int) -> tuple[Json, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    registers, stack, local = map(int, found.groups())
-    shared = kernel.metadata.shared
-    facts = {"registers": registers, "stack": stack, "spilled": local, "shared": shared}
-    return facts, sass
+        (found,) = resources(Path(file.name)).values()
+        sass = disassembled(Path(file.name))
+    # That of a launch, which its machine code does not know.
+    return found | {"shared": kernel.metadata.shared}, sass
 
 
-def _output(tool: str, *arguments: str) -> str:
-    command = [TOOLS / tool, *arguments]
+def resources(cubin: Path) -> dict[str, Json]:
+    """Of each kernel in a file its `registers`, and bytes of `stack`, `spilled` and `shared`."""
+    usage = output(TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
+    found = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    names = ("registers", "stack", "shared", "spilled")
+    return {name: dict(zip(names, map(int, numbers), strict=True)) for name, *numbers in found}
+
+
+def disassembled(cubin: Path) -> str:
+    """The SASS of a file."""
+    return output(TOOLS / "nvdisasm", "-c", cubin)
+
+
+def output(*command: str | Path) -> str:
+    """What a program prints.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -32,13 +32,26 @@ ANALYSIS = (
     "would be the time: the bound. *Products* and *HBM* say how much of either peak the bound "
     "leaves. Of the tiles of an op, the one of the lowest bound is shown; on a GPU timing chooses."
 )
+ARCHITECTURES = (
+    "Each cell has registers, KB of shared memory and CTAs per SM, and in brackets bytes of stack "
+    "frame and of spilled registers, if any. A tile that *does not fit* in the shared memory that "
+    "an architecture gives a CTA is passed over there. Besides sm_90, each kind of layer is "
+    "compiled at one width (residual units at all, but in TF32 they need an SM of 180 KB), since a "
+    "tile's registers hardly depend on it."
+)
+CSRC = (
+    "Compiled by nvcc, 256 threads each. A kernel of `stft_bands` has code for every window, of "
+    "which a block runs one; instructions, loads and stores are counted over all."
+)
+NO_ROOM = "does not fit"
+NO_NVCC = "The CUDA kernels of csrc are left out: nvcc was not found."
 KINDS = ("float", "integer", "shared load", "async copy", "load", "special function", "sync")
 
 
 def markdown(document: Json) -> str:
     """The bounds of whole codecs on an H100, then all machine code."""
     rows = document["static"]
-    lines = ["# The Triton kernels as machine code", "", *facts(document["environment"])]
+    lines = ["# The kernels as machine code", "", *facts(document["environment"])]
     lines += ["", "`python -m bench static` makes this page on any machine.", "", "## Bounds"]
     lines += ["", ANALYSIS]
     for size in ("training", *SIZES):
@@ -50,7 +63,13 @@ def markdown(document: Json) -> str:
     hopper = [row for row in rows if row["architecture"] == HOPPER]
     for precision, found in grouped(hopper, "precision"):
         lines += ["", f"### sm_{HOPPER}, {precision}", "", *code(found)]
-    lines += ["", "### Registers of each architecture", "", *architectures(rows)]
+    elsewhere = {row["name"] for row in rows if row["architecture"] != HOPPER}
+    if compared := [row for row in rows if row["name"] in elsewhere]:
+        lines += ["", "### Each architecture", "", ARCHITECTURES, "", *architectures(compared)]
+    if native := document.get("csrc"):
+        lines += ["", "### CUDA kernels", "", CSRC, "", *cuda(native), "", *architectures(native)]
+    elif "nvcc" not in document["environment"]:
+        lines += ["", NO_NVCC]
     return "\n".join(lines) + "\n"
 
 
@@ -130,15 +149,32 @@ def counts(found: dict[str, int]) -> str:
     return ", ".join(f"{name} × {count}" for name, count in found.items())
 
 
+def cuda(rows: list[Json]) -> list[str]:
+    """A line per kernel of csrc, as compiled for sm_90."""
+    head = ("kernel", "registers", "shared KB", "CTAs", "instructions", "loads", "stores",
+            "barriers")  # fmt: skip
+    lines = table_head(head)
+    for row in rows:
+        found = row["all"]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+        cells = [row["name"], row["registers"], f"{row['shared'] / 1024:.0f}", row["ctas"],
+                 f"{found['instructions']}: {kinds}", counts(found["loads"]),
+                 counts(found["stores"]), found["waits"].get("barrier", 0)]  # fmt: skip
+        if row["architecture"] == HOPPER:
+            lines.append(table_row(map(str, cells)))
+    return lines
+
+
 def architectures(rows: list[Json]) -> list[str]:
-    """A line per configuration: registers, and in brackets the bytes of stack, if any."""
+    """A line per kernel with what it takes on each architecture; see `ARCHITECTURES`."""
     known = sorted({row["architecture"] for row in rows})
-    lines = table_head(["configuration", *(f"sm_{number}" for number in known)])
+    lines = table_head(["kernel", *(f"sm_{number}" for number in known)])
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         stack = row["stack"] + row["spilled"]
-        text = f"{row['registers']}" + (f" ({stack})" if stack else "")
-        cells.setdefault(row["name"], {})[row["architecture"]] = text
+        text = f"{row['registers']}, {row['shared'] / 1024:.0f} KB, {row['ctas']}"
+        text += f" ({stack})" if stack else ""
+        cells.setdefault(row["name"], {})[row["architecture"]] = text if row["ctas"] else NO_ROOM
     for name, found in cells.items():
         lines.append(table_row([name, *(found.get(number, "") for number in known)]))
     return lines

@@ -94,8 +94,11 @@ class Program:
             if instruction.op.startswith("BRA")
             and (target := re.search(r"`\((\.L_x_\d+)\)", instruction.text))
         ]
+        # What comes after the last way out waits for a barrier, and jumps back to where it is from.
+        exits = [at for at, each in enumerate(self.instructions) if each.op == "EXIT"]
+        end = exits[-1] if exits else len(self.instructions)
         # Several jumps back to one place are one loop.
-        last = {first: at for first, at in jumps if first <= at}
+        last = {first: at for first, at in jumps if first <= at < end}
         loops = sorted(Loop(first, at) for first, at in last.items() if at - first >= LEAST_LOOP)
         self.loops = loops
 

@@ -5,20 +5,28 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from bench.document import SCHEMA, Json, environment, write
+from bench.static import csrc
 from bench.static.bound import bound, ctas, work
 from bench.static.compiled import compiled, key, versions
 from bench.static.launches import Launch, every_launch
 from bench.static.sass import Program, facts
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
-# The one that bounds are computed for, and which launches the others are compiled for.
+# The one that bounds are computed for, and all launches are compiled for.
 HOPPER = 90
+# What is compiled for the others: each kind of layer at one width, since a tile's code is nearly
+# the same at all, and Snake and the quantizer.
 ELSEWHERE = (
-    "fp16/conv 7 dilated, 768*",
-    "fp16/transposed 16 stride 8, 1536*",
-    "fp16/unit*: y and snake*",
+    "*/conv 7 dilated, 768*",
+    "*/conv 1, 768*: y and snake*",
+    "*/transposed 16 stride 8, 1536*",
+    "fp16/unit, *: y and snake*",
+    "fp32/unit, *: y and snake*",
+    "fp16/conv 4 stride 2*",
+    "fp16/conv 7, 1 to 64*",
+    "fp16/conv 7, 96 to 1:*",
     "fp16/snake*",
-    "fp32/rvq *",
+    "fp32/rvq*",
 )
 
 
@@ -29,34 +37,45 @@ def run_static(
 
     Args:
         architectures: some of `ARCHITECTURES`.
-        patterns: of launches' names; empty: all.
+        patterns: of launches' names, and of csrc's sources (`csrc.name_of`); empty: all.
         path: of the result file.
         commit: recorded where the tree is no git checkout.
     """
+    patterns = patterns or ["*"]
     groups: dict[tuple[str, str], list[Launch]] = {}
     whole: dict[str, bool] = {}
     for launch in every_launch():
-        wanted = any(fnmatch(launch.name, pattern) for pattern in patterns or ["*"])
+        wanted = matches(launch.name, patterns)
         whole[launch.precision] = wanted and whole.get(launch.precision, True)
         if wanted:
             groups.setdefault((launch.name, key(launch)), []).append(launch)
     rows = []
+    native = []
     known: dict[tuple[str, int], tuple[Json, Program]] = {}
     for architecture in architectures:
         for (name, code), launches in groups.items():
-            if architecture != HOPPER and not any(fnmatch(name, each) for each in ELSEWHERE):
+            if architecture != HOPPER and not matches(name, ELSEWHERE):
                 continue
             if (code, architecture) not in known:
                 resources, sass = compiled(launches[0], architecture)
                 known[code, architecture] = resources, Program(sass)
             rows.append(row(launches, architecture, *known[code, architecture]))
+        for source in csrc.SOURCES:
+            if matches(csrc.name_of(source), patterns):
+                native += csrc.rows(source, architecture)
         print(f"sm_{architecture}: {len(rows)} rows", flush=True)
     machine = environment("cpu", commit)
     kept = {name: machine[name] for name in ("date", "commit", "dirty", "python", "torch")}
-    document = {"schema": SCHEMA, "environment": kept | versions(), "static": rows}
+    document = {"schema": SCHEMA, "environment": kept | versions() | csrc.versions()}
+    document |= {"static": rows, "csrc": native}
     document["complete"] = [precision for precision, all_of_it in whole.items() if all_of_it]
     write(document, path)
     return document
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of the patterns does."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def row(launches: list[Launch], architecture: int, resources: Json, program: Program) -> Json:

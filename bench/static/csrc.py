@@ -1,0 +1,68 @@
+"""The CUDA kernels of csrc compiled ahead of time, where there is nvcc."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.document import ROOT, Json
+from bench.static.bound import RESERVED, ctas
+from bench.static.compiled import disassembled, output, resources
+from bench.static.sass import Program, facts
+
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+# As in setup.py, these and where nvcc is.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
+CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
+# Of a CTA of any of these kernels: `kThreads` is 256.
+WARPS = 8
+
+
+def versions() -> dict[str, str]:
+    """Of nvcc, if there is one."""
+    found = re.search(r"V([\d.]+)", output(NVCC, "--version")) if NVCC else None
+    return {"nvcc": found[1]} if found else {}
+
+
+def name_of(source: Path) -> str:
+    """What a source is called among launches."""
+    return f"csrc/{source.stem}"
+
+
+def rows(source: Path, architecture: int) -> Iterator[Json]:
+    """What is known of each kernel in a source; nothing without nvcc."""
+    if not NVCC:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "cubin")
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        command = [NVCC, *FLAGS, target, "-cubin", source, "-o", cubin]
+        subprocess.run(command, check=True)
+        used, sass = resources(cubin), disassembled(cubin)
+    # A section for each kernel follows its heading.
+    _, *sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", sass, flags=re.MULTILINE)
+    for symbol, text in zip(sections[::2], sections[1::2], strict=True):
+        program, taken = Program(text), used[symbol]
+        # The compiler counts what the system takes from sm_90 on.
+        taken["shared"] -= RESERVED if architecture >= 90 and taken["shared"] else 0
+        kernel = demangled(symbol)
+        yield {
+            "name": f"{name_of(source)}/{kernel}",
+            "kernel": kernel,
+            "architecture": architecture,
+            **taken,
+            "ctas": ctas(taken, WARPS, architecture),
+            "all": facts(program.instructions),
+        }
+
+
+def demangled(symbol: str) -> str:
+    """A kernel's name with the types that it is made for, without its namespaces and arguments."""
+    whole = output("c++filt", symbol).strip()
+    found = re.search(r"(\w+)(<[\w:, ]+>)?\(", whole)
+    assert found, whole
+    return found[1] + (found[2] or "").replace("dac::", "")
