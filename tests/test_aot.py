@@ -125,6 +125,12 @@ def test_budget(table, name):
         assert found[2:] == budget[2:], found
 
 
+def test_launches_of_a_request(document):
+    assert document["launches"]["decode"] < 30
+    assert document["launches"]["encode"] <= 64
+    assert "29 to decode" in document["page"]
+
+
 def test_kernels_of_csrc(document):
     rows = document["csrc"]
     if "nvcc" not in document["environment"]:

@@ -63,12 +63,18 @@ class Launch:
 
 
 class Recorder:
-    """Stands in for launches while code runs in `recording`; `launches` has them in order."""
+    """Stands in for launches while code runs in `recording`.
+
+    Attributes:
+        launches: those of every configuration, in order.
+        count: of the launches that there would be with one configuration each.
+    """
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
+        self.count = 0
         self._size = self._precision = ""
-        self._known = False
+        self._trying = self._known = False
 
     @contextlib.contextmanager
     def recording(self, size: str, precision: str) -> Iterator[None]:
@@ -101,6 +107,7 @@ class Recorder:
                 setattr(module, name, function)
 
     def _launch(self, kernel: Any, programs: int, *values: Any, **options: Any) -> None:
+        self.count += not self._trying
         if self._known:
             self._known = False
             return
@@ -117,8 +124,10 @@ class Recorder:
     def _tuned(
         self, op: str, x: Tensor, shape: object, configs: Sequence[Config], run: Callable[..., None]
     ) -> Config:
+        self._trying = True
         for config in configs:
             run(config)
+        self._trying = False
         # The op now launches what it takes to be chosen.
         self._known = True
         return configs[0]

@@ -53,7 +53,11 @@ def markdown(document: Json) -> str:
     rows = document["static"]
     lines = ["# The kernels as machine code", "", *facts(document["environment"])]
     lines += ["", "`python -m bench static` makes this page on any machine.", "", "## Bounds"]
-    lines += ["", ANALYSIS]
+    lines += ["", ANALYSIS, ""]
+    counts_of = [f"{count} to {what}" for what, count in document["launches"].items()]
+    lines += [
+        f"Launches in the graph of a request, Triton's and PyTorch's: {', '.join(counts_of)}."
+    ]
     for size in ("training", *SIZES):
         for precision, found in grouped(best(rows, size), "precision"):
             lines += ["", f"### {size}, {precision}", "", *bounds(found, size)]

@@ -9,6 +9,7 @@ from bench.static import csrc
 from bench.static.bound import bound, ctas, work
 from bench.static.compiled import compiled, key, versions
 from bench.static.launches import Launch, every_launch
+from bench.static.requests import launches_of_requests
 from bench.static.sass import Program, facts
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -67,7 +68,7 @@ def run_static(
     machine = environment("cpu", commit)
     kept = {name: machine[name] for name in ("date", "commit", "dirty", "python", "torch")}
     document = {"schema": SCHEMA, "environment": kept | versions() | csrc.versions()}
-    document |= {"static": rows, "csrc": native}
+    document |= {"static": rows, "csrc": native, "launches": launches_of_requests()}
     document["complete"] = [precision for precision, all_of_it in whole.items() if all_of_it]
     write(document, path)
     return document

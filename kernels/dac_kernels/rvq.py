@@ -197,8 +197,9 @@ def rvq_encode(
     # Each item's and stage's share in the losses.
     share = z.new_full((items, stages), 1 / (items * dim), dtype=torch.float32)
     share = share / (size if lengths is None else lengths[:, None])
-    kept, keep = entries, torch.ones_like(share)
-    if counts is not None:
+    if counts is None:
+        kept, keep = entries, torch.ones_like(share)
+    else:
         keep = (torch.arange(stages, device=z.device) < counts[:, None]).float()
         share = share * keep
         kept = entries * keep.repeat_interleave(dim, 1)[:, :, None]
