@@ -1,18 +1,19 @@
 """The command line, `python -m bench`: every command is a function here."""
 
-import fnmatch
 from pathlib import Path
 from typing import Annotated
 
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit("no typer here, which `python -m bench` needs: install it") from None
 import torch
-import typer
 
 from bench import house as checkout
-from bench import precisions, run
-from bench.case import Case, Settings
-from bench.cases import all_cases
-from bench.document import ROOT
-from bench.gpu import GpuSettings, run_everything
+from bench import precisions, programs, run
+from bench.case import Settings
+from bench.document import OUT, ROOT
+from bench.gpu import gpu_architecture, missing, run_everything
 from bench.options import (
     Budget,
     CaseNames,
@@ -28,6 +29,7 @@ from bench.options import (
     StepPrecision,
     Threads,
     accepted,
+    matching,
     must_be_files,
     must_be_there,
     name_of,
@@ -35,9 +37,7 @@ from bench.options import (
     without_tf32,
 )
 from bench.report import write_report
-
-# Git ignores this folder. A result to keep is copied to bench/results and committed.
-OUT = ROOT / "bench/out"
+from bench.session import GpuSettings
 
 app = typer.Typer(
     help="Time every op and the codec against their peers. The outputs of each peer are checked "
@@ -103,7 +103,10 @@ def run_cases(
 @app.command()
 def gpu(
     out_dir: Annotated[Path, typer.Option(help="Folder of the results.")] = OUT,
-    budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 500,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 540,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same steps on a CPU, at tiny sizes.")
+    ] = False,
     commit: Commit = None,
     case: CaseNames = None,
     skip: Annotated[
@@ -117,14 +120,18 @@ def gpu(
     recording: Recording = None,
 ) -> None:
     """Build, test and time everything on a GPU, see bench/gpu.py."""
-    if not torch.cuda.is_available():
-        hint = "`python -m bench run --device cpu` runs the CPU cases"
+    if not rehearse and not torch.cuda.is_available():
+        hint = "`--rehearse` goes through all steps on a CPU"
         raise typer.BadParameter(f"torch sees no CUDA device here; {hint}")
     must_be_files(resume, recording)
+    if unable := missing(skip or ()):
+        hint = "install them, bring their wheels, or --skip the steps"
+        raise typer.BadParameter(f"modules are missing here: {', '.join(unable)}; {hint}")
     run_everything(
         GpuSettings(
             folder=out_dir,
             budget=budget,
+            device="cpu" if rehearse else "cuda",
             commit=commit,
             patterns=case or (),
             skip=skip or (),
@@ -144,6 +151,7 @@ def parity(
     ] = None,
     recording: Recording = None,
     seconds: Annotated[float, typer.Option(help="Of the recording.")] = 1.0,
+    quick: Quick = False,
     out: Out = None,
     commit: Commit = None,
 ) -> None:
@@ -155,7 +163,7 @@ def parity(
     wanted = accepted("--precision", [each.value for each in precision or ()], available, name)
     without_tf32()
     path = out or OUT / f"{name}_precisions.json"
-    precisions.run_table(name, wanted, recording or precisions.CLIP, seconds, path, commit)
+    precisions.run_table(name, wanted, recording or precisions.CLIP, seconds, path, commit, quick)
     say_written([path, *write_report(path)])
 
 
@@ -228,128 +236,13 @@ def train(
         recipe=loaded,
         batches=batch or ([72, 12] if on_gpu else [1]),
         precisions=[each.value for each in precisions_wanted],
-        peers=accepted("--peer", peer, TAKEN_APART if count_only else PEERS[name], name),
+        peers=accepted("--peer", peer, TAKEN_APART if count_only or quick else PEERS[name], name),
         seconds=0.2 if quick else seconds,
         count_only=count_only,
         data=data,
         quick=quick,
     )
     run_train(settings, path, budget, commit)
-    say_written([path, *write_report(path)])
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Option(help="Of all servers.")] = "tiny",
-    seconds: Annotated[float, typer.Option(help="Of each measurement.")] = 60.0,
-    most_streams: Annotated[int, typer.Option(help="Streams to try at most.")] = 256,
-    soak: Annotated[
-        float, typer.Option(metavar="MINUTES", help="Of streams that come and go at random.")
-    ] = 0.0,
-    published_python: PublishedPython = None,
-    out: Out = None,
-    commit: Commit = None,
-) -> None:
-    """Load the server, and its peers: latencies, time to first audio, streams held."""
-    # Imported here, since it needs the extra `serve`.
-    from bench.serving.measure import ServeSettings, run_serve
-
-    settings = ServeSettings(
-        model=model,
-        seconds=seconds,
-        most_streams=most_streams,
-        published_python=published_python,
-        soak_minutes=soak,
-    )
-    path = out or OUT / "serve.json"
-    run_serve(settings, path, commit)
-    say_written([path, *write_report(path)])
-
-
-@app.command()
-def soak(
-    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
-    model: Annotated[str, typer.Option(help="A preset, or the path of a checkpoint.")] = "tiny",
-    slots: Annotated[int, typer.Option(help="For streams, in each direction.")] = 64,
-    threads: Threads = None,
-    out: Out = None,
-    commit: Commit = None,
-) -> None:
-    """Stream and batch at random on the CPU, check every result, and watch memory and handles."""
-    # Imported here, since its picture needs matplotlib.
-    from bench.soak import SoakSettings, run_soak
-
-    if threads:
-        torch.set_num_threads(threads)
-    path = out or OUT / "soak.json"
-    document = run_soak(SoakSettings(minutes, model, slots), path, commit)
-    say_written([path, *write_report(path)])
-    if document["samples"][-1]["wrong"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-def corpus(
-    device: OnDevice = None,
-    model: Annotated[str, typer.Option(help="Of all ways.")] = "tiny",
-    data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of recordings. Default: a clip, often.")
-    ] = None,
-    most: Annotated[int, typer.Option(help="Recordings to encode at most.")] = 100,
-    rounds: Annotated[int, typer.Option(help="In which the ways take turns.")] = 1,
-    published_python: PublishedPython = None,
-    quick: Quick = False,
-    out: Out = None,
-    commit: Commit = None,
-) -> None:
-    """Time a corpus to codes: one and two workers, a loop, the published package in a pool."""
-    # Imported here, since it needs Ray, which a machine that only times kernels may lack.
-    from bench.corpus import CLIP, CorpusSettings, run_corpus
-    from dac_fast.audio.sources import files_below
-
-    name = name_of(device)
-    must_be_there(name)
-    count = 4 if quick else most
-    files = [Path(file.path) for file in files_below(data)] if data else [CLIP] * count
-    settings = CorpusSettings(name, model, files[:count], rounds, published_python)
-    path = out or OUT / f"{name}_corpus.json"
-    run_corpus(settings, path, commit)
-    say_written([path, *write_report(path)])
-
-
-@app.command()
-def codes(
-    published_python: Annotated[
-        str, typer.Option(metavar="PATH", help="A Python that can import the published package.")
-    ],
-    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Of recordings.")],
-    minutes: Annotated[float, typer.Option(help="Of audio, at most.")] = 5.0,
-    preset: Annotated[str, typer.Option(help="The model's size.")] = "44khz",
-    out: Out = None,
-    commit: Commit = None,
-) -> None:
-    """Compare codes of recordings with the published package's, on the CPU."""
-    from bench.codes import run_codes
-    from dac_fast.audio.sources import files_below
-
-    path = out or OUT / "cpu_codes.json"
-    files = [Path(file.path) for file in files_below(data)]
-    run_codes(files, minutes, published_python, path, preset, commit)
-    say_written([path, *write_report(path)])
-
-
-@app.command()
-def halves(
-    preset: Annotated[str, typer.Option(help="Of the codec.")] = "44khz",
-    rounds: Annotated[int, typer.Option(help="How often each part is loaded.")] = 3,
-    out: Out = None,
-    commit: Commit = None,
-) -> None:
-    """Measure memory and time of loading half a codec, against the whole."""
-    from bench.halves import run_halves
-
-    path = out or OUT / "cpu_halves.json"
-    run_halves(preset, rounds, path, commit)
     say_written([path, *write_report(path)])
 
 
@@ -381,6 +274,20 @@ def static(
     say_written([path, *write_report(path)])
 
 
+@app.command("compile")
+def compile_kernels(
+    architecture: Annotated[
+        int | None, typer.Option("--arch", metavar="N", help="sm_N. Default: the GPU's.")
+    ] = None,
+    quick: Quick = False,
+) -> None:
+    """Compile the kernels of the cases for a GPU, into Triton's cache, by all cores."""
+    # Imported here, since it needs Triton.
+    from bench.static.cache import fill
+
+    print(f"{fill(architecture or gpu_architecture(), quick=quick)} kernels")
+
+
 @app.command()
 def report(results: Annotated[list[Path], typer.Argument(metavar="JSON...")]) -> None:
     """Turn result files into pages and pictures."""
@@ -397,19 +304,8 @@ def house(
     print(checkout.markdown(root))
 
 
-def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]:
-    """The cases that match, in the order in which they are run."""
-    patterns = patterns or ["*"]
-    found = [
-        case
-        for case in all_cases(device, quick)
-        if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
-    ]
-    if not found:
-        wanted = " or ".join(map(repr, patterns))
-        hint = "`python -m bench list` prints them"
-        raise typer.BadParameter(f"no case matches {wanted}; {hint}")
-    return sorted(found, key=lambda case: case.priority)
+for command in (programs.serve, programs.soak, programs.corpus, programs.codes, programs.halves):
+    app.command()(command)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,24 @@ import torch
 from dac_fast.files import atomic_path
 
 ROOT = Path(__file__).parents[1]
+# Git ignores this folder. A result to keep is copied to bench/results and committed.
+OUT = ROOT / "bench/out"
 SCHEMA = 1
 # An object in a result file: a whole document, its environment, a row.
 Json = dict[str, Any]
 
 
-def environment(device: str, commit: str | None = None) -> Json:
+# What the environment of a run at tiny sizes says of its figures.
+QUICK = "tiny sizes, no measurement"
+
+
+def environment(device: str, commit: str | None = None, quick: bool = False) -> Json:
     """The machine, its software and the commit.
 
     Args:
         device: "cpu" or "cuda".
         commit: recorded where the tree is no git checkout.
+        quick: whether sizes are tiny, for the test of the benchmark itself.
     """
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     record: Json = {
@@ -44,6 +51,8 @@ def environment(device: str, commit: str | None = None) -> Json:
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+    if quick:
+        record["figures"] = QUICK
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         query = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
@@ -102,8 +111,9 @@ def speedups(rows: list[Json]) -> dict[str, float]:
 
 
 def title(environment: Json) -> str:
-    """The device in a few words."""
-    return environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+    """The device in a few words, and whether its figures mean nothing."""
+    device = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+    return f"{device}: {environment['figures']}" if "figures" in environment else device
 
 
 def facts(environment: Json) -> list[str]:

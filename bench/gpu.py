@@ -1,66 +1,57 @@
 """`python -m bench gpu`: everything that wants a GPU, in one command and within one time budget.
 
-The steps, each in a process of its own so that none takes down the next: build the extension with
-its CUDA half, run the tests marked `gpu`, run some of them under compute-sanitizer, run every CUDA
-case (the whole codec first, then single layers and ops), the table of precisions, and the training
-step. The output folder gets one JSON document (see run.py), its report, the results of the last two
-steps, and the log of all.
+The steps, each in processes of its own so that none takes down the next: build the extension with
+its CUDA half, and compile the Triton kernels of the cases beside it; run the tests marked `gpu`,
+and beside them some under compute-sanitizer; run the CUDA cases, those of the README first; make
+the table of precisions; time the training step. The output folder gets one JSON document with all
+results (see run.py; `precisions` and `train` are those of the last two steps), its page and
+pictures, and the log of every step. The document is written again after every case, so a call that
+is cut off loses nothing.
 
-One call of 500 s builds, tests, and times what matters most. Where a call may take ten minutes at
-most, three of them do all of it:
+One call of nine minutes does all of it, as far as it gets with the cases; another one goes on with
+those that are left:
 
-    python -m bench gpu --budget 570 --skip precisions --skip train
-    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip train --resume FIRST.json
-    python -m bench gpu --budget 570 --skip tests --skip sanitizers --skip cases \\
-        --skip precisions --resume FIRST.json
+    python -m bench gpu
+    python -m bench gpu --skip tests --skip sanitizers --skip precisions --skip train \\
+        --resume bench/out/gpu-DATE-TIME.json
 
-FIRST.json is the document that the first call wrote (copied to --out-dir if it lies elsewhere);
-cases that it has are not run again. The build is repeated where the machine is a fresh one, and
-takes a moment where it is not.
+The machine needs torch, Triton, nvcc, and the modules of `NEEDS`; neither soundfile nor a network.
+`--rehearse` goes through the same steps on a CPU, at sizes that measure nothing.
 """
 
-import datetime
 import importlib.util
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from bench.document import ROOT, SCHEMA, Json, write
+from bench.document import ROOT, Json
 from bench.options import Step
-from bench.report import write_report
+from bench.report import headlines, write_report
+from bench.session import LIMITS, GpuSettings, Job, Session
 
-# A program and its arguments.
-Command = Sequence[str | Path]
-
-# Seconds that a step, or each tool of the sanitizers, may take at most. The cases get all that is
-# left of the budget once the steps after them have theirs.
-LIMITS = {
-    "build": 150,
-    "tests": 120,
-    "memcheck": 45,
-    "racecheck": 45,
-    "synccheck": 45,
-    "precisions": 40,
-    "train": 100,
-}
-# Seconds below which a step is not worth starting.
-LEAST = {"precisions": 20, "train": 40}
-LEAST_OTHERWISE = 30
-# Seconds kept back for the report.
-RESERVE = 15
 # Seconds after which a case starts no more peers: those of the whole codec compile for minutes.
-PEER_SECONDS = "200"
-# The tests of our own CUDA code: compute-sanitizer slows kernels down a hundredfold.
-SANITIZED = "stft_bands or disc_preprocess"
+PEER_SECONDS = "100"
+# What steps import beyond torch, Triton and numpy. Neither the cases nor the sanitizers need more.
+NEEDS = {
+    Step.build: ("setuptools", "pybind11"),
+    Step.tests: ("pytest", "hypothesis", "yaml", "pydantic", "rich", "safetensors"),
+    Step.precisions: ("safetensors",),
+    Step.train: ("yaml", "pydantic", "rich"),
+}
+# By tool, which tests of our own CUDA code it sees: compute-sanitizer slows kernels down a
+# hundredfold. Most of these tests fill new memory with NaN, where no read is one of memory that
+# nobody wrote, so initcheck gets the others.
+OURS = "(stft_bands or disc_preprocess)"
+SANITIZED = {
+    "memcheck": OURS,
+    "racecheck": OURS,
+    "synccheck": OURS,
+    "initcheck": f"{OURS} and (golden or odd_addresses or training_size)",
+}
 
 BENCH = (sys.executable, "-m", "bench")
 PYTEST = (
@@ -69,48 +60,28 @@ PYTEST = (
 )
 
 
-@dataclass(frozen=True)
-class GpuSettings:
-    """What to do.
-
-    Attributes:
-        folder: for the results.
-        budget: seconds for everything.
-        commit: recorded where the tree is no git checkout.
-        patterns: of case names; empty: all.
-        skip: names of steps to leave out.
-        resume: a document to go on with; None: a new one.
-        published_python: see `bench.case.Settings`.
-        recording: for the precisions; None: the bundled clip.
-    """
-
-    folder: Path
-    budget: float
-    commit: str | None = None
-    patterns: Sequence[str] = ()
-    skip: Sequence[str] = ()
-    resume: Path | None = None
-    published_python: str | None = None
-    recording: Path | None = None
+def missing(skip: Sequence[str]) -> list[str]:
+    """The steps that are wanted and cannot run here, each with the modules that it lacks."""
+    found = []
+    for step, modules in NEEDS.items():
+        absent = [module for module in modules if not importlib.util.find_spec(module)]
+        if absent and step not in skip:
+            found.append(f"{step.value} ({', '.join(absent)})")
+    return found
 
 
 def run_everything(settings: GpuSettings) -> Path:
     """Runs all steps, the next one too where one fails; returns the document's path."""
     session = Session(settings)
-    steps: dict[Step, Callable[[Session], None]] = {
-        Step.build: build,
-        Step.tests: tests,
-        Step.sanitizers: sanitizers,
-        Step.cases: cases,
-        Step.precisions: precisions,
-        Step.train: train,
-    }
-    for name, step in steps.items():
-        if session.wants(name):
-            step(session)
+    # Nothing is timed in these, so they run side by side.
+    session.together({Step.build: build, Step.kernels: kernels})
+    session.together({Step.tests: tests, Step.sanitizers: sanitizers})
+    for step in (cases, precisions, train):
+        step(session)
+    shutil.rmtree(session.work, ignore_errors=True)
     document = session.document()
-    if "environment" in document:
-        write_report(session.path)
+    write_report(session.path)
+    print("\n".join(headlines(document)))
     for result in session.steps:
         print(f"{result['name']}: {result['result']} ({result['seconds']:.0f} s)")
     rows = document.get("rows", [])
@@ -120,100 +91,74 @@ def run_everything(settings: GpuSettings) -> Path:
     return session.path
 
 
-class Session:
-    """The document, the log and the clock of one call."""
-
-    def __init__(self, settings: GpuSettings):
-        self.settings = settings
-        self.deadline = time.monotonic() + settings.budget - RESERVE
-        folder = settings.folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        if settings.resume:
-            self.path = folder / settings.resume.name
-            if settings.resume.resolve() != self.path:
-                shutil.copy(settings.resume, self.path)
-        else:
-            now = datetime.datetime.now(datetime.timezone.utc)
-            self.path = folder / f"gpu-{now:%Y%m%d-%H%M%S}.json"
-        self.log = self.path.with_suffix(".log")
-        self.steps: list[Json] = self.document().get("steps", [])
-
-    def document(self) -> Json:
-        """The document as it is now: the steps' processes write it too."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"schema": SCHEMA}
-
-    def beside(self, name: str) -> Path:
-        """The path of another result of this call."""
-        return self.path.with_name(f"{self.path.stem}_{name}.json")
-
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return self.deadline - time.monotonic()
-
-    def kept_for_later(self) -> float:
-        """Seconds that the steps after the cases need."""
-        later = (Step.precisions, Step.train)
-        return sum(LIMITS[step] for step in later if step not in self.settings.skip)
-
-    def wants(self, step: Step) -> bool:
-        """Whether the step is to be run, and there is time for it."""
-        least: float = LEAST.get(step, LEAST_OTHERWISE)
-        if step is Step.cases:
-            least += self.kept_for_later()
-        return step not in self.settings.skip and self.left() > least
-
-    def run(self, name: str, command: Command, limit: float, **variables: str) -> int | None:
-        """Runs and records a step; returns its exit status, None where it was out of time."""
-        result = run_step(name, command, min(limit, self.left()), self.log, **variables)
-        self.steps.append(result)
-        document = self.document() | {"steps": self.steps}
-        if result["returncode"] is None:
-            # The case that was under way did nothing wrong: it is still to be run.
-            document.pop("running", None)
-        write(document, self.path)
-        status: int | None = result["returncode"]
-        return status
+def gpu_architecture() -> int:
+    """That of the GPU, such as 90."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
-def build(session: Session) -> None:
-    """Builds the extension for this GPU alone, several times quicker than for all."""
-    architecture = "".join(map(str, torch.cuda.get_device_capability()))
-    session.run(
-        "build",
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        LIMITS["build"],
-        DAC_KERNELS_BUILD="cuda",
-        DAC_KERNELS_CUDA_ARCH=architecture,
-    )
+def build(session: Session) -> Iterator[Job]:
+    """Builds the extension for this GPU alone, several times quicker than for all.
+
+    In a rehearsal its CPU half is built, elsewhere.
+    """
+    command: list[str | Path] = [sys.executable, "setup.py", "build_ext"]
+    if session.settings.rehearsal:
+        command += ["--build-lib", ROOT / "build/rehearsal"]
+        yield Job("build", command, {"DAC_KERNELS_BUILD": "cpu"})
+    else:
+        variables = {"DAC_KERNELS_CUDA_ARCH": str(gpu_architecture())}
+        yield Job("build", [*command, "--inplace"], {"DAC_KERNELS_BUILD": "cuda"} | variables)
 
 
-def tests(session: Session) -> None:
-    """Runs the tests marked `gpu`, side by side: most of their time goes into compiling kernels."""
-    processes = str(min(8, os.cpu_count() or 1))
+def kernels(session: Session) -> Iterator[Job]:
+    """Compiles the Triton kernels of the cases, which would take one process minutes."""
+    quick = ["--arch", "90", "--quick"] if session.settings.rehearsal else []
+    yield Job("kernels", [*BENCH, "compile", *quick], {"TRITON_INTERPRET": "0"})
+
+
+def tests(_: Session) -> Iterator[Job]:
+    """Runs the tests marked `gpu`; most of their time goes into compiling kernels."""
+    processes = str(min(12, os.cpu_count() or 1))
     parallel = ["-n", processes] if importlib.util.find_spec("xdist") else []
-    session.run("tests", [*PYTEST, *parallel], LIMITS["tests"])
+    yield Job("tests", [*PYTEST, *parallel, *gpu_tests()], {})
 
 
-def sanitizers(session: Session) -> None:
-    """Runs the tests of our own CUDA code under compute-sanitizer, where it is installed."""
-    if not shutil.which("compute-sanitizer"):
+def sanitizers(session: Session) -> Iterator[Job]:
+    """Runs the tests of our own CUDA code under each tool of compute-sanitizer."""
+    reason = "it needs a GPU" if session.settings.rehearsal else "it is not installed"
+    if session.settings.rehearsal or not shutil.which("compute-sanitizer"):
+        result = f"skipped: compute-sanitizer: {reason}"
+        nothing = {"command": "", "returncode": None, "seconds": 0.0, "result": result}
+        session.record({"name": "sanitizers"} | nothing)
         return
-    for tool in ("memcheck", "racecheck", "synccheck"):
+    for tool, which in SANITIZED.items():
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST]
-        command += ["-x", "-k", SANITIZED]
+        command += ["-x", "-k", which, "tests/test_native.py"]
         # PyTorch's caching allocator hides accesses past the end of a tensor.
-        session.run(tool, command, LIMITS[tool], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        yield Job(tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def gpu_tests() -> list[str]:
+    """The files with tests for a GPU; others may need packages that its machine lacks."""
+    marks = ("mark.gpu", "mark.triton")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [
+        str(file.relative_to(ROOT))
+        for file in files
+        if any(mark in file.read_text() for mark in marks)
+    ]
 
 
 def cases(session: Session) -> None:
-    """Runs the CUDA cases, again after each that killed its process, which the next one records."""
+    """Runs the cases, again after each that killed its process, which the next one records."""
     settings = session.settings
     while session.wants(Step.cases):
         limit = session.left() - session.kept_for_later()
         before = progress(session.document())
-        command: list[str | Path] = [*BENCH, "run", "--device", "cuda", "--seconds", "0.2"]
+        command: list[str | Path] = [*BENCH, "run", *settings.options(), "--seconds", "0.2"]
         command += ["--budget", f"{limit - 20:.0f}", "--peer-seconds", PEER_SECONDS]
-        command += ["--resume", "--out", session.path, *commit(settings)]
+        command += ["--resume", "--out", session.path]
         if settings.published_python:
             command += ["--published-python", settings.published_python]
         for pattern in settings.patterns:
@@ -230,67 +175,20 @@ def progress(document: Json) -> tuple[int, str | None]:
 
 def precisions(session: Session) -> None:
     """Makes the table of precisions."""
-    command: list[str | Path] = [*BENCH, "parity", "--device", "cuda"]
-    command += ["--out", session.beside("precisions"), *commit(session.settings)]
+    if not session.wants(Step.precisions):
+        return
+    command: list[str | Path] = [*BENCH, "parity", *session.settings.options()]
     if session.settings.recording:
         command += ["--recording", session.settings.recording]
-    session.run("precisions", command, LIMITS["precisions"])
+    command += ["--out", session.under_way("precisions")]
+    session.run("precisions", command, LIMITS[Step.precisions])
 
 
 def train(session: Session) -> None:
     """Times the training step, in all the time that is left."""
+    if not session.wants(Step.train):
+        return
     limit = session.left()
-    command: list[str | Path] = [*BENCH, "train", "--device", "cuda"]
-    command += ["--budget", f"{limit - 30:.0f}", "--out", session.beside("train")]
-    session.run("train", [*command, *commit(session.settings)], limit)
-
-
-def commit(settings: GpuSettings) -> list[str]:
-    """The option that tells a step the commit."""
-    return ["--commit", settings.commit] if settings.commit else []
-
-
-def run_step(name: str, command: Command, limit: float, log: Path, **variables: str) -> Json:
-    """Runs a command from the repository's root; returns the record of it.
-
-    Args:
-        name: for the record.
-        command: the program and its arguments.
-        limit: seconds until it is killed, with all that it started.
-        log: the file that its output is appended to.
-        variables: added to its environment.
-    """
-    words = [str(word) for word in command]
-    packages = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
-    start = time.monotonic()
-    print(f"{name}: at most {limit:.0f} s", flush=True)
-    with log.open("a") as output:
-        output.write(f"\n===== {name}: {' '.join(words)}\n")
-        output.flush()
-        beginning = output.tell()
-        process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": packages} | variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        returncode: int | None = None
-        try:
-            returncode = process.wait(max(limit, 1))
-        except subprocess.TimeoutExpired:
-            # The whole group: what the command itself started must not go on using the GPU.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    with log.open() as output:
-        output.seek(beginning)
-        last = ([line.strip() for line in output if line.strip()] or ["no output"])[-1]
-    outcome = {None: "out of time", 0: "done"}.get(returncode, f"failed with status {returncode}")
-    return {
-        "name": name,
-        "command": " ".join(words),
-        "returncode": returncode,
-        "seconds": time.monotonic() - start,
-        "result": f"{outcome}: {last[:300]}",
-    }
+    command: list[str | Path] = [*BENCH, "train", *session.settings.options()]
+    command += ["--budget", f"{limit - 30:.0f}", "--out", session.under_way("train")]
+    session.run("train", command, limit)

@@ -1,5 +1,6 @@
 """Options that several commands share, and the checks of their values."""
 
+import fnmatch
 import os
 from collections.abc import Sequence
 from enum import Enum
@@ -8,6 +9,9 @@ from typing import Annotated
 
 import torch
 import typer
+
+from bench.case import Case
+from bench.cases import all_cases
 
 
 class Device(str, Enum):
@@ -38,6 +42,7 @@ class Step(str, Enum):
     """The steps of `gpu`, in their order."""
 
     build = "build"
+    kernels = "kernels"
     tests = "tests"
     sanitizers = "sanitizers"
     cases = "cases"
@@ -115,6 +120,21 @@ def accepted(
             choice = ", ".join(map(repr, available))
             raise typer.BadParameter(f"{option} is {value!r}; accepted on {device}: {choice}")
     return [value for value in available if value in (values or available)]
+
+
+def matching(patterns: list[str] | None, device: str, quick: bool) -> list[Case]:
+    """The cases that match, in the order in which they are run."""
+    patterns = patterns or ["*"]
+    found = [
+        case
+        for case in all_cases(device, quick)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        wanted = " or ".join(map(repr, patterns))
+        hint = "`python -m bench list` prints them"
+        raise typer.BadParameter(f"no case matches {wanted}; {hint}")
+    return sorted(found, key=lambda case: case.priority)
 
 
 def without_tf32() -> None:

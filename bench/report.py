@@ -39,6 +39,8 @@ REQUEST_HEADER = (
 )
 # Fewer calls have no 99th percentile.
 MANY = 100
+# Results that the document of `python -m bench gpu` has beside its own rows.
+PARTS = ("precisions", "train")
 
 TIMES = (
     "Times are of one call, percentiles over all iterations; backward is the backward pass alone, "
@@ -52,6 +54,10 @@ REQUEST_TIMES = (
     "memory to the first result, with compilation, choice of kernels and capture. Peak: GPU memory "
     "over start and first call. Check: audio against float64, and codes equal to float64's. "
     "Precision tf32: convolutions only, PyTorch's default."
+)
+COMPILED_BEFOREHAND = (
+    "The Triton kernels of dac_fast were compiled before the cases, by all cores: the start of an "
+    "engine has none of that."
 )
 
 
@@ -123,30 +129,45 @@ def kind(
 
 
 def figures(document: Json) -> "dict[str, Figure]":
-    """The pictures of cases, by suffix."""
+    """The pictures of cases and parts, by suffix."""
     from bench import plots
 
-    return plots.figures(document)
+    found = plots.figures(document)
+    for part in PARTS:
+        if part in document:
+            _, pictures = kind(document[part])
+            of_part = pictures(document[part])
+            found |= {f".{part}{suffix}": figure for suffix, figure in of_part.items()}
+    return found
 
 
 def markdown(document: Json) -> str:
-    """The page of cases: the machine, a table per op and direction, then what is missing."""
-    environment = document["environment"]
-    timed = [row for row in document["rows"] if row["status"] == "timed"]
-    lines = [f"# {title(environment)}", "", *facts(environment), limits_fact(document["limits"])]
+    """The page of cases: the machine, a table per op and direction, parts, what is missing."""
+    environment, all_rows = document["environment"], document.get("rows", [])
+    timed = [row for row in all_rows if row["status"] == "timed"]
+    lines = [f"# {title(environment)}", "", *facts(environment)]
+    if "limits" in document:
+        lines.append(limits_fact(document["limits"]))
     lines += ["", TIMES]
     if any("real_time" in row for row in timed):
-        lines += ["", REQUEST_TIMES]
-    for step in document.get("steps", []):
-        lines += ["", f"## {step['name']}", "", f"{step['result']} ({step['seconds']:.0f} s)"]
+        lines += ["", REQUEST_TIMES, "", *headlines(document)]
+    if any(step["name"] == "kernels" for step in document.get("steps", ())):
+        lines += ["", COMPILED_BEFOREHAND]
+    if steps := document.get("steps"):
+        lines += ["", "## Steps", ""]
+        lines += [f"- {each['name']}: {each['result']} ({each['seconds']:.0f} s)" for each in steps]
 
     def group(row: Json) -> tuple[str, str]:
         return row["op"], row["direction"]
 
     for (op, direction), of_op in groupby(sorted(timed, key=group), key=group):
         lines += ["", f"## {op}, {direction}", "", *table(list(of_op))]
+    for part in PARTS:
+        if part in document:
+            page, _ = kind(document[part])
+            lines += ["", "#" + page(document[part]).replace("\n#", "\n##").rstrip()]
     for status, heading in (("failed", "Failed"), ("skipped", "Skipped")):
-        rows = [row for row in document["rows"] if row["status"] == status]
+        rows = [row for row in all_rows if row["status"] == status]
         if rows:
             lines += ["", f"## {heading}", ""]
             lines += [f"- {row['case']}, {row['provider']}: {row['reason']}" for row in rows]
@@ -154,6 +175,38 @@ def markdown(document: Json) -> str:
         lines += ["", "## Not run (out of time)", ""]
         lines += [f"- {name}" for name in document["not_run"]]
     return "\n".join(lines) + "\n"
+
+
+def headlines(document: Json) -> list[str]:
+    """The table of a README: each peer at the first input of the codec and stream per direction.
+
+    Cells: milliseconds, times faster than real time, times as fast as the first peer.
+    """
+    timed = [row for row in document.get("rows", []) if row["status"] == "timed"]
+    firsts: dict[tuple[str, str], list[Json]] = {}
+    for row in timed:
+        if "real_time" in row:
+            of_case = firsts.setdefault((row["op"], row["direction"]), [])
+            if not of_case or row["case"] == of_case[0]["case"]:
+                of_case.append(row)
+    if not firsts:
+        return []
+    columns = []
+    for rows in firsts.values():
+        ratios = speedups(rows)
+        columns.append(
+            {
+                row["provider"]: f"{row['p50_ms']:.4g} ms, {row['real_time']:.4g}×, "
+                f"{ratios[row['provider']]:.2f}"
+                for row in rows
+            }
+        )
+    names = dict.fromkeys(name for column in columns for name in column)
+    heads = [f"{op}, {direction}: {rows[0]['shape']}" for (op, direction), rows in firsts.items()]
+    lines = table_head(["ms, × real time, times baseline", *heads])
+    for name in names:
+        lines.append(table_row([name, *(column.get(name, "") for column in columns)]))
+    return lines
 
 
 def table(rows: list[Json]) -> list[str]:

@@ -9,6 +9,8 @@ The result file is one JSON document, written again after every case, so that no
     running       the case under way: a document that still has one was cut off in it
     not_run       cases that the time budget did not reach
     steps         the other steps of `python -m bench gpu`
+    precisions, train
+                  what those of its steps found, see their modules
 """
 
 import gc
@@ -44,7 +46,7 @@ def run_all(
     start = time.monotonic()
     document: Json = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA}
     if "environment" not in document:
-        document["environment"] = environment(settings.device, commit)
+        document["environment"] = environment(settings.device, commit, settings.quick)
     if "limits" not in document:
         document["limits"] = timing.limits(settings.device, settings.quick)
     rows = document.setdefault("rows", [])

@@ -23,8 +23,6 @@ MODULES = (snake, rvq, rvq_kernels, conv1d, residual_unit)
 
 # Items and frames of 512 samples: 16 × 10 s, and 1 × 1 s.
 SIZES = {"16 × 10 s": (16, 862), "1 × 1 s": (1, 87)}
-# Channels of the latent.
-LATENT = 1024
 # Of the training step: items of 0.38 s, times, channels.
 TRAINING = (72, 16758, 96)
 # What is compiled into a kernel beside its arguments.
@@ -171,32 +169,69 @@ def _results(arguments: dict[str, Any]) -> str:
 def every_launch() -> list[Launch]:
     """Those of encoding and decoding at all sizes, of training's Snakes, and of other shapes."""
     recorder = Recorder()
-    with torch.device("meta"):
-        codec = DAC(**asdict(PRESETS["44khz"]))
-    codec = codec.to_empty(device="cpu").eval().fold_weight_norm()
-    hop = codec.hop_length
+    codec = unwritten("44khz")
     # bfloat16 differs from float16 in nothing but the products' type.
     for precision in ("fp16", "tf32", "tf32x3", "fp32"):
-        dtype, products = PRECISIONS[precision]
-        encoder = Plan("encoder", codec.encoder, dtype, products)
-        decoder = Plan("decoder", codec.decoder, dtype, products)
-        for size, (items, frames) in SIZES.items():
-            lengths = torch.full((items,), frames)
-            with recorder.recording(size, precision):
-                encoder(torch.empty(items, 1, frames * hop), lengths * hop)
-                decoder(torch.empty(items, LATENT, frames), lengths)
+        _layers(recorder, codec, precision, ragged=True)
+    _quantizer(recorder, codec)
+    _training(recorder)
+    _others(recorder)
+    return recorder.launches
+
+
+def benchmarked_launches(quick: bool = False) -> list[Launch]:
+    """Those of the benchmark's cases for a GPU, the more important precisions first.
+
+    Args:
+        quick: of a small codec alone.
+    """
+    recorder = Recorder()
+    codec = unwritten("tiny" if quick else "44khz")
+    for precision in ("fp16",) if quick else ("fp16", "fp32", "tf32", "bf16", "tf32x3"):
+        _layers(recorder, codec, precision, ragged=False)
+    if not quick:
+        _quantizer(recorder, codec)
+        _training(recorder)
+    return recorder.launches
+
+
+def unwritten(preset: str) -> DAC:
+    """A codec for inference whose weights are memory that nothing touched."""
+    with torch.device("meta"):
+        codec = DAC(**asdict(PRESETS[preset]))
+    return codec.to_empty(device="cpu").eval().fold_weight_norm()
+
+
+def _layers(recorder: Recorder, codec: DAC, precision: str, ragged: bool) -> None:
+    """Encoder and decoder at all sizes; `ragged`: with the length of each item."""
+    dtype, products = PRECISIONS[precision]
+    encoder = Plan("encoder", codec.encoder, dtype, products)
+    decoder = Plan("decoder", codec.decoder, dtype, products)
+    hop, latent = codec.hop_length, codec.config.latent_dim
+    for size, (items, frames) in SIZES.items():
+        lengths = torch.full((items,), frames) if ragged else None
+        samples = None if lengths is None else lengths * hop
+        with recorder.recording(size, precision):
+            encoder(torch.empty(items, 1, frames * hop), samples)
+            decoder(torch.empty(items, latent, frames), lengths)
+
+
+def _quantizer(recorder: Recorder, codec: DAC) -> None:
+    """Codes of a latent and back, at all sizes."""
     for size, (items, frames) in SIZES.items():
         with recorder.recording(size, "fp32"):
-            codes = codec.quantizer(torch.empty(items, LATENT, frames))[1]
+            codes = codec.quantizer(torch.empty(items, codec.config.latent_dim, frames))[1]
             codec.quantizer.decode(codes)
+
+
+def _training(recorder: Recorder) -> None:
+    """Snake of the training step in every precision and layout."""
     for precision in ("fp16", "bf16", "fp32"):
         for layout in (torch.preserve_format, torch.contiguous_format):
             with recorder.recording("training", precision):
                 x = torch.empty(*TRAINING, dtype=PRECISIONS[precision].dtype)
                 x = x.mT if layout is torch.preserve_format else x.mT.contiguous()
                 _snakes(x)
-    _others(recorder)
-    return recorder.launches
 
 
 def _snakes(x: Tensor, beta: bool = False) -> None:

@@ -86,7 +86,7 @@ def run_compare(
     """
     document: Json = {
         "schema": SCHEMA,
-        "environment": environment(device, commit),
+        "environment": environment(device, commit, bool(quick)),
         "steps": steps,
         "runs": {},
     }

@@ -100,7 +100,7 @@ def run_train(
         torch.backends.cudnn.benchmark = True
     document: Json = {
         "schema": SCHEMA,
-        "environment": environment(settings.device, commit),
+        "environment": environment(settings.device, commit, settings.quick),
         "limits": timing.limits(settings.device, settings.quick),
         "recipe": settings.recipe.to_dict(),
         "rows": [],
