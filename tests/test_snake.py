@@ -1,5 +1,6 @@
 """dac_kernels.snake against float64, on a GPU or in Triton's interpreter."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -222,9 +223,7 @@ def test_configuration_is_chosen_once_and_never_during_capture(monkeypatch):
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_choices", {})
-    monkeypatch.setattr(
-        launch.triton.testing, "do_bench", lambda run, **_: timed.append(run()) or timed[-1]
-    )
+    monkeypatch.setattr(launch, "milliseconds", lambda run: timed.append(run()) or timed[-1])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     configs = [{"time": 3}, {"time": 0}, {"time": 1}, {"time": 2}]
     pick = lambda: launch.tuned("op", torch.zeros(1), (), configs, run)  # noqa: E731
@@ -233,6 +232,60 @@ def test_configuration_is_chosen_once_and_never_during_capture(monkeypatch):
     capturing = False
     assert pick() is pick() is configs[2]
     assert timed == [3, 1, 2]
+
+
+def test_a_short_kernel_is_timed_without_the_host_that_launches_it(monkeypatch):
+    """On a pretended GPU, where a launch takes the host 1 ms and the device 0.25 ms."""
+    now, captured, modes = 0.0, None, []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.time = None
+
+        def record(self):
+            self.time = now
+
+        def synchronize(self):
+            assert self.time == now
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    class Stream:
+        def wait_stream(self, other):
+            assert other == "current"
+
+    class Graph:
+        def replay(self):
+            nonlocal now
+            now += 0.25 * self.launches
+
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        nonlocal captured
+        captured = 0
+        yield modes.append(capture_error_mode)
+        graph.launches, captured = captured, None
+
+    def run():
+        nonlocal now, captured
+        if captured is None:
+            now += 1.0
+        else:
+            captured += 1
+
+    pretended = {"Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": capture}
+    pretended |= {"current_stream": lambda: "current", "stream": contextlib.nullcontext}
+    for name, value in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert launch.milliseconds(run) == 0.25
+    assert modes == ["thread_local"]
+
+
+@pytest.mark.gpu
+def test_times_of_launches_grow_with_their_work():
+    small, large = (torch.zeros(2**power, device="cuda") for power in (10, 28))
+    assert 0 < launch.milliseconds(small.zero_) < launch.milliseconds(large.zero_)
 
 
 def test_warmup():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from dac_kernels import native
+from dac_kernels.launch import milliseconds
 from torch import Tensor
 
 from dac_fast import ops
@@ -114,14 +115,11 @@ def choosing(choices: Choices | None) -> Iterator[None]:
 def _milliseconds(ways: dict[str, Way]) -> dict[str, float]:
     """How long each way takes, with warm caches; on CUDA in a graph, as the engine replays it."""
     if "triton" in ways:
-        import triton
-
-        timed = triton.testing.do_bench_cudagraph
-        return {name: timed(way, rep=2) for name, way in ways.items()}
+        return {name: milliseconds(way) for name, way in ways.items()}
     memory = native.Memory()
 
-    def milliseconds(way: Way) -> float:
+    def on_the_cpu(way: Way) -> float:
         with memory.in_force():
             return 1e3 * timeit.timeit(way, number=1)
 
-    return {name: min([milliseconds(way) for _ in range(4)][1:]) for name, way in ways.items()}
+    return {name: min([on_the_cpu(way) for _ in range(4)][1:]) for name, way in ways.items()}

@@ -15,7 +15,17 @@ except ImportError:
     # Modules of kernels stay importable, so that a caller can ask why an op cannot run.
     triton = tl = None
 
-__all__ = ["DTYPES", "INTERPRETED", "Config", "device_unsupported", "jit", "launch", "tl", "tuned"]
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "Config",
+    "device_unsupported",
+    "jit",
+    "launch",
+    "milliseconds",
+    "tl",
+    "tuned",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,6 +91,42 @@ def launch(kernel: Any, programs: int, first: Tensor, /, *rest: Any, **options: 
             kernel[(programs,)](first, *rest, enable_fp_fusion=True, **options)
 
 
+# Of launches that are timed together.
+TIMED_MS = 2.0
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """How long the GPU takes for what `run` launches on the current device, with warm caches.
+
+    In a CUDA graph of many calls: launched one by one, short kernels wait for the host.
+    """
+    stream = torch.cuda.Stream()
+    # What is still under way may use the memory that `run` writes to.
+    stream.wait_stream(torch.cuda.current_stream())
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def elapsed(work: Callable[[], object], times: int) -> float:
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        end.synchronize()
+        total: float = start.elapsed_time(end)
+        return total / times
+
+    with torch.cuda.stream(stream):
+        # The first call compiles.
+        run()
+        calls = min(max(round(TIMED_MS / max(elapsed(run, 5), 1e-3)), 1), 1000)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on allocating memory meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+        graph.replay()
+        return elapsed(graph.replay, 10) / calls
+
+
 _choices: dict[Hashable, Config] = {}
 
 
@@ -107,17 +153,16 @@ def tuned(
     if INTERPRETED or len(configs) == 1:
         return configs[0]
 
-    def milliseconds(config: Config) -> float:
+    def time(config: Config) -> float:
         try:
-            time: float = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20)
+            return milliseconds(lambda: run(config))
         except triton.OutOfResources:
             return math.inf
-        return time
 
     key = (op, x.device, x.dtype, *shape)
     if key not in _choices:
         with torch.cuda.device(x.get_device()):
             if torch.cuda.is_current_stream_capturing():
                 return configs[0]
-            _choices[key] = min(configs, key=milliseconds)
+            _choices[key] = min(configs, key=time)
     return _choices[key]
