@@ -34,7 +34,7 @@ from bench.report import headlines, write_report
 from bench.session import LIMITS, GpuSettings, Job, Session
 
 # Seconds after which a case starts no more peers: those of the whole codec compile for minutes.
-PEER_SECONDS = "100"
+PEER_SECONDS = "60"
 # What steps import beyond torch, Triton and numpy. Neither the cases nor the sanitizers need more.
 NEEDS = {
     Step.build: ("setuptools", "pybind11"),

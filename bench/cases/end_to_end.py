@@ -12,7 +12,8 @@ have the same weights:
     auto-folded           on the CPU: our modules, folded, with the ops that `auto` chooses
     torch-frozen          on the CPU: torch.compile of our folded modules, weights as constants
     onnxruntime, openvino on the CPU: our ONNX export; `-bf16`: OpenVINO in bfloat16
-    recipe                peers/compiled.py
+    fast-dacvae           on CUDA: its recipe as its authors run it, see peers/compiled.py; `-sine`:
+                          the same with Snake's sine
     engine-PRECISION      `codec.optimize`, each layer run in the way that was fastest; `-graph`: as
                           a CUDA graph
     engine                its default: float32 for encode, so that codes are the reference's,
@@ -51,7 +52,7 @@ REPOSITORY = (str(ROOT), str(ROOT / "kernels"))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """On CUDA all sizes, on the CPU two seconds; `both`, the number that counts, comes first."""
+    """On CUDA all sizes, on the CPU two seconds; the README's come first, single layers next."""
     sizes = [("44khz", *size) for size in SIZES]
     if quick:
         sizes = [("tiny", 1, 0.2)]
@@ -61,7 +62,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     for direction in ("both", "decode", "encode"):
         for preset, batch, seconds in sizes:
             first = (direction, batch, seconds) in FIRST
-            priority = -3 if first else -1 if direction == "both" else 1
+            priority = -3 if first else -1 if (batch, seconds) == FULL[-1] else 3
             run = partial(prepare, preset, batch, seconds, direction)
             shape = f"{preset}-{batch}x{seconds:g}s"
             found.append(
@@ -163,12 +164,12 @@ def cuda_peers(codec: DAC, direction: str, source: Tensor, seconds: float) -> di
     found: dict[str, Peer] = {
         "published-equivalent": partial(codecs.published_equivalent, *weights),
         "transformers": transformers,
+        "engine-fp16-graph": partial(captured, precision="fp16"),
+        "engine": engine,
     }
     # Compilation takes a minute or so.
     if direction == "both" or (direction, batch, seconds) in FIRST:
-        found["recipe"] = partial(codecs.recipe, *weights)
-    found["engine-fp16-graph"] = partial(captured, precision="fp16")
-    found["engine"] = engine
+        found["fast-dacvae"] = partial(codecs.fast_dacvae, *weights, polynomial=True)
     found["engine-fp32"] = partial(engine, precision="fp32")
     if direction == "encode":
         found["engine-fp32-invariant"] = partial(engine, precision="fp32", invariant=True)
@@ -180,5 +181,6 @@ def cuda_peers(codec: DAC, direction: str, source: Tensor, seconds: float) -> di
         for precision in ("fp32", "tf32", "bf16"):
             found[f"engine-{precision}-graph"] = partial(captured, precision=precision)
     if full:
+        found["fast-dacvae-sine"] = partial(codecs.fast_dacvae, *weights, polynomial=False)
         found["transformers-compiled"] = partial(transformers, compiled=True)
     return found

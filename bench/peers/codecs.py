@@ -116,9 +116,9 @@ def frozen(codec: DAC, direction: str, source: Tensor) -> Run:
     return Run(_on_backend("reference", lambda: compiled(source)), "float32")
 
 
-def recipe(codec: DAC, direction: str, source: Tensor) -> Run:
-    """The usual recipe for fast inference, see compiled.py."""
-    folded = FoldedCodec(codec.config, codec.state_dict())
+def fast_dacvae(codec: DAC, direction: str, source: Tensor, polynomial: bool) -> Run:
+    """The recipe of fast-dacvae, see compiled.py."""
+    folded = FoldedCodec(codec.config, codec.state_dict(), polynomial)
     with torch.no_grad():
         run = compiled_for(in_turn(folded.encode, folded.decode, direction), source)
     return Run(torch.no_grad()(run), "float16")
