@@ -13,7 +13,10 @@ from dac_fast import DAC, PRESETS, ops, use_backend
 from dac_fast.inference import plan as plans
 from dac_fast.inference.buckets import Graphs
 from dac_fast.inference.engine import PRECISIONS, PrecisionError
+from dac_fast.model import channels_last, folded
 from dac_fast.model.layers import zero_past
+
+HALVES = ("encoder", "decoder")
 
 
 def small(**changes) -> DAC:
@@ -225,6 +228,32 @@ def test_the_fastest_way_is_taken_and_named(monkeypatch):
     assert "1 × 4 × 10" in first
     assert first.endswith("triton 1.0000 ms, library 2.0000 ms")
     assert second.endswith("library 3.0000 ms, triton 4.0000 ms")
+
+
+@torch.no_grad()
+def test_the_library_multiplies_and_convolves_what_lies_there():
+    """Its two ways agree, and both read input and weights with channels innermost, uncopied."""
+    codec = small(encoder_rates=[2, 3], decoder_rates=[3, 2], decoder_dim=12).fold_weight_norm()
+    plan_of = {name: plans.Plan(name, getattr(codec, name), torch.float64) for name in HALVES}
+    layers = [layer for name in HALVES for layer in plan_of[name].layers]
+    parts = [(each.first, each.second) if hasattr(each, "first") else (each,) for each in layers]
+    products = []
+    for layer in sum(parts, ()):
+        channels = layer.weight.shape[0 if layer.transposed else 1]
+        x = torch.randn(2, 40, channels, dtype=torch.float64).transpose(1, 2)
+        ways = [
+            layer._by_library(by, x, layer.padding, None, None) for by in (folded, channels_last)
+        ]
+        for product, convolution in zip(*ways):
+            if product is not None:
+                torch.testing.assert_close(product, convolution, rtol=1e-12, atol=1e-12)
+        for tensor in (x, layer.weight):
+            image = tensor.unsqueeze(2)
+            assert image.is_contiguous(memory_format=torch.channels_last)
+            assert channels_last.innermost(image).data_ptr() == tensor.data_ptr()
+        products.append(layer._products)
+    # The dilated one of each of twelve units, and three at the ends.
+    assert products.count(False) == 12 + 3
 
 
 @torch.no_grad()
@@ -536,3 +565,13 @@ def test_fp32_is_strict_whatever_the_switches_say():
             switch.fp32_precision = value
     assert found["fp32"] > 90 > found["tf32"] > 50
     assert found["fp16"] > 40
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_layers_that_are_products_are_timed_as_convolutions_too():
+    codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(1, 20)]})
+    for direction in ("encode", "decode"):
+        layers = codec.engine.plans[direction].choices.times.values()
+        ways = [set(times) for shapes in layers for times in shapes.values()]
+        assert {"library", "conv2d", "triton"} in ways

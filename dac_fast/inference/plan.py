@@ -5,13 +5,15 @@ whole residual unit. It computes what the next layer reads and nothing else: its
 y, or both. (A residual unit reads both: it adds y to what it computes from Snake of y.)
 
 A layer can run in several ways, of which `Choices` takes one: by the library (cuDNN and cuBLAS on
-CUDA, oneDNN and MKL on the CPU) followed by plain ops, or by a fused kernel (Triton's on CUDA, the
-compiled one on the CPU); a residual unit as one kernel or as two layers.
+CUDA, oneDNN and MKL on the CPU) followed by plain ops, on CUDA both as matrix products and as a
+convolution in two dimensions, or by a fused kernel (Triton's on CUDA, the compiled one on the CPU);
+a residual unit as one kernel or as two layers.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -19,8 +21,8 @@ from dac_kernels import native
 from torch import Tensor, nn
 
 from dac_fast import ops
-from dac_fast.inference.choices import LIBRARY, Choices, Result
-from dac_fast.model import folded
+from dac_fast.inference.choices import CONV2D, LIBRARY, Choices, Result, Way
+from dac_fast.model import channels_last, folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
 from dac_fast.ops.precision import float32_products
@@ -76,6 +78,10 @@ class Convolution:
         self.weight = _constant(conv.normed_weight()).to(dtype)
         self.bias = _constant(conv.bias)
         self._bias_as_weight = self.bias.to(dtype)
+        # Whether the library computes it by products, rather than by a convolution.
+        self._products = self.transposed or folded.is_product(
+            self.weight, self.stride, self.dilation
+        )
 
     def output_length(self, length: Length, padded: bool) -> Length:
         """Positions that come out of `length`; the very tensor where the number stays the same."""
@@ -122,24 +128,40 @@ class Convolution:
             # The op itself says what it cannot run.
             result: Result = getattr(ops, op)(*arguments, **options)
             return result
-        library = functools.partial(self._by_library, x, padding, lengths, residual)
-        ways = self.choices.ways(op, arguments, options, {LIBRARY: library})
+
+        def library(by: ModuleType) -> Way:
+            return functools.partial(self._by_library, by, x, padding, lengths, residual)
+
+        others = {LIBRARY: library(folded)}
+        if x.is_cuda and self._products:
+            others[CONV2D] = library(channels_last)
+        ways = self.choices.ways(op, arguments, options, others)
         return self.choices.run(self.name, x, ways)
 
     def _by_library(
-        self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
+        self,
+        by: ModuleType,
+        x: Tensor,
+        padding: int,
+        lengths: Tensor | None,
+        residual: Tensor | None,
     ) -> Result:
         with native.torch_on_all_threads():
-            return self._by_torch(x, padding, lengths, residual)
+            return self._by_torch(by, x, padding, lengths, residual)
 
     def _by_torch(
-        self, x: Tensor, padding: int, lengths: Tensor | None, residual: Tensor | None
+        self,
+        by: ModuleType,
+        x: Tensor,
+        padding: int,
+        lengths: Tensor | None,
+        residual: Tensor | None,
     ) -> Result:
         bias = self._bias_as_weight
         if self.transposed:
-            y = folded.conv_transpose1d(x, self.weight, bias, self.stride, padding)
+            y = by.conv_transpose1d(x, self.weight, bias, self.stride, padding)
         else:
-            y = folded.conv1d(x, self.weight, bias, self.stride, padding, self.dilation)
+            y = by.conv1d(x, self.weight, bias, self.stride, padding, self.dilation)
         # In place: a large tensor's first touch costs more than the computation.
         if self.tanh:
             y = y.tanh_()

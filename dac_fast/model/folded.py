@@ -18,17 +18,23 @@ def conv1d(
 ) -> Tensor:
     """`torch.nn.functional.conv1d` of x [B, in, T] and weight [out, in, kernel]: [B, out, T']."""
     channels, kernel = weight.shape[1:]
-    if kernel == 1 or (channels == 1 and dilation == 1):
-        # One product. A row holds all channels of one position, or one window of the only channel.
-        padded = F.pad(x, (padding, padding)) if padding else x
-        if kernel == 1:
-            rows = padded.transpose(1, 2)[:, ::stride]
-        else:
-            rows = padded[:, 0].unfold(1, kernel, stride)
-        return F.linear(rows, weight.flatten(1), bias).transpose(1, 2)
-    if kernel == 2 * stride and dilation == 1:
+    if not is_product(weight, stride, dilation):
+        return channels_last.conv1d(x, weight, bias, stride, padding, dilation)
+    if kernel != 1 and channels != 1:
         return _conv1d_of_two_strides(x, weight, bias, stride, padding)
-    return channels_last.conv1d(x, weight, bias, stride, padding, dilation)
+    # One product. A row holds all channels of one position, or one window of the only channel.
+    padded = F.pad(x, (padding, padding)) if padding else x
+    if kernel == 1:
+        rows = padded.transpose(1, 2)[:, ::stride]
+    else:
+        rows = padded[:, 0].unfold(1, kernel, stride)
+    return F.linear(rows, weight.flatten(1), bias).transpose(1, 2)
+
+
+def is_product(weight: Tensor, stride: int, dilation: int) -> bool:
+    """Whether `conv1d` by such a weight [out, in, kernel] is one or two matrix products."""
+    channels, kernel = weight.shape[1:]
+    return kernel == 1 or (dilation == 1 and (channels == 1 or kernel == 2 * stride))
 
 
 def _conv1d_of_two_strides(
