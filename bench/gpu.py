@@ -113,8 +113,9 @@ def build(session: Session) -> Iterator[Job]:
 
 def kernels(session: Session) -> Iterator[Job]:
     """Compiles the Triton kernels of the cases, which would take one process minutes."""
-    quick = ["--arch", "90", "--quick"] if session.settings.rehearsal else []
-    yield Job("kernels", [*BENCH, "compile", *quick], {"TRITON_INTERPRET": "0"})
+    rehearsal = session.settings.rehearsal
+    options = ["--arch", "90", "--quick"] if rehearsal else ["--arch", str(gpu_architecture())]
+    yield Job("kernels", [*BENCH, "compile", *options], {"TRITON_INTERPRET": "0"})
 
 
 def tests(_: Session) -> Iterator[Job]:

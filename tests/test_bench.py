@@ -8,6 +8,7 @@ import sys
 import wave
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from served import small_codec
 
 from bench import codes, gpu, precisions, run, session, soak, timing
 from bench.case import Case, Prepared, Run, Settings, Unavailable
-from bench.cases import end_to_end
+from bench.cases import convolutions, end_to_end
 from bench.checks import ops as checks
 from bench.checks import tensor_cores
 from bench.checks.codec import PIECE, Truth, decibels
 from bench.checks.random_codec import random_codec
 from bench.document import speedups, write
 from bench.options import Step
+from bench.peers.cudnn_graph import Fused
 from bench.report import markdown, write_report
+from dac_fast.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Settings("cpu", seconds=0.0, rounds=2)
@@ -217,6 +220,98 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes, 0.99 * audio), "float32")
     with pytest.raises(AssertionError, match="of the codes are float64's"):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
+
+
+class ComputingGraph:
+    """Stands in for `cudnn.pygraph`: its operations are PyTorch's, in float32."""
+
+    class Node:
+        def __init__(self, compute=None):
+            self.compute = compute
+
+        def set_output(self, wanted):
+            return self
+
+        def set_data_type(self, kind):
+            return self
+
+    def __init__(self, handle, io_data_type, **kinds):
+        self.kind = io_data_type
+
+    def tensor(self, dim, stride, data_type):
+        # channels innermost, as cuDNN's kernels for halves want it
+        assert stride[1] == 1
+        return self.Node()
+
+    def conv_fprop(self, image, weight, pre_padding, post_padding, stride, dilation):
+        assert pre_padding == post_padding
+        options = {"stride": stride, "padding": pre_padding, "dilation": dilation}
+        return self.Node(lambda of: torch.nn.functional.conv2d(of(image), of(weight), **options))
+
+    def bias(self, input, bias):
+        return self.add(input, bias)
+
+    def add(self, a, b):
+        return self.Node(lambda of: of(a) + of(b))
+
+    def mul(self, a, b):
+        return self.Node(lambda of: of(a) * of(b))
+
+    def sin(self, x):
+        return self.Node(lambda of: of(x).sin())
+
+    def tanh(self, x):
+        return self.Node(lambda of: of(x).tanh())
+
+    def create_execution_plans(self, modes):
+        if self.kind == "BFLOAT16":
+            raise cudnn.cudnnGraphNotSupportedError("no engine")
+
+    def get_workspace_size(self):
+        return 0
+
+    def execute(self, tensors, workspace, handle):
+        def of(node):
+            return node.compute(of) if node.compute else tensors[node].float()
+
+        for node in tensors:
+            if node.compute:
+                tensors[node].copy_(of(node))
+
+    validate = build_operation_graph = check_support = build_plans = lambda self: None
+
+
+cudnn = SimpleNamespace(
+    pygraph=ComputingGraph,
+    data_type=SimpleNamespace(HALF="HALF", BFLOAT16="BFLOAT16", FLOAT="FLOAT"),
+    heur_mode=SimpleNamespace(A="A", B="B"),
+    cudnnGraphNotSupportedError=type("cudnnGraphNotSupportedError", (Exception,), {}),
+)
+
+
+@torch.no_grad()
+def test_every_way_to_run_a_layer_is_right(monkeypatch):
+    """On a CPU, where a stand-in computes what cuDNN's graphs say."""
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    found = set()
+    for layer in convolutions.layers(PRESETS["tiny"]):
+        prepared = convolutions.prepare(layer, 2, 24, SETTINGS)
+        for name in {"library", "conv2d", "cudnn-fused"} & prepared.peers.keys():
+            start = prepared.peers[name]()
+            prepared.check(start(), "float16")
+            prepared.check(start(), "float16")
+            found.add((layer.op, name))
+    ops = ("conv1d", "residual_unit", "conv_transpose1d")
+    wanted = {(op, name) for op in ops for name in ("library", "conv2d", "cudnn-fused")}
+    assert found == wanted - {("conv_transpose1d", "cudnn-fused")}
+
+    x, weight = (torch.zeros(1, n, 2).bfloat16().transpose(1, 2) for n in (8, 1))
+    arguments = x, weight, torch.zeros(1), 1, 0, 1
+    with pytest.raises(Unavailable, match="cuDNN has no kernel for it: no engine"):
+        Fused().conv1d(*arguments, alpha=None, keep=True)
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    with pytest.raises(Unavailable, match="nvidia-cudnn-frontend is not installed"):
+        Fused().conv1d(*arguments, alpha=None, keep=True)
 
 
 @pytest.fixture

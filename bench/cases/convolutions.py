@@ -1,15 +1,20 @@
 """Convolutions of the 44.1 kHz model with what surrounds them, layer by layer, in float16.
 
 The residual units appear as one op up to the width that has one, beyond as their two convolutions,
-at dilation 9. Bytes: every input, weight and output once. Flops: the convolutions'. The baseline is
-PyTorch's best way to run the layer: folded weights, channels innermost, cuDNN or cuBLAS, one pass
-for Snake, one for the addition.
+at dilation 9. Bytes: every input, weight and output once. Flops: the convolutions'. Peers:
+
+    library      the engine's way of that name: folded weights, channels innermost, matrix products
+                 where there are, else cuDNN; one pass for Snake, one for the addition
+    conv2d       the same by cuDNN where that takes products, as fast-dacvae does it
+    cudnn-fused  cuDNN with Snake and the addition fused, by nvidia-cudnn-frontend
+    compiled     torch.compile of `library`
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,10 +22,12 @@ from torch import Tensor
 
 from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
+from bench.peers import cudnn_graph
 from bench.peers import ops as peers
+from bench.peers.cudnn_graph import Pair
 from dac_fast import ops
 from dac_fast.config import PRESETS, Config
-from dac_fast.model import folded
+from dac_fast.model import channels_last, folded
 from dac_fast.ops import reference
 
 DILATION = 9
@@ -28,8 +35,6 @@ DILATION = 9
 FUSED = 192
 
 Snake = Callable[[Tensor, Tensor], Tensor]
-# The convolution's output and its Snake, either None where nobody needs it.
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -167,17 +172,28 @@ def flops(layer: Layer, batch: int, size: int) -> int:
 
 
 def ways(op: str, args: list[Any], options: dict[str, Any]) -> dict[str, peers.Function]:
-    """PyTorch's way pass by pass, torch.compile of it, and ours, as functions without arguments."""
-    in_passes: dict[str, peers.Op] = {
-        "conv1d": conv1d,
-        "conv_transpose1d": conv_transpose1d,
-        "residual_unit": residual_unit,
-    }
-    passes = in_passes[op]
-    found: dict[str, peers.Function] = {
-        "cudnn": partial(passes, ops.snake),
-        "compiled": partial(torch.compile(passes, dynamic=False), reference.snake),
-    }
+    """The libraries' ways pass by pass and compiled, cuDNN's fused one, and ours."""
+
+    def in_passes(by: ModuleType, snake: Snake) -> peers.Op:
+        convolve = partial(conv1d, by, snake)
+        found: dict[str, peers.Op] = {
+            "conv1d": convolve,
+            "conv_transpose1d": partial(conv_transpose1d, by, snake),
+            "residual_unit": partial(residual_unit, convolve),
+        }
+        return found[op]
+
+    def compilable(*args: Any, **options: Any) -> Pair:
+        pair: Pair = in_passes(folded, reference.snake)(*args, **options)
+        return pair
+
+    found: dict[str, peers.Function] = {"library": in_passes(folded, ops.snake)}
+    if op != "conv1d" or folded.is_product(args[1], args[3], args[5]):
+        found["conv2d"] = in_passes(channels_last, ops.snake)
+    fused = cudnn_graph.Fused().conv1d
+    if op != "conv_transpose1d":
+        found["cudnn-fused"] = fused if op == "conv1d" else partial(residual_unit, fused)
+    found["compiled"] = torch.compile(compilable, dynamic=False)
     found |= peers.implementations(op, *args, **options)
     return {
         name: f if isinstance(f, str) else partial(run_wanted, f, args, options)
@@ -196,6 +212,7 @@ def wanted(outputs: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def conv1d(
+    by: ModuleType,
     snake: Snake,
     x: Tensor,
     weight: Tensor,
@@ -209,14 +226,15 @@ def conv1d(
     residual: Tensor | None = None,
     tanh: bool = False,
 ) -> Pair:
-    """`ops.conv1d`, a pass for each step."""
-    y = folded.conv1d(x, weight, bias, stride, padding, dilation)
+    """`ops.conv1d`, a pass for each step; `by`: `folded` or `channels_last`."""
+    y = by.conv1d(x, weight, bias, stride, padding, dilation)
     y = y.tanh() if tanh else y
     y = y if residual is None else y + residual
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
 def conv_transpose1d(
+    by: ModuleType,
     snake: Snake,
     x: Tensor,
     weight: Tensor,
@@ -228,12 +246,12 @@ def conv_transpose1d(
     keep: bool,
 ) -> Pair:
     """`ops.conv_transpose1d`, a pass for each step."""
-    y = folded.conv_transpose1d(x, weight, bias, stride, padding)
+    y = by.conv_transpose1d(x, weight, bias, stride, padding)
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
 def residual_unit(
-    snake: Snake,
+    convolve: Callable[..., Pair],
     x: Tensor,
     snaked: Tensor,
     weight1: Tensor,
@@ -247,7 +265,7 @@ def residual_unit(
     alpha: Tensor | None,
     keep: bool,
 ) -> Pair:
-    """`ops.residual_unit`, a pass for each step."""
-    hidden = folded.conv1d(snaked, weight1, bias1, 1, padding, dilation)
-    hidden = snake(hidden, alpha1)
-    return conv1d(snake, hidden, weight2, bias2, 1, 0, 1, alpha=alpha, keep=keep, residual=x)
+    """`ops.residual_unit` as two `ops.conv1d`."""
+    first = (weight1, bias1, 1, padding, dilation)
+    _, hidden = convolve(snaked, *first, alpha=alpha1, keep=False)
+    return convolve(hidden, weight2, bias2, 1, 0, 1, alpha=alpha, keep=keep, residual=x)
