@@ -176,6 +176,9 @@ class Session:
         found = self.under_way(result["name"])
         if found.exists():
             document[result["name"]] = json.loads(found.read_text())
+            if result["returncode"] == 0:
+                # Its last words name files that do not stay.
+                result["result"] = "done"
         write(document, self.path)
 
 
