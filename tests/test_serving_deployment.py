@@ -57,6 +57,8 @@ def cluster(tmp_path):
             "OMP_NUM_THREADS": "1",
             "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
+            # On a crowded machine a proxy takes longer than the 5 s after which Ray kills it.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "100",
         }
         command = [Path(sys.executable).with_name("serve"), "run", tmp_path / "serving.yaml"]
         with open(tmp_path / "log", "w+") as log:
