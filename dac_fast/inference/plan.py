@@ -138,18 +138,8 @@ class Convolution:
         ways = self.choices.ways(op, arguments, options, others)
         return self.choices.run(self.name, x, ways)
 
+    @native.torch_on_all_threads()
     def _by_library(
-        self,
-        by: ModuleType,
-        x: Tensor,
-        padding: int,
-        lengths: Tensor | None,
-        residual: Tensor | None,
-    ) -> Result:
-        with native.torch_on_all_threads():
-            return self._by_torch(by, x, padding, lengths, residual)
-
-    def _by_torch(
         self,
         by: ModuleType,
         x: Tensor,
