@@ -12,13 +12,14 @@ import time
 
 import numpy as np
 import pytest
+import typer
 
 from dac_fast import DACFile, load
 from dac_fast.audio import ffmpeg
 from dac_fast.audio.reading import read
 from dac_fast.audio.sources import SourceError, audio_files
 from dac_fast.audio.writing import write
-from dac_fast.cli import evaluation, report
+from dac_fast.cli import evaluation, jobs, report
 
 
 @pytest.fixture
@@ -444,6 +445,23 @@ def test_stopped_in_the_middle(dac_fast_cli, tmp_path, command, number):
     assert re.search(rf"^{command}d {done} of 8, {8 - done} left", out, re.MULTILINE)
     assert not any(path.name.startswith(".") for path in made.iterdir())
     assert 0 <= done < 8
+
+
+def test_a_file_that_was_written_as_the_signal_came_is_counted(tmp_path, capsys):
+    def work(to_do, advance):
+        for job in to_do:
+            job.target.write_bytes(b"")
+            if job is to_do[1]:
+                signal.raise_signal(signal.SIGTERM)
+            yield job, 1.0
+
+    todo = [jobs.Job(tmp_path / f"{i}.wav", tmp_path / f"{i}.dac") for i in range(4)]
+    # This one is still the old file.
+    todo[3].target.write_bytes(b"")
+    with pytest.raises(typer.Exit) as stopped:
+        jobs.run(todo, work, "encoded", jobs.Existing.overwrite)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert "encoded 2 of 4, 2 left" in capsys.readouterr().out
 
 
 def test_evaluate_says_how_far_it_came(dac_fast_cli, folder, tmp_path, monkeypatch):

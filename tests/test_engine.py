@@ -170,8 +170,10 @@ def test_the_fused_kernels_are_the_same_codec(precision):
     + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in PRECISIONS],
 )
 @torch.no_grad()
-def test_invariant_items_have_their_bits_in_any_company(device, precision):
+def test_invariant_items_have_their_bits_in_any_company(monkeypatch, device, precision):
     """Alone, in batches, ragged, in the middle of a longer item, and by graphs of several sizes."""
+    # What is fastest at one size must not be asked.
+    monkeypatch.setattr("dac_fast.inference.choices._milliseconds", None)
     if device == "cpu":
         skip_without_kernels(torch.float32 if precision == "fp32" else torch.bfloat16)
     codec, size = dac_fast.load("tiny").to(device), 48

@@ -182,10 +182,11 @@ def run(
     """
     code = 0
     report = Report(verb, len(jobs))
-    to_do: list[Job] = []
-    ended: set[Job] = set()
+    # Of the jobs that have not ended, those whose output was not there.
+    absent: set[Job] = set()
     try:
         with Stop() as stop, report:
+            to_do = []
             for job in jobs:
                 ready = attempt(_prepare, job, existing, difference)
                 if ready is True:
@@ -193,6 +194,7 @@ def run(
                 else:
                     report.end(job.source, ready or SKIPPED)
             report.begin([job.source for job in to_do])
+            absent.update(job for job in to_do if not job.target.exists())
 
             def advance(seconds: float) -> None:
                 report.advance(seconds)
@@ -201,14 +203,14 @@ def run(
             for job, outcome in work(to_do, advance) if to_do else ():
                 # An output that came into being after it was looked for.
                 late = isinstance(outcome, FileExistsError) and existing is Existing.skip
-                ended.add(job)
+                absent.discard(job)
                 report.end(job.source, SKIPPED if late else outcome)
                 stop.check()
     except Stopped as stopped:
         code = 128 + stopped.number
-        for job in to_do:
+        for job in absent:
             # The signal came between the last step of a file and its count.
-            if job not in ended and existing is not Existing.overwrite and job.target.exists():
+            if job.target.exists():
                 report.end(job.source, 0.0)
     out.print(report.summary())
     if code or report.failed:
