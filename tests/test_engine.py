@@ -183,6 +183,9 @@ def test_invariant_items_have_their_bits_in_any_company(monkeypatch, device, pre
     shapes = [(), [(1, 32), (4, 48)]]
     for timed in shapes:
         codec.optimize(precision, timed, invariant=True)
+        assert (
+            str(codec.engine).partition("\n")[0].endswith(f" on {codec.engine.device}, invariant")
+        )
         z, _ = codec.engine.features(audio), codec.encode(audio)
         together, restored = codec.encode(audio, lengths * hop), codec.decode_codes(codes, lengths)
         if timed == shapes[0]:

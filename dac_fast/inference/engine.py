@@ -380,6 +380,7 @@ class Engine:
         graphs = self.graphs
         lines = [
             f"{direction} in {precision} on {self.device}"
+            + ", invariant" * self.plans[direction].choices.invariant
             for direction, precision in self.precision.items()
         ]
         for direction in self.plans:
