@@ -80,7 +80,7 @@ def document(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     command = [sys.executable, "-m", "bench", "static", "--arch", "90", "--out", path]
-    for pattern in (*BUDGETS, "other/*", "*/rvq sum*", "csrc/disc_preprocess"):
+    for pattern in (*BUDGETS, "other/*", "*/rvq sum*", "csrc/disc_preprocess", "csrc/hopper/*"):
         command += ["--only", pattern]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -137,14 +137,24 @@ def test_kernels_of_csrc(document):
         assert not rows
         assert "nvcc was not found" in document["page"]
         return
-    assert {row["kernel"] for row in rows} == {
-        *("measure", "scale", "measure_gradient", "scale_gradient")
-    }
+    of_source = {"disc_preprocess": [], "hopper": []}
     for row in rows:
+        of_source[row["name"].split("/")[1]].append(row)
         assert f"| {row['name']} | {row['registers']} |" in document["page"]
         assert row["stack"] + row["spilled"] == 0
-        # A tree over 256 threads has 8 levels of 2 barriers.
-        assert row["all"]["waits"]["barrier"] >= 16
+    assert {row["kernel"] for row in of_source["disc_preprocess"]} == {
+        *("measure", "scale", "measure_gradient", "scale_gradient")
+    }
+    # A tree over 256 threads has 8 levels of 2 barriers.
+    assert all(row["all"]["waits"]["barrier"] >= 16 for row in of_source["disc_preprocess"])
+    assert len(of_source["hopper"]) == 4
+    for row in of_source["hopper"]:
+        channels = 96 if "96" in row["kernel"] else 64
+        # Products of 8 taps, and two waits: none stands between them.
+        assert row["all"]["mma"] == {f"wgmma 64×{channels}×16": 8 * channels // 16}
+        assert row["all"]["waits"]["wgmma but 0"] == 2
+        # Of three warpgroups, one CTA.
+        assert row["registers"] <= 168
 
 
 # What sm_100 does with a barrier that is not there yet: it waits behind the kernel's end.

@@ -1,9 +1,11 @@
 """The CUDA kernels of csrc on a CPU: g++ compiles them against tests/fibers/cuda_runtime.h.
 
 Each thread of a block is a fiber, and every barrier a chance to run another. All kernels, forward
-and backward, are compared with the CPU ops in float64: once with every access to memory recorded,
-so that two accesses with no barrier between them are an error, in whatever order they happened; and
-once under the address and undefined-behaviour sanitizers.
+and backward, are compared with the CPU ops or with sums in float64: once with every access to
+memory recorded, so that two accesses with no barrier between them are an error, in whatever order
+they happened; and once under the address and undefined-behaviour sanitizers.
+
+What Hopper does beside its threads, copies and products of matrices, happens as late as it may.
 """
 
 import os
@@ -14,18 +16,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench.peers import hopper
+from dac_fast.ops import reference
 
 ROOT = Path(__file__).parents[1]
 CSRC, FIBERS = ROOT / "csrc", ROOT / "tests/fibers"
 EMULATION = [FIBERS / "fibers.cpp", FIBERS / "races.cpp"]
-KERNELS = sorted(CSRC.glob("*.cu"))
-CPU_OPS = [CSRC / f"{name}.cpp" for name in (*(path.stem for path in KERNELS), "parallel")]
+SPECTRA = sorted(CSRC.glob("*.cu"))
+CPU_OPS = [CSRC / f"{name}.cpp" for name in (*(path.stem for path in SPECTRA), "parallel")]
+# By the program that runs them: the kernels, and all else that it is made of.
+PROGRAMS = {
+    "spectra": (SPECTRA, [FIBERS / "main.cpp", *CPU_OPS, *EMULATION]),
+    "unit": (
+        [CSRC / "hopper/residual_unit.cu"],
+        [FIBERS / "unit_main.cpp", FIBERS / "hopper.cpp", *EMULATION],
+    ),
+}
 # Calls each access to memory; races.cpp has what is called in place of g++'s own library, and none
 # of the locks of statics.
 RECORDED = ["-fsanitize=thread", "-fno-threadsafe-statics"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# What kernels wait for: other threads, or a copy.
-WAITS = re.compile(r"\b(__syncthreads|__syncwarp|cudaStreamSynchronize)\(")
+# What kernels wait for, other threads or a copy, and what others wait for.
+WAITS = re.compile(
+    r"\b(__syncthreads|__syncwarp|cudaStreamSynchronize|wait|arrive|wait_for_copies|show_to_products"
+    r"|fence_registers|wait_for_products)\("
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 
@@ -54,17 +71,13 @@ def build(folder, kernels, others, of_kernels, of_all=()):
     return folder / "program"
 
 
-ALL = [FIBERS / "main.cpp", *EMULATION, *CPU_OPS]
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("recorded"), KERNELS, ALL, RECORDED)
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sanitized"), KERNELS, ALL, [], SANITIZED)
+    """The programs with every access to memory recorded."""
+    return {
+        name: build(tmp_path_factory.mktemp(name), *sources, RECORDED)
+        for name, sources in PROGRAMS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +86,68 @@ def faulty(tmp_path_factory):
     return build(folder, [FIBERS / "faults.cpp"], EMULATION, RECORDED)
 
 
-def waits():
-    """file.cu:12 for each call that waits."""
+@pytest.fixture(scope="module")
+def unit_library(tmp_path_factory):
+    kernels, _ = PROGRAMS["unit"]
+    emulation = [FIBERS / "hopper.cpp", *EMULATION]
+    options = ["-fPIC", "-shared"]
+    return build(tmp_path_factory.mktemp("library"), kernels, emulation, [], options)
+
+
+def waits(program):
+    """file.cu:12 for each call that waits, or is waited for."""
     return [
         f"{path.name}:{number}"
-        for path in KERNELS
+        for path in PROGRAMS[program][0]
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if WAITS.search(line)
     ]
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_results_and_races(recorded, order):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_results_and_races(recorded, program, order):
     """Threads and blocks run by number, or shuffled; every wait in the sources is reached."""
-    ran = run(recorded, order)
+    ran = run(recorded[program], order)
     assert ran.returncode == 0, ran.stderr
     passed = dict(line.split() for line in ran.stdout.splitlines())
-    assert sorted(passed) == sorted(waits())
+    assert sorted(passed) == sorted(waits(program))
 
 
-def test_memory_and_undefined_behaviour(sanitized):
-    ran = run(sanitized, 1)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_memory_and_undefined_behaviour(tmp_path, program):
+    ran = run(build(tmp_path, *PROGRAMS[program], [], SANITIZED), 1)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
-@pytest.mark.parametrize("wait", waits())
-def test_every_wait_is_needed(recorded, wait):
-    """Left out, it is noticed: a race, or a wrong result."""
-    ran = run(recorded, 1, wait)
+@pytest.mark.parametrize(
+    ("program", "wait"), [(program, wait) for program in PROGRAMS for wait in waits(program)]
+)
+def test_every_wait_is_needed(recorded, program, wait):
+    """Left out, it is noticed: a race, a wrong result, or threads that wait forever."""
+    ran = run(recorded[program], 1, wait)
     assert ran.returncode == 1
-    assert re.search("race in|: error", ran.stderr), ran.stderr
+    assert re.search("race in|: error|deadlock|a product", ran.stderr), ran.stderr
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("float16", 96), ("bfloat16", 64)])
+def test_the_unit_as_bench_calls_it(unit_library, dtype, channels):
+    shape = (2, 200, channels)
+    x, snaked = (torch.randn(shape).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(2))
+    weight1 = torch.randn(channels, channels, 7).div(channels).to(x.dtype)
+    weight2 = torch.randn(channels, channels, 1).div(channels**0.5).to(x.dtype)
+    bias1, bias2 = torch.randn(2, channels)
+    alpha1, alpha2 = torch.rand(2, 1, channels, 1) + 0.5
+    args = (x, snaked, weight1, bias1, alpha1, weight2, bias2)
+    options = {"alpha": alpha2, "lengths": torch.tensor([200, 70])}
+    actual = hopper.ResidualUnit(unit_library)(*args, 3, 9, **options)
+    exact = reference.residual_unit(
+        *(tensor.double() for tensor in args), 3, 9, **options | {"alpha": alpha2.double()}
+    )
+    for found, expected in zip(actual, exact, strict=True):
+        # Rounded once in the middle and once at the end.
+        unit = 2 * torch.finfo(x.dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=unit, atol=unit)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ at dilation 9. Bytes: every input, weight and output once. Flops: the convolutio
     conv2d       the same by cuDNN where that takes products, as fast-dacvae does it
     cudnn-fused  cuDNN with Snake and the addition fused, by nvidia-cudnn-frontend
     compiled     torch.compile of `library`
+    hopper       residual units of 64 and 96 channels by csrc/hopper
 """
 
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
-from bench.peers import cudnn_graph
+from bench.peers import cudnn_graph, hopper
 from bench.peers import ops as peers
 from bench.peers.cudnn_graph import Pair
 from dac_fast import ops
@@ -195,6 +196,9 @@ def ways(op: str, args: list[Any], options: dict[str, Any]) -> dict[str, peers.F
         found["cudnn-fused"] = fused if op == "conv1d" else partial(residual_unit, fused)
     found["compiled"] = torch.compile(compilable, dynamic=False)
     found |= peers.implementations(op, *args, **options)
+    # The last, since it might not come to its end.
+    if op == "residual_unit" and args[0].shape[1] in hopper.CHANNELS:
+        found["hopper"] = hopper.ResidualUnit()
     return {
         name: f if isinstance(f, str) else partial(run_wanted, f, args, options)
         for name, f in found.items()

@@ -13,13 +13,13 @@ from bench.static.bound import RESERVED, ctas
 from bench.static.compiled import disassembled, output, resources
 from bench.static.sass import Program, facts
 
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+# For sm_90a alone.
+HOPPER = ROOT / "csrc/hopper/residual_unit.cu"
+SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), HOPPER]
 # As in setup.py, these and where nvcc is.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
-# Of a CTA of any of these kernels: `kThreads` is 256.
-WARPS = 8
 
 
 def versions() -> dict[str, str]:
@@ -30,17 +30,20 @@ def versions() -> dict[str, str]:
 
 def name_of(source: Path) -> str:
     """What a source is called among launches."""
-    return f"csrc/{source.stem}"
+    return str(source.relative_to(ROOT).with_suffix(""))
 
 
 def rows(source: Path, architecture: int) -> Iterator[Json]:
     """What is known of each kernel in a source; nothing without nvcc."""
-    if not NVCC:
+    if not NVCC or (source == HOPPER and architecture != 90):
         return
+    # A CTA's `kThreads` are 384 there, elsewhere 256.
+    warps, suffix = (12, "a") if source == HOPPER else (8, "")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
-        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        command = [NVCC, *FLAGS, target, "-cubin", source, "-o", cubin]
+        number = f"{architecture}{suffix}"
+        target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        command = [NVCC, *FLAGS, target, f"-I{source.parent}", "-cubin", source, "-o", cubin]
         subprocess.run(command, check=True)
         used, sass = resources(cubin), disassembled(cubin)
     # A section for each kernel follows its heading.
@@ -55,7 +58,7 @@ def rows(source: Path, architecture: int) -> Iterator[Json]:
             "kernel": kernel,
             "architecture": architecture,
             **taken,
-            "ctas": ctas(taken, WARPS, architecture),
+            "ctas": ctas(taken, warps, architecture),
             "all": facts(program.instructions),
         }
 

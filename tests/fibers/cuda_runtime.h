@@ -19,7 +19,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-extern dim3 threadIdx, blockIdx;
+extern dim3 threadIdx, blockIdx, gridDim;
 
 struct alignas(8) float2 {
   float x, y;
@@ -41,10 +41,12 @@ struct Site {
   int line;
 };
 
-// Whose threads wait for each other.
-enum class Scope { warp, block };
+// Whose threads wait for each other; `none`: a thread waits for a condition.
+enum class Scope { warp, block, none };
 
 void barrier(Scope scope, Site site);
+// Whether the call at this site is made; goes on when `ready`.
+bool wait_until(const std::function<bool()>& ready, Site site);
 void copy(void* to, const void* from, size_t bytes);
 void synchronize(Site site);
 void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
@@ -64,8 +66,16 @@ using cudaStream_t = struct Stream*;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline const char* cudaGetErrorName(cudaError_t) { return ""; }

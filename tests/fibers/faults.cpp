@@ -36,7 +36,7 @@ __global__ void pass_on(const char* fault, float* out) {
 
 int main(int, char** argv) {
   float out[2 * kThreads] = {};
-  const cudaLaunchConfig_t config = {2, kThreads, nullptr};
+  const cudaLaunchConfig_t config = {2, kThreads, 0, nullptr};
   cudaLaunchKernelEx(&config, pass_on, argv[1], out);
   for (const float number : out) {
     if (!(number == 2)) fibers::fail("wrong number " + std::to_string(number));

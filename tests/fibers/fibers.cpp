@@ -20,7 +20,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-dim3 threadIdx, blockIdx;
+dim3 threadIdx, blockIdx, gridDim;
 
 // The linker's names for the bounds of the section.
 extern char __start_fibers_shared[], __stop_fibers_shared[];
@@ -48,6 +48,7 @@ struct Fiber : Context {
   // Where it waits, and for whom; the thread's end is a place where the block meets, too.
   const Place* place = nullptr;
   Scope scope = Scope::block;
+  const std::function<bool()>* ready = nullptr;
 };
 
 const Place kEnd = {{"", 0}, "its end", 0};
@@ -67,7 +68,7 @@ std::vector<char> stacks;
 std::vector<Fiber> threads;
 Context host;
 const std::function<void()>* body = nullptr;
-Now current = {kNoThread, 0, 0, 0};
+Now current = {kNoThread, 0, 0, 0, 0};
 
 // The place that is passed; null: the call there is left out.
 const Place* pass(Site site) {
@@ -165,12 +166,29 @@ std::vector<int> waiting_warps() {
   return ready;
 }
 
+// Some of the threads whose condition holds by now, at least one if there is any.
+std::vector<int> ready_threads() {
+  std::vector<int> ready;
+  for (size_t thread = 0; thread < threads.size(); ++thread) {
+    if (threads[thread].scope == Scope::none && (*threads[thread].ready)()) ready.push_back(static_cast<int>(thread));
+  }
+  mix(ready);
+  if (!in_order && !ready.empty()) ready.resize(1 + generator() % ready.size());
+  return ready;
+}
+
 // Lets the whole block go on to its next barrier.
 void run_block() {
   const std::vector<int> all = first_numbers(threads.size());
-  for (std::vector<int> ready = all; !ready.empty(); ready = waiting_warps()) {
+  for (std::vector<int> ready = all; !ready.empty();) {
     run(ready);
     ++current.warp_phase;
+    ready = waiting_warps();
+    const std::vector<int> more = ready_threads();
+    ready.insert(ready.end(), more.begin(), more.end());
+  }
+  for (const Fiber& fiber : threads) {
+    if (fiber.scope == Scope::none) fail("deadlock: a thread is at " + fiber.place->name);
   }
   ++current.phase;
   expect_together(all);
@@ -212,6 +230,15 @@ void barrier(Scope scope, Site site) {
   enter(host, fiber);
 }
 
+bool wait_until(const std::function<bool()>& ready, Site site) {
+  const Place* place = pass(site);
+  if (!place) return false;
+  Fiber& fiber = threads[current.thread];
+  fiber.place = place, fiber.scope = Scope::none, fiber.ready = &ready;
+  enter(host, fiber);
+  return true;
+}
+
 void copy(void* to, const void* from, size_t bytes) {
   const char* first = static_cast<const char*>(from);
   pending.push_back({to, {first, first + bytes}});
@@ -228,10 +255,11 @@ void launch(unsigned blocks, unsigned count, const std::function<void()>& kernel
   threads.resize(count);
   body = &kernel;
   forget_accesses();
+  gridDim.x = blocks;
   std::vector<int> numbers = first_numbers(blocks);
   mix(numbers);
   for (const int block : numbers) {
-    blockIdx.x = block, current.block = block;
+    blockIdx.x = block, current.block = block, ++current.run;
     for (unsigned i = 0; i < count; ++i) prepare(threads[i], &stacks[i * kStack]);
     poison_shared();
     do {

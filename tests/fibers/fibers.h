@@ -17,8 +17,8 @@ std::string passed();
 constexpr int kNoThread = -1, kWarp = 32;
 struct Now {
   int thread, block;
-  // Barriers that all blocks have passed so far, and those that warps have.
-  unsigned phase, warp_phase;
+  // Barriers that all blocks have passed so far, and those that warps have; blocks so far.
+  unsigned phase, warp_phase, run;
 };
 Now now();
 

@@ -13,7 +13,7 @@
 namespace fibers {
 namespace {
 
-constexpr Now kNever = {kNoThread, 0, 0, 0};
+constexpr Now kNever = {kNoThread, 0, 0, 0, 0};
 
 // What was done to one granule: the last write; the last read, and another one that nothing orders before it, if there
 // is one, by a thread as far away as possible: any later write that some read is not ordered with, one of these two
