@@ -198,16 +198,21 @@ def test_more_than_one_group_of_tiles():
     compare("conv1d", x, weight, bias)
 
 
-@pytest.mark.parametrize("kind", module.TILES)
-def test_every_tile(kind, monkeypatch, products_in_order):
+@pytest.mark.parametrize(
+    ("kind", "few"),
+    [*((kind, False) for kind in module.TILES), *((kind, True) for kind in module.FEW)],
+)
+def test_every_tile(kind, few, monkeypatch, products_in_order):
     dtype = torch.float16 if kind == "half" else torch.float32
     # wide enough that no tile is narrowed
-    x, weight, bias, alpha = layer(50 if kind == "unaligned" else 48, 144, 1, 70, dtype=dtype)
+    channels = 50 if kind == "unaligned" else 144 if few else 48
+    items, size = (1, 20) if few else (2, 70)
+    x, weight, bias, alpha = layer(channels, 144, 1, size, items=items, dtype=dtype)
     # one result, which all tiles can give
     products = kind if kind in PRODUCTS else "ieee"
     options = {"alpha": alpha, "keep": False, "products": products}
     made = []
-    for tile in range(len(module.TILES[kind])):
+    for tile in range(len((module.FEW if few else module.TILES)[kind])):
         choice = lambda op, x, shape, configs, run, tile=tile: configs[tile]  # noqa: E731
         monkeypatch.setattr(module, "tuned", choice)
         bound = torch.float16 if kind == "tf32" else None

@@ -1,9 +1,10 @@
 """How fast a launch can be at best, from its machine code: analysis, not a measurement.
 
 A CTA needs its warps' instructions issued, its products computed, its operands brought from L2, and
-its share of HBM's traffic. Were all four to overlap perfectly, the slowest of them would set the
-time, and that is the bound: the real time is longer. Loads that hit L1 are not told apart, and all
-CTAs that an SM holds share its rates.
+its share of HBM's traffic; and of operands that it copies to shared memory it has only so many
+under way, which takes them a while. Were all five to overlap perfectly, the slowest of them would
+set the time, and that is the bound: the real time is longer. Loads that hit L1 are not told apart,
+and all CTAs that an SM holds share its rates.
 """
 
 import math
@@ -44,6 +45,8 @@ COUNT, CLOCK = 132, 1.7e9
 ISSUED = 4
 L2 = 30.0
 HBM = 3.0e12 / COUNT / CLOCK
+# Clocks that a load takes, mostly of what only HBM has (assumed).
+LATENCY = 1000
 PRODUCTS = {"fp16": 4096, "bf16": 4096, "tf32": 2048, "tf32x3": 2048 / 3}
 
 
@@ -107,7 +110,8 @@ def _conv1d(a: Any) -> Work:
     size, elements = a.x.element_size(), a.BLOCK_M * a.BLOCK_N
     blocks = a.RUNS * -(-a.RUN // a.BLOCK_K)
     programs = -(-a.rows // a.BLOCK_M) * -(-a.N // a.BLOCK_N)
-    operands = blocks * (a.BLOCK_M + a.BLOCK_N) * a.BLOCK_K * size
+    # What is masked is not read.
+    operands = blocks * (min(a.BLOCK_M, a.rows) + a.BLOCK_N) * a.BLOCK_K * size
     epilogue = a.there("residual", "y", "snaked") * elements * size
     moved = a.bytes("x", "residual", "y", "snaked", "bias", "alpha") + _weight(a)
     products = 2.0 * programs * elements * blocks * a.BLOCK_K
@@ -178,8 +182,8 @@ def bound(launch: Launch, program: Program, resources: Json) -> Json:
 
     Returns:
         programs; waves, of CTAs that the GPU holds at once; hbm and l2, bytes; clocks that each of
-        the four takes on an SM; limit, the slowest one; ms; share, of the peak of products or of
-        HBM, that the bound leaves. Of clocks, `issue` is missing where loops are not as expected.
+        the five takes on an SM; limit, the slowest one; ms. Of clocks, `issue` is missing where
+        loops are not as expected, and `latency` where there are no stages.
     """
     todo = work(launch)
     warps = launch.options["num_warps"]
@@ -195,6 +199,10 @@ def bound(launch: Launch, program: Program, resources: Json) -> Json:
     if todo.operations and launch.precision in PRODUCTS:
         per_cta = todo.operations / launch.programs
         clocks["products"] = turns * per_cta / PRODUCTS[launch.precision]
+    stages = launch.options.get("num_stages", 1)
+    if stages > 1 and resources["shared"]:
+        under_way = min(turns, held) * resources["shared"] * (stages - 1) / stages
+        clocks["latency"] = turns * todo.read / under_way * LATENCY
     limit = max(clocks, key=lambda name: clocks[name])
     return {
         "programs": launch.programs,

@@ -21,8 +21,8 @@ from dac_fast.inference.plan import Plan
 
 MODULES = (snake, rvq, rvq_kernels, conv1d, residual_unit)
 
-# Items and frames of 512 samples: 16 × 10 s, and 1 × 1 s.
-SIZES = {"16 × 10 s": (16, 862), "1 × 1 s": (1, 87)}
+# Items and frames of 512 samples.
+SIZES = {"16 × 10 s": (16, 862), "1 × 1 s": (1, 87), "1 × 1 frame": (1, 1)}
 # Of the training step: items of 0.38 s, times, channels.
 TRAINING = (72, 16758, 96)
 # What is compiled into a kernel beside its arguments.

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from bench.document import Json, facts, table_head, table_row
-from bench.static.bound import CLOCK, COUNT, HBM, L2, PRODUCTS
+from bench.static.bound import CLOCK, COUNT, HBM, L2, LATENCY, PRODUCTS
 from bench.static.launches import SIZES
 from bench.static.table import HOPPER
 
@@ -26,10 +26,10 @@ ANALYSIS = (
     "**Nothing here was measured.** Each launch needs its instructions issued "
     f"(4 warps' a clock and SM), its products computed ({PRODUCTS['fp16']} operations a clock and "
     f"SM in half precision, {PRODUCTS['tf32']} in TF32), its operands read from L2 and its tensors "
-    "moved to or from HBM once. Assumed are an H100 SXM of "
-    f"{COUNT} SMs at {CLOCK / 1e9:.1f} GHz, {L2:.0f} bytes from L2 a clock and SM, and "
-    f"{HBM * COUNT * CLOCK / 1e12:.1f} TB/s of HBM. If all four overlapped perfectly, the slowest "
-    "would be the time: the bound. *Products* and *HBM* say how much of either peak the bound "
+    "moved to or from HBM once; and no more operands are under way to a CTA than its stages hold. "
+    f"Assumed are an H100 SXM of {COUNT} SMs at {CLOCK / 1e9:.1f} GHz, {L2:.0f} bytes from L2 a "
+    f"clock and SM, {HBM * COUNT * CLOCK / 1e12:.1f} TB/s of HBM, and {LATENCY} clocks from load "
+    "to operand. If all five overlapped perfectly, the slowest would be the time: the bound. *Products* and *HBM* say how much of either peak the bound "
     "leaves. Of the tiles of an op, the one of the lowest bound is shown; on a GPU timing chooses."
 )
 ARCHITECTURES = (
@@ -40,7 +40,8 @@ ARCHITECTURES = (
     "tile's registers hardly depend on it."
 )
 CSRC = (
-    "Compiled by nvcc, 256 threads each. A kernel of `stft_bands` has code for every window, of "
+    "Compiled by nvcc, 256 threads each; those of `hopper` have 384, and ask for 111 and 215 KB of "
+    "shared memory when they are launched, which is not in the table. A kernel of `stft_bands` has code for every window, of "
     "which a block runs one; instructions, loads and stores are counted over all."
 )
 NO_ROOM = "does not fit"
@@ -185,21 +186,21 @@ def architectures(rows: list[Json]) -> list[str]:
 
 
 def figure(document: Json) -> "Figure":
-    """Bars per op of 16 × 10 s in fp16: what each of the four resources would take alone."""
+    """Bars per op of 16 × 10 s in fp16: what each resource would take alone."""
     from matplotlib.figure import Figure
 
     size = next(iter(SIZES))
     rows = [row for row in best(document["static"], size) if row["precision"] == "fp16"]
     drawing = Figure(figsize=(11, 1.6 + 0.28 * len(rows)), layout="constrained")
     axes = drawing.add_subplot()
-    names = ("issue", "products", "L2", "HBM")
+    names = ("issue", "products", "L2", "HBM", "latency")
     for i, name in enumerate(names):
         layers = [row["sizes"][size] for row in rows]
         each = [found["clocks"].get(name, 0) / CLOCK * 1e3 * found["layers"] for found in layers]
-        places = [at + 0.2 * i for at in range(len(rows))]
-        axes.barh(places, each, height=0.19, label=name, color=f"C{i}")
+        places = [at + 0.16 * i for at in range(len(rows))]
+        axes.barh(places, each, height=0.15, label=name, color=f"C{i}")
     labels = [f"{row['sizes'][size]['layers']} × {row['op']}" for row in rows]
-    axes.set_yticks([at + 0.3 for at in range(len(rows))], labels, fontsize=7)
+    axes.set_yticks([at + 0.32 for at in range(len(rows))], labels, fontsize=7)
     axes.set_ylim(len(rows), -0.2)
     axes.set_xlabel("ms on an H100, if nothing else took any time: analysis, not measured")
     axes.set_title(f"What limits each layer of {size}, fp16 (sm_{HOPPER} machine code)")

@@ -77,6 +77,16 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "unaligned": ((64, 64, 16, 4, 2),),
 }
 
+# Up to so many rows, nearly all that is read are weights, once: narrow tiles, that more SMs read, and
+# long ones, that have more under way. The last of half and of TF32 needs 160 KiB.
+FEW_ROWS = 64
+FEW: dict[str, tuple[Tile, ...]] = {
+    "half": ((64, 32, 64, 4, 4), (64, 16, 128, 4, 4), (64, 16, 256, 4, 4)),
+    "tf32": ((64, 32, 32, 4, 4), (64, 16, 128, 4, 4)),
+    "tf32x3": ((64, 32, 32, 4, 3), (64, 16, 64, 4, 4)),
+    "ieee": ((32, 64, 32, 4, 3), (32, 32, 64, 4, 4), (16, 16, 128, 4, 4)),
+}
+
 
 # The sizes named here differ from call to call.
 @jit(any_value=("rows", "M", "T"))
@@ -217,7 +227,8 @@ def _conv1d(
     parts = [tensor is not None for tensor in tensors]
     shape = (channels, product["N"], product["RUNS"], product["RUN"], stride, rows.bit_length())
     kind = precision, align, aligned, weight.stride(), *parts, *shape
-    configs = tiles(TILES, x, precision, aligned, product["N"], product["RUN"])
+    kinds = TILES | FEW if rows <= FEW_ROWS else TILES
+    configs = tiles(kinds, x, precision, aligned, product["N"], product["RUN"])
     if lengths is not None or residual is not None or (keep and alpha is not None):
         # Beside these in the epilogue the tallest tile's sums do not fit in registers.
         configs = [config for config in configs if config["BLOCK_M"] <= 128]
