@@ -1,6 +1,6 @@
 // A CTA per multiprocessor works through tiles of kRows positions. It has all weights in shared memory, and two stages of
-// rows: one warpgroup copies the rows of a tile, each once for all taps, and two others take the tiles in turn, so that
-// one's products run beside the other's Snakes and its reading and writing of memory.
+// rows: one warpgroup copies the rows of a tile, each once for all taps, and two others take the tiles in turn, each with
+// a stage of its own, so that one's products run beside the other's Snakes and its reading and writing of memory.
 //
 // Rows lie in shared memory by 8 channels (16 bytes), as products without swizzling have it. So a tap's rows are those of
 // the tile, moved by 16 bytes a position, and reading them has no bank conflicts. A stage's pitch is odd in units of 16
@@ -46,15 +46,6 @@ DAC_HD int tiles_per_item(const Unit& unit) { return (unit.time + kRows - 1) / k
 __device__ Tile tile_of(const Unit& unit, int number) {
   const int each = tiles_per_item(unit);
   return {number / each, number % each * kRows};
-}
-
-// The tiles with this stage, from `stage` on by the number of CTAs.
-template <class Visit>
-__device__ void each_tile(const Unit& unit, int stage, const Visit& visit) {
-  const int count = unit.items * tiles_per_item(unit), step = gridDim.x * kConsumers;
-  for (int number = blockIdx.x + stage * gridDim.x, use = 0; number < count; number += step, ++use) {
-    visit(tile_of(unit, number), use & 1);
-  }
 }
 
 template <int C>
@@ -165,8 +156,10 @@ template <class T, int C>
 __device__ void consume(const Unit& unit, Shared<C>& shared, int stage, int thread) {
   const uint64_t rows = matrix(shared.rows[stage], kPitch * 16), weights = matrix(shared.weights, C * 16);
   const int own = thread / 32 * 16 + thread % 32 / 4, quarter = thread % 4;
-  each_tile(unit, stage, [&](Tile tile, int parity) {
-    wait(&shared.full[stage], parity);
+  const int count = unit.items * tiles_per_item(unit), step = kConsumers * gridDim.x;
+  for (int number = blockIdx.x + stage * gridDim.x, use = 0; number < count; number += step, ++use) {
+    const Tile tile = tile_of(unit, number);
+    wait(&shared.full[stage], use & 1);
     for (int begin = 0; begin < kRows; begin += kProduct) {
       float sums[C / 2];
       fence_registers();
@@ -204,7 +197,7 @@ __device__ void consume(const Unit& unit, Shared<C>& shared, int stage, int thre
       wait_for_products();
       finish<T, C>(unit, shared, sums, x, tile.item, tile.first + begin + own, quarter);
     }
-  });
+  }
 }
 
 template <class T, int C>
