@@ -21,7 +21,7 @@ demo-serve: .venv/installed
 	$(BIN)/dac-fast serve
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Hours of fault trials; the tests run a few thousand of them.
 faults: .venv/installed
