@@ -29,7 +29,8 @@ ANALYSIS = (
     "moved to or from HBM once; and no more operands are under way to a CTA than its stages hold. "
     f"Assumed are an H100 SXM of {COUNT} SMs at {CLOCK / 1e9:.1f} GHz, {L2:.0f} bytes from L2 a "
     f"clock and SM, {HBM * COUNT * CLOCK / 1e12:.1f} TB/s of HBM, and {LATENCY} clocks from load "
-    "to operand. If all five overlapped perfectly, the slowest would be the time: the bound. *Products* and *HBM* say how much of either peak the bound "
+    "to operand. If all five overlapped perfectly, the slowest would be the time: the bound. "
+    "*Products* and *HBM* say how much of either peak the bound "
     "leaves. Of the tiles of an op, the one of the lowest bound is shown; on a GPU timing chooses."
 )
 ARCHITECTURES = (
@@ -41,8 +42,9 @@ ARCHITECTURES = (
 )
 CSRC = (
     "Compiled by nvcc, 256 threads each; those of `hopper` have 384, and ask for 111 and 215 KB of "
-    "shared memory when they are launched, which is not in the table. A kernel of `stft_bands` has code for every window, of "
-    "which a block runs one; instructions, loads and stores are counted over all."
+    "shared memory when they are launched, which is not in the table. A kernel of `stft_bands` has "
+    "code for every window, of which a block runs one; instructions, loads and stores are counted "
+    "over all."
 )
 NO_ROOM = "does not fit"
 NO_NVCC = "The CUDA kernels of csrc are left out: nvcc was not found."

@@ -77,8 +77,8 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "unaligned": ((64, 64, 16, 4, 2),),
 }
 
-# Up to so many rows, nearly all that is read are weights, once: narrow tiles, that more SMs read, and
-# long ones, that have more under way. The last of half and of TF32 needs 160 KiB.
+# Up to so many rows, nearly all that is read are weights, once: narrow tiles, that more SMs read,
+# and long ones, that have more under way. The last of half and of TF32 needs 160 KiB.
 FEW_ROWS = 64
 FEW: dict[str, tuple[Tile, ...]] = {
     "half": ((64, 32, 64, 4, 4), (64, 16, 128, 4, 4), (64, 16, 256, 4, 4)),
