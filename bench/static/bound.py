@@ -1,8 +1,8 @@
 """How fast a launch can be at best, from its machine code: analysis, not a measurement.
 
 A CTA needs its warps' instructions issued, its products computed, its operands brought from L2, and
-its share of HBM's traffic; and of operands that it copies to shared memory it has only so many
-under way, which takes them a while. Were all five to overlap perfectly, the slowest of them would
+its share of HBM's traffic; and of the blocks of operands that it copies to shared memory only as
+many are under way as it has stages, and each of them takes a while. Were all five to overlap perfectly, the slowest of them would
 set the time, and that is the bound: the real time is longer. Loads that hit L1 are not told apart,
 and all CTAs that an SM holds share its rates.
 """
@@ -60,6 +60,7 @@ class Work:
         moved: bytes that HBM must see: every tensor once.
         read: bytes that a CTA reads from L2 and writes to it.
         trips: of the code's loops, in order.
+        copied: blocks of operands that a CTA copies to shared memory one after another; 0: none.
     """
 
     elements: int
@@ -67,6 +68,7 @@ class Work:
     moved: float
     read: float
     trips: list[int]
+    copied: int = 0
 
 
 def ctas(facts: Json, warps: int, architecture: int) -> int:
@@ -115,7 +117,7 @@ def _conv1d(a: Any) -> Work:
     epilogue = a.there("residual", "y", "snaked") * elements * size
     moved = a.bytes("x", "residual", "y", "snaked", "bias", "alpha") + _weight(a)
     products = 2.0 * programs * elements * blocks * a.BLOCK_K
-    return Work(elements, products, moved, operands + epilogue, [blocks])
+    return Work(elements, products, moved, operands + epilogue, [blocks], blocks)
 
 
 def _weight(a: Any) -> int:
@@ -134,14 +136,14 @@ def _residual_unit(a: Any) -> Work:
     products = 2.0 * programs * elements * (blocks * a.BLOCK_K + columns)
     # Of one turn the compiler makes no loop.
     trips = [blocks, a.PARTS] if a.PARTS > 1 else [blocks]
-    return Work(elements, products, moved, operands + epilogue, trips)
+    return Work(elements, products, moved, operands + epilogue, trips, blocks)
 
 
 def _project(a: Any) -> Work:
     elements, blocks = a.BLOCK_R * a.BLOCK_F, a.DEPTH // a.BLOCK_D
     operands = a.DEPTH * (4 * a.BLOCK_R + a.x.element_size() * a.BLOCK_F)
     moved = a.bytes("weight", "x", "y")
-    return Work(elements, 0, moved, operands + 4 * elements, [blocks])
+    return Work(elements, 0, moved, operands + 4 * elements, [blocks], blocks)
 
 
 def _sum(a: Any) -> Work:
@@ -162,7 +164,8 @@ def _decode(a: Any) -> Work:
     elements, blocks = a.BLOCK_D * a.BLOCK_F, -(-a.N * a.DIM // a.BLOCK_R)
     operands = blocks * a.BLOCK_R * 4 * (a.BLOCK_D + a.BLOCK_F)
     moved = a.bytes("codes", "codebooks", "weight", "y")
-    return Work(elements, 0, moved, operands + elements * a.y.element_size(), [blocks])
+    read = operands + elements * a.y.element_size()
+    return Work(elements, 0, moved, read, [blocks], blocks)
 
 
 WORK = {
@@ -183,7 +186,7 @@ def bound(launch: Launch, program: Program, resources: Json) -> Json:
     Returns:
         programs; waves, of CTAs that the GPU holds at once; hbm and l2, bytes; clocks that each of
         the five takes on an SM; limit, the slowest one; ms. Of clocks, `issue` is missing where
-        loops are not as expected, and `latency` where there are no stages.
+        loops are not as expected, and `latency` where nothing is copied ahead.
     """
     todo = work(launch)
     warps = launch.options["num_warps"]
@@ -199,10 +202,10 @@ def bound(launch: Launch, program: Program, resources: Json) -> Json:
     if todo.operations and launch.precision in PRODUCTS:
         per_cta = todo.operations / launch.programs
         clocks["products"] = turns * per_cta / PRODUCTS[launch.precision]
-    stages = launch.options.get("num_stages", 1)
-    if stages > 1 and resources["shared"]:
-        under_way = min(turns, held) * resources["shared"] * (stages - 1) / stages
-        clocks["latency"] = turns * todo.read / under_way * LATENCY
+    ahead = launch.options.get("num_stages", 1) - 1
+    if todo.copied and ahead:
+        # CTAs that an SM holds at once wait at the same time.
+        clocks["latency"] = turns / min(turns, held) * todo.copied / ahead * LATENCY
     limit = max(clocks, key=lambda name: clocks[name])
     return {
         "programs": launch.programs,

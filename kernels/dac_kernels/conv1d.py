@@ -225,7 +225,9 @@ def _conv1d(
         launch(_conv1d_kernel, programs, *tensors, **integers, **constants, **config)
 
     parts = [tensor is not None for tensor in tensors]
-    shape = (channels, product["N"], product["RUNS"], product["RUN"], stride, rows.bit_length())
+    # FEW_ROWS and fewer share no choice with more.
+    size_class = (rows - 1).bit_length()
+    shape = (channels, product["N"], product["RUNS"], product["RUN"], stride, size_class)
     kind = precision, align, aligned, weight.stride(), *parts, *shape
     kinds = TILES | FEW if rows <= FEW_ROWS else TILES
     configs = tiles(kinds, x, precision, aligned, product["N"], product["RUN"])
