@@ -221,6 +221,23 @@ def test_every_tile(kind, few, monkeypatch, products_in_order):
     assert all(torch.equal(snaked, made[0]) for snaked in made[1:])
 
 
+def test_few_rows_share_no_choice_with_more(monkeypatch):
+    """Their tiles differ, so what was fastest for one says nothing about the other."""
+    asked = []
+
+    def choice(op, x, shape, configs, run):
+        asked.append((shape, configs))
+        return configs[0]
+
+    monkeypatch.setattr(module, "tuned", choice)
+    for rows in (module.FEW_ROWS, module.FEW_ROWS + 1):
+        x, weight, bias, _ = layer(16, 16, 1, rows, items=1, dtype=torch.float16)
+        conv1d(x, weight, bias)
+    (few, tiles), (more, other_tiles) = asked
+    assert tiles != other_tiles
+    assert few != more
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_an_item_has_its_bits_in_any_batch_and_piece(transposed, monkeypatch, products_in_order):
     """By every tile: alone, in a batch, ragged, and what a piece of it determines."""

@@ -151,6 +151,19 @@ def test_the_unit_as_bench_calls_it(unit_library, dtype, channels):
 
 
 @pytest.mark.parametrize(
+    ("channels", "dilation", "message"),
+    [(64, 10, "dilation 10; accepted: 1 to 9"), (32, 9, "32 channels; accepted: 64, 96")],
+)
+def test_the_unit_refuses_what_it_has_no_room_for(unit_library, channels, dilation, message):
+    x = torch.zeros(1, 100, channels, dtype=torch.float16).transpose(1, 2)
+    bias = torch.ones(channels)
+    weight1, weight2 = (torch.zeros(channels, channels, taps, dtype=x.dtype) for taps in (7, 1))
+    unit = hopper.ResidualUnit(unit_library)
+    with pytest.raises(RuntimeError, match=message):
+        unit(x, x, weight1, bias, bias, weight2, bias, dilation, 3 * dilation)
+
+
+@pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("none", ""),

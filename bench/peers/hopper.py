@@ -5,7 +5,6 @@ It is compiled by nvcc when it is first wanted, for sm_90a alone.
 
 import ctypes
 import functools
-import subprocess
 from ctypes import c_bool, c_char_p, c_int, c_void_p
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from bench.case import Unavailable
 from bench.document import ROOT
-from bench.static.csrc import FLAGS, HOPPER, NVCC
+from bench.peers.cudnn_graph import Pair
+from bench.static.csrc import NVCC, RESIDUAL_UNIT, compile_source
 
 CHANNELS = (64, 96)
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 class _Unit(ctypes.Structure):
@@ -69,6 +68,7 @@ class ResidualUnit:
 
         Raises:
             Unavailable: this machine cannot compile or run it.
+            RuntimeError: the kernel does not take such sizes, or its launch failed.
         """
         items, channels, size = x.shape
         time = size + 2 * padding - 6 * dilation
@@ -128,7 +128,5 @@ def compiled() -> Path:
         raise Unavailable("nvcc was not found")
     library = ROOT / "build/hopper/residual_unit.so"
     library.parent.mkdir(parents=True, exist_ok=True)
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    command = [NVCC, *FLAGS, target, "-shared", "-Xcompiler", "-fPIC", f"-I{HOPPER.parent}"]
-    subprocess.run([*command, str(HOPPER), "-o", str(library)], check=True)
+    compile_source(RESIDUAL_UNIT, 90, library, "-shared", "-Xcompiler=-fPIC")
     return library

@@ -2,9 +2,9 @@
 
 A CTA needs its warps' instructions issued, its products computed, its operands brought from L2, and
 its share of HBM's traffic; and of the blocks of operands that it copies to shared memory only as
-many are under way as it has stages, and each of them takes a while. Were all five to overlap perfectly, the slowest of them would
-set the time, and that is the bound: the real time is longer. Loads that hit L1 are not told apart,
-and all CTAs that an SM holds share its rates.
+many are under way as it has stages, and each of them takes a while. Were all five to overlap
+perfectly, the slowest of them would set the time, and that is the bound: the real time is longer.
+Loads that hit L1 are not told apart, and all CTAs that an SM holds share its rates.
 """
 
 import math

@@ -14,8 +14,8 @@ from bench.static.compiled import disassembled, output, resources
 from bench.static.sass import Program, facts
 
 # For sm_90a alone.
-HOPPER = ROOT / "csrc/hopper/residual_unit.cu"
-SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), HOPPER]
+RESIDUAL_UNIT = ROOT / "csrc/hopper/residual_unit.cu"
+SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), RESIDUAL_UNIT]
 # As in setup.py, these and where nvcc is.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
@@ -33,18 +33,28 @@ def name_of(source: Path) -> str:
     return str(source.relative_to(ROOT).with_suffix(""))
 
 
+def compile_source(source: Path, architecture: int, target: Path, *options: str) -> None:
+    """Has nvcc compile a source to a file.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    assert NVCC
+    number = f"{architecture}a" if source == RESIDUAL_UNIT else str(architecture)
+    code = f"-gencode=arch=compute_{number},code=sm_{number}"
+    command = [NVCC, *FLAGS, code, f"-I{source.parent}", *options, str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+
+
 def rows(source: Path, architecture: int) -> Iterator[Json]:
     """What is known of each kernel in a source; nothing without nvcc."""
-    if not NVCC or (source == HOPPER and architecture != 90):
+    if not NVCC or (source == RESIDUAL_UNIT and architecture != 90):
         return
     # A CTA's `kThreads` are 384 there, elsewhere 256.
-    warps, suffix = (12, "a") if source == HOPPER else (8, "")
+    warps = 12 if source == RESIDUAL_UNIT else 8
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
-        number = f"{architecture}{suffix}"
-        target = f"-gencode=arch=compute_{number},code=sm_{number}"
-        command = [NVCC, *FLAGS, target, f"-I{source.parent}", "-cubin", source, "-o", cubin]
-        subprocess.run(command, check=True)
+        compile_source(source, architecture, cubin, "-cubin")
         used, sass = resources(cubin), disassembled(cubin)
     # A section for each kernel follows its heading.
     _, *sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", sass, flags=re.MULTILINE)

@@ -41,10 +41,9 @@ ARCHITECTURES = (
     "tile's registers hardly depend on it."
 )
 CSRC = (
-    "Compiled by nvcc, 256 threads each; those of `hopper` have 384, and ask for 111 and 215 KB of "
-    "shared memory when they are launched, which is not in the table. A kernel of `stft_bands` has "
-    "code for every window, of which a block runs one; instructions, loads and stores are counted "
-    "over all."
+    "Compiled by nvcc, 256 threads each; those of `hopper` have 384, and the shared memory that "
+    "they ask for at their launch is not in the table. A kernel of `stft_bands` has code for every "
+    "window, of which a block runs one; instructions, loads and stores are counted over all."
 )
 NO_ROOM = "does not fit"
 NO_NVCC = "The CUDA kernels of csrc are left out: nvcc was not found."

@@ -37,6 +37,9 @@ struct Shared {
   uint64_t full[kConsumers], empty[kConsumers];
 };
 
+// What a CTA can have on Hopper.
+static_assert(sizeof(Shared<96>) <= 227 << 10);
+
 struct Tile {
   int item, first;
 };
@@ -77,7 +80,8 @@ __device__ void produce(const Unit& unit, Shared<C>& shared, int thread) {
     const Tile tile = tile_of(unit, number);
     wait(&shared.empty[stage], use / kConsumers % 2 ^ 1);
     for (int i = thread; i < rows * (C / kPiece); i += kWarpgroup) {
-      const int row = i / (C / kPiece), piece = i % (C / kPiece), from = tile.first + row - unit.padding;
+      const int row = i / (C / kPiece), piece = i % (C / kPiece);
+      const int from = tile.first + row - unit.padding;
       const bool exists = from >= 0 && from < unit.size;
       const int64_t at = (static_cast<int64_t>(tile.item) * unit.size + (exists ? from : 0)) * C + piece * kPiece;
       copy_async(shared.rows[stage][piece][row], snaked + at, exists);
@@ -245,6 +249,9 @@ extern "C" const char* dac_residual_unit(bool bfloat16, int channels, const Unit
                                          void* stream) {
   static thread_local std::string problem;
   try {
+    if (unit->dilation < 1 || unit->dilation > kMaxDilation) {
+      throw std::invalid_argument("dilation " + std::to_string(unit->dilation) + "; accepted: 1 to 9");
+    }
     if (channels == 64) {
       (bfloat16 ? start<BFloat16, 64> : start<Float16, 64>)(*unit, multiprocessors, stream);
     } else if (channels == 96) {

@@ -123,11 +123,18 @@ void check(const Case& of) {
   const size_t size = of.items * time * of.channels;
   std::vector<T> y(of.keep * size, T{0xFFFF}), snaked(of.snaked * size, T{0xFFFF});
   dac::hopper::Unit unit = {};
-  unit.x = in.x.data(), unit.snaked = in.snaked.data(), unit.weights = packed.data(), unit.factors = in.factors.data();
+  unit.x = in.x.data();
+  unit.snaked = in.snaked.data();
+  unit.weights = packed.data();
+  unit.factors = in.factors.data();
   unit.lengths = of.lengths.empty() ? nullptr : of.lengths.data();
-  unit.y = of.keep ? y.data() : nullptr, unit.y_snaked = of.snaked ? snaked.data() : nullptr;
-  unit.items = of.items, unit.size = of.size, unit.time = time;
-  unit.dilation = of.dilation, unit.padding = of.padding;
+  unit.y = of.keep ? y.data() : nullptr;
+  unit.y_snaked = of.snaked ? snaked.data() : nullptr;
+  unit.items = of.items;
+  unit.size = of.size;
+  unit.time = time;
+  unit.dilation = of.dilation;
+  unit.padding = of.padding;
   const char* problem =
       dac::hopper::dac_residual_unit(std::is_same_v<T, dac::BFloat16>, of.channels, &unit, of.multiprocessors, nullptr);
   if (problem) fibers::fail(problem);
