@@ -79,19 +79,32 @@ BUDGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def document(tmp_path_factory):
-    path = tmp_path_factory.mktemp("static") / "static.json"
+def static(path, patterns):
+    """`python -m bench static` of launches that match, for sm_90."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     command = [sys.executable, "-m", "bench", "static", "--arch", "90", "--out", path]
-    for pattern in (*BUDGETS, "other/*", "*/rvq sum*", "csrc/disc_preprocess", "csrc/hopper/*"):
+    for pattern in patterns:
         command += ["--only", pattern]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    path = tmp_path_factory.mktemp("static") / "static.json"
+    others = ("other/*", "*/rvq sum*", "csrc/disc_preprocess", "csrc/hopper/*")
+    result = static(path, (*BUDGETS, *others))
     assert result.returncode == 0, result.stderr
     page = path.with_suffix(".md").read_text()
     assert "Nothing here was measured" in page
     return json.loads(path.read_text()) | {"page": page}
+
+
+def test_a_pattern_that_matches_nothing(tmp_path):
+    result = static(tmp_path / "static.json", ["csrc/*", "fp61/*"])
+    assert result.returncode == 2
+    assert "--only is 'fp61/*', which matches none of" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

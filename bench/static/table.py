@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import typer
+
 from bench.document import SCHEMA, Json, environment, write
 from bench.static import csrc
 from bench.static.bound import bound, ctas, work
@@ -41,11 +43,19 @@ def run_static(
         patterns: of launches' names, and of csrc's sources (`csrc.name_of`); empty: all.
         path: of the result file.
         commit: recorded where the tree is no git checkout.
+    Raises:
+        typer.BadParameter: a pattern matches nothing.
     """
     patterns = patterns or ["*"]
+    recorded = every_launch()
+    names = {launch.name for launch in recorded} | set(map(csrc.name_of, csrc.SOURCES))
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            example = f"{min(names)!r} and {len(names) - 1} others"
+            raise typer.BadParameter(f"--only is {pattern!r}, which matches none of {example}")
     groups: dict[tuple[str, str], list[Launch]] = {}
     whole: dict[str, bool] = {}
-    for launch in every_launch():
+    for launch in recorded:
         wanted = matches(launch.name, patterns)
         whole[launch.precision] = wanted and whole.get(launch.precision, True)
         if wanted:
