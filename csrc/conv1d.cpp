@@ -229,7 +229,8 @@ struct Epilogue {
     float result[kMostRows * kPanel], largest[kPanel] = {};
     for (int r = 0; r < rows; ++r) {
       for (int i = 0; i < kPanel; ++i) {
-        const float c = sums[r * kPanel + i], t = alpha[i] * c, s = sine(reduce(t)), size = std::fabs(t);
+        const float c = sums[r * kPanel + i], t = alpha[i] * c;
+        const float s = sine(reduce(t)), size = std::fabs(t);
         largest[i] = size > largest[i] ? size : largest[i];
         result[r * kPanel + i] = c + inverse[i] * (s * s);
       }

@@ -128,7 +128,8 @@ struct Segments {
 
   template <class Body>
   INLINE void each_block(int64_t segment, const Body& body) const {
-    const int64_t run = segment / per_run, row = run % runs.rows, begin = segment % per_run * kPiece;
+    const int64_t run = segment / per_run, row = run % runs.rows;
+    const int64_t begin = segment % per_run * kPiece;
     const int64_t end = std::min(begin + kPiece, runs.length(row));
     for (int64_t i = begin; i < end; i += kBlock) body(run / runs.rows, row, i, std::min<int64_t>(kBlock, end - i));
   }
@@ -179,7 +180,8 @@ void backward_channels_last(const Runs& runs, Rows<const S> grad, Rows<const S> 
       T term[kBlock];
       double* total = partial.data() + first * runs.size;
       for (int64_t index = first * group; index < std::min((first + 1) * group, count); ++index) {
-        const int64_t b = index / runs.rows, t = index % runs.rows, length = runs.length(t);
+        const int64_t b = index / runs.rows, t = index % runs.rows;
+        const int64_t length = runs.length(t);
         for (int64_t c = 0; c < length; c += kBlock) {
           const int64_t n = std::min<int64_t>(kBlock, length - c);
           backward_block<1>(grad.at(b, t) + c, x.at(b, t) + c, alpha + c, inverse + c, grad_x.at(b, t) + c, term, n);

@@ -164,8 +164,12 @@ class _Forward:
         run: Callable[[Any, Tensor], Tensor],
         multiple: int = 1,
     ):
-        self._model, self._part, self._own = model, part, part.forward
-        self._other, self._run, self._multiple = other, run, multiple
+        self._model = model
+        self._part = part
+        self._own = part.forward
+        self._other = other
+        self._run = run
+        self._multiple = multiple
         self._weights = self._versions()
 
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:

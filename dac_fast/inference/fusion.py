@@ -88,7 +88,9 @@ class _Nodes:
     def _convolution(self, step: Step) -> Node:
         """A convolution with what follows it."""
         conv, skipped = _module(step)
-        result, inputs, tanh = step.output, list(step.inputs), False
+        result = step.output
+        inputs = list(step.inputs)
+        tanh = False
         if isinstance(conv, Conv1d):
             follower = self._only_reader(result)
             if follower and follower.run is aten.tanh.default:

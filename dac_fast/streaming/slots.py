@@ -197,7 +197,9 @@ class _Streams(ABC):
             y = self._recorded[block.shape](block, flags)
         else:
             # Without a graph, streams that are not active cost nothing.
-            device, span, active = self._empty.device, None, None
+            device = self._empty.device
+            span = None
+            active = None
             if len(running) < self.batch:
                 active = torch.tensor(running, dtype=torch.int64, device=device)
             if not steady:
