@@ -245,11 +245,10 @@ class DAC(nn.Module):
             memory: bytes that the graphs may hold; shapes beyond are timed but not captured.
             invariant: whether, on CUDA, an item's codes and audio have the same bits whatever
                 batch, chunk, neighbours and graph they meet: every layer is a fused kernel then,
-                and none is chosen by timing. Where no kernel runs the quantizer (on a CPU, or of a
-                form or size that it refuses), this goes for encoder and decoder; the last bit of
-                PyTorch's products may depend on the shape.
+                and none is chosen by timing. On a CPU this goes for encoder and decoder: there the
+                last bit of the quantizer's products may depend on the shape.
         Raises:
-            BackendError: `invariant`, and a layer has no fused kernel here.
+            BackendError: `invariant`, and a layer, or on CUDA the quantizer, has no fused kernel.
             ValueError: an argument is out of range, the codec is not in float32, or its activation
                 is not Snake.
         """

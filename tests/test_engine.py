@@ -215,6 +215,21 @@ def test_invariance_needs_a_kernel_for_every_layer():
     assert codec.engine is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantizer": "unprojected"}, "'unprojected' whatever the batch; accepted: 'factorized'"),
+        ({"codebook_dim": (8, 4, 8)}, "accepted: one for all stages"),
+    ],
+)
+def test_invariance_needs_a_kernel_for_the_quantizer(changes, reason):
+    codec = small(**changes).cuda()
+    with pytest.raises(ops.BackendError, match=reason):
+        codec.optimize(invariant=True)
+    assert codec.engine is None
+
+
 def test_the_fastest_way_is_taken_and_named(monkeypatch):
     choices = plans.Choices()
     ways = {"library": lambda: "l", "triton": lambda: "t"}

@@ -21,6 +21,7 @@ from dac_fast.model.frames import encoded
 from dac_fast.model.halves import DIRECTIONS, directions_of
 from dac_fast.model.interface import Codec
 from dac_fast.model.quantize import Encoded
+from dac_fast.ops import BackendError, use_backend
 from dac_fast.ops.precision import float32_products
 
 MEBIBYTE = 1 << 20
@@ -84,6 +85,7 @@ class Options:
         """The options of `DAC.optimize` for that codec.
 
         Raises:
+            BackendError: `invariant`, and the quantizer has no fused kernel.
             ValueError: an option is out of range, or the codec is none that an engine runs.
         """
         parameter = next(codec.parameters())
@@ -97,6 +99,11 @@ class Options:
                 "accepted by the engine: 'snake'"
             )
         directions = directions_of(codec)
+        form = "factorized" if codec.config.continuous else codec.config.quantizer
+        if invariant and parameter.is_cuda and "encode" in directions and form != "factorized":
+            raise BackendError(
+                f"no kernel runs the quantizer {form!r} whatever the batch; accepted: 'factorized'"
+            )
         precisions = _precisions(precision, directions, parameter.device)
         return cls(precisions, _shapes(shapes, directions), memory, invariant)
 
@@ -154,6 +161,7 @@ class Engine:
         self.precision = options.precision
         self.graphs = Graphs(self.device, options.memory)
         self.hits = self.misses = 0
+        self._kernels_alone = options.invariant and self.device.type == "cuda"
         self.stale = ""
         # Directions whose first finite input gave finite results.
         self._proven: set[str] = set()
@@ -191,7 +199,7 @@ class Engine:
             return self._encode_in(bucket, audio, lengths)
         z = self._run("encode", audio, lengths, padded)
         lengths = self._frames(lengths)
-        with float32_products(tf32=False):
+        with self._quantizing():
             return encoded(self._quantizer(z, n_quantizers, lengths), lengths)
 
     @native.torch_on_one_thread()
@@ -233,6 +241,13 @@ class Engine:
                 return audio[:batch, :, : frames * self._config.hop_length].clone()
         return self._run("decode", self._latent(kept, lengths), lengths, padded, masked=True)
 
+    @contextlib.contextmanager
+    def _quantizing(self) -> Iterator[None]:
+        """Inside, products are float32's, and made by kernels alone where bits must not vary."""
+        backend = use_backend("triton") if self._kernels_alone else contextlib.nullcontext()
+        with float32_products(tf32=False), backend:
+            yield
+
     def _frames(self, lengths: Tensor | None) -> Tensor | None:
         """Lengths in samples to lengths in frames."""
         return None if lengths is None else -(-lengths // self._config.hop_length)
@@ -244,7 +259,7 @@ class Engine:
         """
         if not self._config.continuous:
             kept = kept.clamp(0, self._config.codebook_size - 1)
-        with float32_products(tf32=False):
+        with self._quantizing():
             return self._quantizer.decode(kept, lengths)
 
     def _run(
@@ -311,7 +326,7 @@ class Engine:
             return (z,)
         frames = (-(-lengths // self._config.hop_length)).clamp(min=1)
         counts = self._config.n_codebooks * (lengths > 0)
-        with float32_products(tf32=False):
+        with self._quantizing():
             outputs: tuple[Tensor, ...] = self._quantizer(z, None, frames, counts)
         return outputs
 
