@@ -4,13 +4,13 @@ import json
 import sys
 import wave
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_command import ROOT, bench
 from served import small_codec
+from stand_in_cudnn import cudnn
 
 from bench import codes, precisions, run, soak, timing
 from bench.case import Case, Prepared, Run, Settings, Unavailable
@@ -203,73 +203,6 @@ def test_every_way_to_run_the_codec_is_right(monkeypatch):
         prepared.check((codes, 0.99 * audio), "float32")
     with pytest.raises(AssertionError, match="of the codes are float64's"):
         prepared.check((codes.roll(1, dims=2), audio), "float16")
-
-
-class ComputingGraph:
-    """Stands in for `cudnn.pygraph`: its operations are PyTorch's, in float32."""
-
-    class Node:
-        def __init__(self, compute=None):
-            self.compute = compute
-
-        def set_output(self, wanted):
-            return self
-
-        def set_data_type(self, kind):
-            return self
-
-    def __init__(self, handle, io_data_type, **kinds):
-        self.kind = io_data_type
-
-    def tensor(self, dim, stride, data_type):
-        # channels innermost, as cuDNN's kernels for halves want it
-        assert stride[1] == 1
-        return self.Node()
-
-    def conv_fprop(self, image, weight, pre_padding, post_padding, stride, dilation):
-        assert pre_padding == post_padding
-        options = {"stride": stride, "padding": pre_padding, "dilation": dilation}
-        return self.Node(lambda of: torch.nn.functional.conv2d(of(image), of(weight), **options))
-
-    def bias(self, input, bias):
-        return self.add(input, bias)
-
-    def add(self, a, b):
-        return self.Node(lambda of: of(a) + of(b))
-
-    def mul(self, a, b):
-        return self.Node(lambda of: of(a) * of(b))
-
-    def sin(self, x):
-        return self.Node(lambda of: of(x).sin())
-
-    def tanh(self, x):
-        return self.Node(lambda of: of(x).tanh())
-
-    def create_execution_plans(self, modes):
-        if self.kind == "BFLOAT16":
-            raise cudnn.cudnnGraphNotSupportedError("no engine")
-
-    def get_workspace_size(self):
-        return 0
-
-    def execute(self, tensors, workspace, handle):
-        def of(node):
-            return node.compute(of) if node.compute else tensors[node].float()
-
-        for node in tensors:
-            if node.compute:
-                tensors[node].copy_(of(node))
-
-    validate = build_operation_graph = check_support = build_plans = lambda self: None
-
-
-cudnn = SimpleNamespace(
-    pygraph=ComputingGraph,
-    data_type=SimpleNamespace(HALF="HALF", BFLOAT16="BFLOAT16", FLOAT="FLOAT"),
-    heur_mode=SimpleNamespace(A="A", B="B"),
-    cudnnGraphNotSupportedError=type("cudnnGraphNotSupportedError", (Exception,), {}),
-)
 
 
 @torch.no_grad()

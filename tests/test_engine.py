@@ -595,3 +595,13 @@ def test_layers_that_are_products_are_timed_as_convolutions_too():
         layers = codec.engine.plans[direction].choices.times.values()
         ways = [set(times) for shapes in layers for times in shapes.values()]
         assert {"library", "conv2d", "triton"} in ways
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error")
+@torch.no_grad()
+def test_cudnn_with_the_rest_fused_is_timed_too():
+    pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
+    codec = dac_fast.load("tiny", device="cuda", engine={"shapes": [(1, 20)]})
+    layers = codec.engine.plans["decode"].choices.times.values()
+    assert any("cudnn-fused" in times for shapes in layers for times in shapes.values())

@@ -6,7 +6,7 @@ at dilation 9. Bytes: every input, weight and output once. Flops: the convolutio
     library      the engine's way of that name: folded weights, channels innermost, matrix products
                  where there are, else cuDNN; one pass for Snake, one for the addition
     conv2d       the same by cuDNN where that takes products, as fast-dacvae does it
-    cudnn-fused  cuDNN with Snake and the addition fused, by nvidia-cudnn-frontend
+    cudnn-fused  cuDNN with Snake and the addition fused, the engine's way of that name
     compiled     torch.compile of `library`
     hopper       residual units of 64 and 96 channels by csrc/hopper
 """
@@ -25,9 +25,9 @@ from bench.case import Case, Prepared, Settings
 from bench.checks import ops as checks
 from bench.peers import cudnn_graph, hopper
 from bench.peers import ops as peers
-from bench.peers.cudnn_graph import Pair
 from dac_fast import ops
 from dac_fast.config import PRESETS, Config
+from dac_fast.inference.choices import Result
 from dac_fast.model import channels_last, folded
 from dac_fast.ops import reference
 
@@ -184,8 +184,8 @@ def ways(op: str, args: list[Any], options: dict[str, Any]) -> dict[str, peers.F
         }
         return found[op]
 
-    def compilable(*args: Any, **options: Any) -> Pair:
-        pair: Pair = in_passes(folded, reference.snake)(*args, **options)
+    def compilable(*args: Any, **options: Any) -> Result:
+        pair: Result = in_passes(folded, reference.snake)(*args, **options)
         return pair
 
     found: dict[str, peers.Function] = {"library": in_passes(folded, ops.snake)}
@@ -229,7 +229,7 @@ def conv1d(
     keep: bool,
     residual: Tensor | None = None,
     tanh: bool = False,
-) -> Pair:
+) -> Result:
     """`ops.conv1d`, a pass for each step; `by`: `folded` or `channels_last`."""
     y = by.conv1d(x, weight, bias, stride, padding, dilation)
     y = y.tanh() if tanh else y
@@ -248,14 +248,14 @@ def conv_transpose1d(
     *,
     alpha: Tensor | None,
     keep: bool,
-) -> Pair:
+) -> Result:
     """`ops.conv_transpose1d`, a pass for each step."""
     y = by.conv_transpose1d(x, weight, bias, stride, padding)
     return y if keep else None, None if alpha is None else snake(y, alpha)
 
 
 def residual_unit(
-    convolve: Callable[..., Pair],
+    convolve: Callable[..., Result],
     x: Tensor,
     snaked: Tensor,
     weight1: Tensor,
@@ -268,7 +268,7 @@ def residual_unit(
     *,
     alpha: Tensor | None,
     keep: bool,
-) -> Pair:
+) -> Result:
     """`ops.residual_unit` as two `ops.conv1d`."""
     first = (weight1, bias1, 1, padding, dilation)
     _, hidden = convolve(snaked, *first, alpha=alpha1, keep=False)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.case import Unavailable
 from bench.document import ROOT
-from bench.peers.cudnn_graph import Pair
 from bench.static.csrc import NVCC, RESIDUAL_UNIT, compile_source
+from dac_fast.inference.choices import Result
 
 CHANNELS = (64, 96)
 
@@ -63,7 +63,7 @@ class ResidualUnit:
         alpha: Tensor | None = None,
         lengths: Tensor | None = None,
         keep: bool = True,
-    ) -> Pair:
+    ) -> Result:
         """The op, on the current stream; x and snaked with channels innermost, densely.
 
         Raises:

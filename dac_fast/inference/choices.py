@@ -23,9 +23,9 @@ from dac_fast import ops
 Result = tuple[Tensor | None, Tensor | None]
 Way = Callable[[], Result]
 
-# The ways that are no kernel of ours: by matrix products where a layer is one or two, and by a
-# convolution in two dimensions where it is.
-LIBRARY, CONV2D = "library", "conv2d"
+# The ways that are no kernel of ours: by matrix products where a layer is one or two, by a
+# convolution in two dimensions where it is, and by cuDNN with what follows fused.
+LIBRARY, CONV2D, CUDNN = "library", "conv2d", "cudnn-fused"
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Choices:
             if callable(function)
         }
         if self.invariant:
-            ours = {name: way for name, way in others.items() if name not in (LIBRARY, CONV2D)}
-            ways = fused | ours
+            theirs = LIBRARY, CONV2D, CUDNN
+            ways = fused | {name: way for name, way in others.items() if name not in theirs}
             if not ways:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
                 raise ops.BackendError(f"no kernel runs {op} whatever the batch: {reasons}")

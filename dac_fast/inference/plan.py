@@ -6,8 +6,8 @@ y, or both. (A residual unit reads both: it adds y to what it computes from Snak
 
 A layer can run in several ways, of which `Choices` takes one: by the library (cuDNN and cuBLAS on
 CUDA, oneDNN and MKL on the CPU) followed by plain ops, on CUDA both as matrix products and as a
-convolution in two dimensions, or by a fused kernel (Triton's on CUDA, the compiled one on the CPU);
-a residual unit as one kernel or as two layers.
+convolution in two dimensions, or by a fused kernel (Triton's or cuDNN's on CUDA, the compiled one
+on the CPU); a residual unit as one kernel or as two layers.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from dac_kernels import native
 from torch import Tensor, nn
 
 from dac_fast import ops
-from dac_fast.inference.choices import CONV2D, LIBRARY, Choices, Result, Way
+from dac_fast.inference.choices import CONV2D, CUDNN, LIBRARY, Choices, Result, Way
+from dac_fast.inference.cudnn_graphs import Graphs
 from dac_fast.model import channels_last, folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
@@ -78,6 +79,7 @@ class Convolution:
         self.weight = _constant(conv.normed_weight()).to(dtype)
         self.bias = _constant(conv.bias)
         self._bias_as_weight = self.bias.to(dtype)
+        self._cudnn_graphs = Graphs()
         # Whether the library computes it by products, rather than by a convolution.
         self._products = self.transposed or folded.is_product(
             self.weight, self.stride, self.dilation
@@ -114,15 +116,11 @@ class Convolution:
         assert x is not None
         padding = self.padding if padded else 0
         arguments = [x, self.weight, self.bias, self.stride, padding]
-        options = {
-            "alpha": self.alpha,
-            "lengths": lengths,
-            "keep": self.keep,
-            "products": self.products,
-        }
+        epilogue = {"alpha": self.alpha, "lengths": lengths, "keep": self.keep}
         if not self.transposed:
             arguments.append(self.dilation)
-            options |= {"residual": residual, "tanh": self.tanh}
+            epilogue |= {"residual": residual, "tanh": self.tanh}
+        options = epilogue | {"products": self.products}
         op = "conv_transpose1d" if self.transposed else "conv1d"
         if ops.backend() in ("triton", "native"):
             # The op itself says what it cannot run.
@@ -135,6 +133,11 @@ class Convolution:
         others = {LIBRARY: library(folded)}
         if x.is_cuda and self._products:
             others[CONV2D] = library(channels_last)
+        graphed = x.is_cuda and not self.transposed and x.dtype != torch.float32
+        if graphed and not self.choices.invariant:
+            checked_by = others[LIBRARY] if self.choices.timing else None
+            if way := self._cudnn_graphs.way(arguments, epilogue, checked_by):
+                others[CUDNN] = way
         ways = self.choices.ways(op, arguments, options, others)
         return self.choices.run(self.name, x, ways)
 
