@@ -109,10 +109,10 @@ def reconstruct(
 
 
 def _pictures(clip: Clip) -> dict[str, np.ndarray]:
-    restored = {
-        f"restored, {version.codebooks} codebooks, {version.quality.kbps:.2f} kbit/s": version.audio
-        for version in reversed(clip.versions)
-    }
+    restored = {}
+    for version in reversed(clip.versions):
+        codebooks = "1 codebook" if version.codebooks == 1 else f"{version.codebooks} codebooks"
+        restored[f"restored, {codebooks}, {version.quality.kbps:.2f} kbit/s"] = version.audio
     return {"original": clip.audio, **restored}
 
 
