@@ -6,7 +6,10 @@ import pytest
 import torch
 from stand_in_cudnn import ComputingGraph, cudnn
 
-from dac_fast.inference.cudnn_graphs import Graphs
+import dac_fast
+from dac_fast.inference import choices, cudnn_graphs
+from dac_fast.inference.cudnn_graphs import CudnnGraphs
+from dac_fast.inference.plan import Plan, Unit
 from dac_fast.ops import reference
 
 LAYERS = {
@@ -40,12 +43,13 @@ def layer(c, n, k, stride, padding, dilation, options, positions=40, dtype=torch
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    monkeypatch.setattr(cudnn_graphs, "takes", lambda x: x.dtype != torch.float32)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_graph_gives_what_the_op_gives(name):
-    graphs = Graphs()
+    graphs = CudnnGraphs()
     for positions in (40, 24):
         arguments, options = layer(*LAYERS[name], positions=positions)
         # none is made where nothing is timed
@@ -61,12 +65,16 @@ def test_a_graph_gives_what_the_op_gives(name):
                 assert ours.stride(1) == 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_cudnn_cannot_run_is_no_way(monkeypatch):
     arguments, options = layer(*LAYERS["strided, ragged"], dtype=torch.bfloat16)
     # the stand-in has no kernel for bfloat16
-    assert Graphs().way(arguments, options, lambda: reference.conv1d(*arguments, **options)) is None
+    assert (
+        CudnnGraphs().way(arguments, options, lambda: reference.conv1d(*arguments, **options))
+        is None
+    )
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    assert Graphs().way(*layer(*LAYERS["strided, ragged"]), pytest.fail) is None
+    assert CudnnGraphs().way(*layer(*LAYERS["strided, ragged"]), pytest.fail) is None
 
 
 @pytest.mark.parametrize(
@@ -79,9 +87,54 @@ def test_what_cudnn_cannot_run_is_no_way(monkeypatch):
 def test_a_graph_that_fails_is_left_out_aloud(monkeypatch, method, broken, message):
     monkeypatch.setattr(ComputingGraph, method, broken)
     arguments, options = layer(*LAYERS["strided, ragged"])
-    graphs = Graphs()
+    graphs = CudnnGraphs()
     with pytest.warns(RuntimeWarning, match=message):
         way = graphs.way(arguments, options, lambda: reference.conv1d(*arguments, **options))
     assert way is None
     # said once
     assert graphs.way(arguments, options, pytest.fail) is None
+
+
+@pytest.mark.filterwarnings("error")
+@torch.no_grad()
+def test_a_plan_takes_the_graphs_where_it_timed_and_nowhere_else(monkeypatch):
+    """A whole encoder and decoder, ragged; but for the transposed convolutions by graphs alone."""
+    executed = []
+    execute = ComputingGraph.execute
+    monkeypatch.setattr(
+        ComputingGraph, "execute", lambda *a, **o: executed.append(1) or execute(*a, **o)
+    )
+    favoured = {choices.CUDNN: 1.0, "two layers": 2.0, choices.LIBRARY: 3.0}
+    monkeypatch.setattr(
+        choices, "_milliseconds", lambda ways: {name: favoured.get(name, 9.0) for name in ways}
+    )
+    codec = dac_fast.load("tiny")
+    lengths, hop = torch.tensor([3, 5]), codec.hop_length
+    audio = torch.randn(2, 1, 5 * hop, generator=torch.Generator().manual_seed(0)) / 8
+    z = codec.encode(audio, lengths * hop).z
+    for part, x, valid in (("encoder", audio, lengths * hop), ("decoder", z, lengths)):
+        exact = Plan(part, getattr(codec, part), torch.float32)(x, valid)
+        plan = Plan(part, getattr(codec, part), torch.float16)
+        with choices.choosing(plan.choices):
+            plan(x, valid)
+        executed.clear()
+        found = plan(x, valid)
+        assert (found - exact).norm() < 1e-2 * exact.norm()
+        units = sum(isinstance(layer, Unit) for layer in plan.layers)
+        others = sum(not getattr(layer, "transposed", True) for layer in plan.layers)
+        assert len(executed) == 2 * units + others
+        # not ragged, which was timed of a unit's first convolution alone
+        executed.clear()
+        plan(x)
+        assert len(executed) == units
+        # of another size
+        executed.clear()
+        plan(x[..., : x.shape[2] // 5], valid // valid * (x.shape[2] // 5))
+        assert not executed
+
+
+def test_nothing_is_timed_and_so_no_graph_made_where_bits_must_not_vary():
+    for invariant in (False, True):
+        made = choices.Choices(invariant)
+        with choices.choosing(made):
+            assert made.timing != invariant

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from bench.case import Unavailable
 from dac_fast.inference.choices import Result
-from dac_fast.inference.cudnn_graphs import Graph, UnsupportedError
+from dac_fast.inference.cudnn_graphs import CudnnGraph, UnsupportedError
 
 
 class Fused:
     """`ops.conv1d` by cuDNN; keeps the graph of each weight, whose other arguments never change."""
 
     def __init__(self) -> None:
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[int, CudnnGraph] = {}
 
     def conv1d(self, x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Result:
         """The op, on a GPU.
@@ -24,7 +24,7 @@ class Fused:
         key = weight.data_ptr()
         if key not in self._graphs:
             try:
-                graph = Graph(x, weight, *rest, **options)
+                graph = CudnnGraph(x, weight, *rest, **options)
                 graph.build()
             except UnsupportedError as error:
                 raise Unavailable(str(error)) from error

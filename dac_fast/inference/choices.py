@@ -35,7 +35,7 @@ class Choices:
     Attributes:
         invariant: whether every layer runs by fused kernels, the same ones at every shape: their
             sums have one order, while the library's depends on the shape.
-        timing: whether shapes that were not seen before are timed.
+        timing: whether shapes that were not seen before are timed; never where invariant.
         times: layer name -> shape [B, C, T] of the input -> way -> milliseconds.
     """
 
@@ -61,8 +61,8 @@ class Choices:
             if callable(function)
         }
         if self.invariant:
-            theirs = LIBRARY, CONV2D, CUDNN
-            ways = fused | {name: way for name, way in others.items() if name not in theirs}
+            ours = {name: way for name, way in others.items() if name not in (LIBRARY, CONV2D)}
+            ways = fused | ours
             if not ways:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
                 raise ops.BackendError(f"no kernel runs {op} whatever the batch: {reasons}")
@@ -105,7 +105,7 @@ def choosing(choices: Choices | None) -> Iterator[None]:
     """Inside, what is fastest is found by timing: cuDNN's algorithms, and the ways of layers."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     if choices:
-        choices.timing = True
+        choices.timing = not choices.invariant
     try:
         yield
     finally:

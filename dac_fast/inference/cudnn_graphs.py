@@ -36,13 +36,18 @@ def _cudnn() -> Any:
     return cudnn
 
 
+def takes(x: Tensor) -> bool:
+    """Whether there may be graphs for such an input: in float32 cuDNN's would round to TF32."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 @functools.cache
 def _handle(device: torch.device) -> Any:
     with torch.cuda.device(device):
         return _cudnn().create_handle()
 
 
-class Graph:
+class CudnnGraph:
     """`ops.conv1d` by cuDNN, for one weight and the shapes at hand.
 
     The arguments are the op's; x, weight and residual with channels innermost in memory.
@@ -168,12 +173,12 @@ class Graph:
         return y, rest[0] if rest else None
 
 
-class Graphs:
+class CudnnGraphs:
     """The graphs of one layer, which differ in the shapes of their inputs alone."""
 
     def __init__(self) -> None:
         # None where there is no graph.
-        self._graphs: dict[Hashable, Graph | None] = {}
+        self._graphs: dict[Hashable, CudnnGraph | None] = {}
         self._weight: Tensor | None = None
 
     def way(self, arguments: list[Any], options: dict[str, Any], other: Way | None) -> Way | None:
@@ -185,6 +190,8 @@ class Graphs:
                 none is made.
         """
         x, padding = arguments[0], arguments[4]
+        if not takes(x):
+            return None
         residual, lengths = options.get("residual"), options.get("lengths")
         layout = None if residual is None else residual.stride()
         key = x.shape, x.stride(), padding, layout, lengths is None
@@ -197,13 +204,13 @@ class Graphs:
         return None
 
 
-def _checked(arguments: list[Any], options: dict[str, Any], other: Way) -> Graph | None:
+def _checked(arguments: list[Any], options: dict[str, Any], other: Way) -> CudnnGraph | None:
     """A graph whose results are those of another way, or None.
 
     A frontend that does not fit, or a wrong result, must not end what goes on without: it is said.
     """
     try:
-        graph = Graph(*arguments, **options)
+        graph = CudnnGraph(*arguments, **options)
         graph.build()
         found = graph(arguments[0], options.get("residual"), options.get("lengths"))
         for ours, theirs in zip(found, other(), strict=True):

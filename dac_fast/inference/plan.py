@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dac_fast import ops
 from dac_fast.inference.choices import CONV2D, CUDNN, LIBRARY, Choices, Result, Way
-from dac_fast.inference.cudnn_graphs import Graphs
+from dac_fast.inference.cudnn_graphs import CudnnGraphs
 from dac_fast.model import channels_last, folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
@@ -79,7 +79,7 @@ class Convolution:
         self.weight = _constant(conv.normed_weight()).to(dtype)
         self.bias = _constant(conv.bias)
         self._bias_as_weight = self.bias.to(dtype)
-        self._cudnn_graphs = Graphs()
+        self._cudnn_graphs = CudnnGraphs()
         # Whether the library computes it by products, rather than by a convolution.
         self._products = self.transposed or folded.is_product(
             self.weight, self.stride, self.dilation
@@ -133,8 +133,7 @@ class Convolution:
         others = {LIBRARY: library(folded)}
         if x.is_cuda and self._products:
             others[CONV2D] = library(channels_last)
-        graphed = x.is_cuda and not self.transposed and x.dtype != torch.float32
-        if graphed and not self.choices.invariant:
+        if not self.transposed:
             checked_by = others[LIBRARY] if self.choices.timing else None
             if way := self._cudnn_graphs.way(arguments, epilogue, checked_by):
                 others[CUDNN] = way
