@@ -105,7 +105,8 @@ def reconstruct(
     try:
         run(jobs, one_by_one(work), "reconstructed", existing)
     finally:
-        out.print(table)
+        if table.row_count:
+            out.print(table)
 
 
 def _pictures(clip: Clip) -> dict[str, np.ndarray]:
