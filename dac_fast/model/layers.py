@@ -50,6 +50,8 @@ class WeightNorm(nn.Module):
 
     Attributes:
         channels_last: whether outputs have channels innermost in memory, see `set_channels_last`.
+        half_gradients: whether a layer with channels innermost computes its gradients in bfloat16,
+            see `dac_fast.model.half_gradients`.
         plain: whether a folded weight is convolved with by PyTorch's own function, which other
             runtimes know, and not as `dac_fast.model.folded` does.
     """
@@ -59,6 +61,7 @@ class WeightNorm(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.channels_last = False
+        self.half_gradients = False
         self.plain = False
         # Within `weights_kept` a list, which holds the weight once it has been computed.
         self._kept: list[Tensor] | None = None
@@ -116,6 +119,13 @@ def weights_kept(network: nn.Module) -> Iterator[None]:
             layer._kept = None
 
 
+def set_half_gradients(network: nn.Module) -> None:
+    """Have all layers of the network that keep channels innermost compute gradients in bfloat16."""
+    for module in network.modules():
+        if isinstance(module, WeightNorm):
+            module.half_gradients = True
+
+
 def default_init(weight: Tensor, fan_in: int) -> Tensor:
     """PyTorch's own initialisation of convolutions: uniform with bound 1 / sqrt(fan_in).
 
@@ -159,8 +169,11 @@ class Conv1d(WeightNorm, Layer):
         if self.folded and not self.plain:
             y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         else:
-            convolve = channels_last.conv1d if self.channels_last else F.conv1d
-            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
+            args = (x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
+            if self.channels_last:
+                y = channels_last.conv1d(*args, half_gradients=self.half_gradients)
+            else:
+                y = F.conv1d(*args)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
@@ -187,8 +200,11 @@ class ConvTranspose1d(WeightNorm, Layer):
         if self.folded and not self.plain:
             y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
         else:
-            convolve = channels_last.conv_transpose1d if self.channels_last else F.conv_transpose1d
-            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding)
+            args = (x, self.normed_weight(), self.bias, self.stride, padding)
+            if self.channels_last:
+                y = channels_last.conv_transpose1d(*args, half_gradients=self.half_gradients)
+            else:
+                y = F.conv_transpose1d(*args)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 

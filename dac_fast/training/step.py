@@ -28,7 +28,7 @@ from dac_fast.losses import (
     total,
 )
 from dac_fast.model.channels_last import set_channels_last
-from dac_fast.model.layers import Block, weights_kept
+from dac_fast.model.layers import Block, set_half_gradients, weights_kept
 from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import full_precision
 from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
@@ -47,8 +47,8 @@ class TrainingStep:
     Args:
         recipe: what to train and how.
         device: to train on.
-        precision: "fp32", or "bf16": autocast in the networks; losses and the quantizer stay in
-            float32.
+        precision: "fp32"; "bf16_backward": float32, and bfloat16 for the gradients of convolutions;
+            "bf16": autocast in the networks. Losses and the quantizer stay in float32.
 
     Attributes:
         codec, discriminator: the networks; no discriminator (None) where its losses have no weight.
@@ -79,9 +79,16 @@ class TrainingStep:
         self.networks: dict[str, nn.Module] = {"generator": self.codec}
         if self.discriminator:
             self.networks["discriminator"] = self.discriminator
-        if device.type == "cuda" or precision == "bf16":
+        if device.type == "cuda" or precision != "fp32":
             for network in self.networks.values():
                 set_channels_last(network)
+        if precision == "bf16_backward":
+            # Not the quantizer, which is small, nor the decoder's last convolution: in the audio's
+            # gradient loud and quiet bands differ most, and rounded, it would drown all others.
+            *decoder, _, _ = self.codec.decoder.model
+            for part in (self.codec.encoder, *decoder, self.discriminator):
+                if part:
+                    set_half_gradients(part)
         for module in self.codec.modules():
             # The blocks of encoder and decoder, not their subclasses, which are parts of blocks.
             if type(module) is Block:

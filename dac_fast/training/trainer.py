@@ -123,7 +123,7 @@ class Run:
         self.split = split_files(recipe.data, recipe.model.sample_rate)
         self.unreadable = self.split.unreadable
 
-        precision = trainer.precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        precision = trainer.precision or default_precision(self.device)
         self.step = TrainingStep(recipe, self.device, precision)
         self.done = 0
         self.best: float | None = None
@@ -315,6 +315,13 @@ class Run:
             write()
         except OSError as error:
             self.log.note(f"step {self.done}: not saved: {error}")
+
+
+def default_precision(device: torch.device) -> str:
+    """The precision of a recipe that names none, see `TrainerConfig`."""
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16_backward" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 class Clock:
