@@ -21,10 +21,11 @@ from dac_fast.model.layers import (
 )
 from dac_fast.spectral import full_precision
 
-# Autocast leaves that many of the decoder's blocks, those nearest to the audio, in float32: the 8
-# bits of bfloat16 would put a floor of noise under the audio, which training would fight in place
-# of what is quiet.
-FULL_PRECISION_BLOCKS = 2
+# Autocast leaves the layers nearest to the audio in float32: the 8 bits of bfloat16 would put a
+# floor of noise under it, which the encoder takes for sound, and which training fights in place of
+# what is quiet. So many blocks, beside the convolution next to the audio, let none of it through.
+ENCODER_FULL_BLOCKS = 1
+DECODER_FULL_BLOCKS = 2
 
 
 def encoder_block(channels: int, stride: int, act: str) -> Block:
@@ -64,6 +65,19 @@ class Encoder(Block):
             Conv1d(widths[-1], latent_dim, kernel_size=3, padding=1),
         )
 
+    def near_audio(self) -> Chain:
+        """The layers that autocast leaves in float32."""
+        return Chain(*list(self.block)[: 1 + ENCODER_FULL_BLOCKS])
+
+    def forward(  # noqa: D102
+        self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
+    ) -> Tensor:
+        if not autocasts(x):
+            return super().forward(x, lengths, padded)
+        near = self.near_audio()
+        x, lengths = in_full_precision(near, x, lengths, padded)
+        return Chain(*list(self.block)[len(near) :])(x, lengths, padded)
+
 
 class Decoder(Layer):
     """Latent [B, latent_dim, F] to audio [B, channels, about F hop] in [-1, 1]."""
@@ -89,17 +103,32 @@ class Decoder(Layer):
     def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         return self.model.output_length(length, padded)
 
+    def near_audio(self) -> Chain:
+        """The layers that autocast leaves in float32; activation, convolution and tanh are last."""
+        return Chain(*list(self.model)[-3 - DECODER_FULL_BLOCKS :])
+
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
-        device = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(device):
+        if not autocasts(x):
             return self.model(x, lengths, padded)
-        layers = list(self.model)
-        begin = len(layers) - FULL_PRECISION_BLOCKS - 3
-        first, last = Chain(*layers[:begin]), Chain(*layers[begin:])
-        x = first(x, lengths, padded)
+        near = self.near_audio()
+        far = Chain(*list(self.model)[: -len(near)])
+        x = far(x, lengths, padded)
         if lengths is not None:
-            lengths = first.output_length(lengths, padded)
-        with torch.autocast(device, enabled=False):
-            return last(full_precision(x), lengths, padded)
+            lengths = far.output_length(lengths, padded)
+        return in_full_precision(near, x, lengths, padded)[0]
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def in_full_precision(
+    layers: Chain, x: Tensor, lengths: Tensor | None, padded: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x through the layers, not under autocast, and the lengths of what comes out."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = layers(full_precision(x), lengths, padded)
+    return x, None if lengths is None else layers.output_length(lengths, padded)

@@ -120,7 +120,10 @@ def weights_kept(network: nn.Module) -> Iterator[None]:
 
 
 def set_half_gradients(network: nn.Module) -> None:
-    """Have all layers of the network that keep channels innermost compute gradients in bfloat16."""
+    """Have all layers of the network that keep channels innermost compute gradients in bfloat16.
+
+    Under autocast they would convolve in float32 still.
+    """
     for module in network.modules():
         if isinstance(module, WeightNorm):
             module.half_gradients = True

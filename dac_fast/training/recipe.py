@@ -146,9 +146,8 @@ class TrainerConfig:
         batch_size: items per step, over all processes.
         seed: of everything random.
         device: "cpu", "cuda", "cuda:N"; null: cuda where there is one.
-        precision: "fp32"; "bf16_backward": float32, and convolutions' gradients in bfloat16;
-            "bf16": autocast. null: bf16 on cuda, and on a processor that multiplies bfloat16
-            natively, bf16_backward.
+        precision: "bf16" (autocast) or "fp32"; null: bf16 on cuda, and on processors that multiply
+            it natively.
         init_from: codec checkpoint or preset whose weights the generator starts with.
         discriminator_warmup: steps at the beginning that train the discriminator only, for use with
             `init_from`.
@@ -171,7 +170,7 @@ class TrainerConfig:
     batch_size: Positive = 72
     seed: Count = 0
     device: str | None = None
-    precision: Literal["bf16", "bf16_backward", "fp32"] | None = None
+    precision: Literal["bf16", "fp32"] | None = None
     init_from: str | None = None
     discriminator_warmup: Count = 0
     discriminator_start: Count = 0

@@ -47,8 +47,9 @@ class TrainingStep:
     Args:
         recipe: what to train and how.
         device: to train on.
-        precision: "fp32"; "bf16_backward": float32, and bfloat16 for the gradients of convolutions;
-            "bf16": autocast in the networks. Losses and the quantizer stay in float32.
+        precision: "fp32", or "bf16": autocast in the networks. Losses, the quantizer and the
+            layers nearest to the audio stay in float32, the gradients of the latter's convolutions
+            in bfloat16.
 
     Attributes:
         codec, discriminator: the networks; no discriminator (None) where its losses have no weight.
@@ -79,16 +80,15 @@ class TrainingStep:
         self.networks: dict[str, nn.Module] = {"generator": self.codec}
         if self.discriminator:
             self.networks["discriminator"] = self.discriminator
-        if device.type == "cuda" or precision != "fp32":
+        if device.type == "cuda" or precision == "bf16":
             for network in self.networks.values():
                 set_channels_last(network)
-        if precision == "bf16_backward":
-            # Not the quantizer, which is small, nor the decoder's last convolution: in the audio's
-            # gradient loud and quiet bands differ most, and rounded, it would drown all others.
-            *decoder, _, _ = self.codec.decoder.model
-            for part in (self.codec.encoder, *decoder, self.discriminator):
-                if part:
-                    set_half_gradients(part)
+        if precision == "bf16":
+            # Not the decoder's last convolution: in the audio's gradient loud and quiet bands
+            # differ most, and what rounding adds there would drown the gradients of other layers.
+            *decoder, _convolution, _tanh = self.codec.decoder.near_audio()
+            for part in (self.codec.encoder.near_audio(), *decoder):
+                set_half_gradients(part)
         for module in self.codec.modules():
             # The blocks of encoder and decoder, not their subclasses, which are parts of blocks.
             if type(module) is Block:

@@ -319,9 +319,8 @@ class Run:
 
 def default_precision(device: torch.device) -> str:
     """The precision of a recipe that names none, see `TrainerConfig`."""
-    if device.type == "cuda":
-        return "bf16"
-    return "bf16_backward" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 class Clock:
