@@ -224,13 +224,14 @@ def test_bf16_autocast_keeps_losses_and_quantizer_in_full_precision():
     assert all(value.dtype == torch.float32 for value in losses[1].values())
     assert losses[1]["loss"].item() == pytest.approx(losses[0]["loss"].item(), rel=0.03)
     assert all(p.dtype == torch.float32 for p in half.codec.parameters())
-    # In bfloat16 the noise of the decoder's last two blocks would hide what is quiet.
+    # In bfloat16 the layers nearest to the audio would hide what is quiet under their noise.
     dtypes = []
-    for layer in half.codec.decoder.model:
+    for layer in (*half.codec.encoder.block, *half.codec.decoder.model):
         layer.register_forward_hook(lambda _, given, made: dtypes.append(made.dtype))
     with half.autocast():
         half.codec(some_audio())
-    assert dtypes == [torch.bfloat16, *[torch.float32] * 5]
+    encoder = [torch.float32] * 2 + [torch.bfloat16] * 3
+    assert dtypes == [*encoder, torch.bfloat16, *[torch.float32] * 5]
 
 
 @pytest.mark.parametrize("form", QUANTIZERS)
