@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dac_fast import ops
 from dac_fast.audio.resample import filter_bank
-from dac_fast.model import channels_last
+from dac_fast.model.channels_last import innermost
 from dac_fast.model.layers import WeightNorm, default_init
 from dac_fast.ops.reference import band_edges
 from dac_fast.spectral import full_precision
@@ -58,12 +58,13 @@ class Conv(WeightNorm):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        args = (x, self.normed_weight(), self.bias, self.stride, self.padding, 1, self.groups)
-        if self.axes == 1:
-            return F.conv1d(*args)
-        if self.channels_last:
-            return channels_last.conv2d(*args, half_gradients=self.half_gradients)
-        return F.conv2d(*args)
+        weight = self.normed_weight()
+        convolve = F.conv1d if self.axes == 1 else F.conv2d
+        channels_last = self.channels_last and self.axes == 2
+        if channels_last:
+            x, weight = innermost(x), innermost(weight)
+        y = convolve(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return innermost(y) if channels_last else y
 
 
 def activated(conv: Conv) -> nn.Sequential:

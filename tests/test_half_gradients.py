@@ -25,7 +25,11 @@ def test_only_the_gradients_are_rounded(name, bias):
         for shape in ((2, 4, 1, 50), shapes[name], (6,))
     )
     given = (x, weight, biases) if bias else (x, weight)
-    sizes = ((1, 2), (0, 3)) if name == "conv2d" else ((1, 2), (0, 1), (0, 1))
+    stride, padding, dilation, extra = (1, 2), (0, 3), (1, 2), (0, 1)
+    sizes = {
+        "conv2d": (stride, padding, dilation, 1),
+        "conv_transpose2d": (stride, padding, extra, 1, dilation),
+    }[name]
     actual = getattr(half_gradients, name)(x, weight, biases if bias else None, *sizes)
     wide = [tensor.detach().double().requires_grad_() for tensor in given]
     expected = getattr(F, name)(wide[0], wide[1], wide[2] if bias else None, *sizes)

@@ -1,8 +1,8 @@
-"""Convolutions that keep channels innermost in memory: x [B, C, T] lies as [B, T, C].
+"""Convolutions along time that keep channels innermost in memory: x [B, C, T] lies as [B, T, C].
 
 GPUs multiply matrices of half precision in this layout; in the other one, cuDNN copies every input
 and output. These functions are differentiable, so training uses them too; with `half_gradients`
-their gradients are those of `dac_fast.model.half_gradients`.
+their gradients are computed in bfloat16, see the module of that name.
 """
 
 from typing import Protocol, runtime_checkable
@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dac_fast.model import half_gradients as by_half_gradients
-from dac_fast.model.half_gradients import Size
+from dac_fast.model import half_gradients as with_half_gradients
 
 
 @runtime_checkable
@@ -41,25 +40,10 @@ def conv1d(
 ) -> Tensor:
     """`torch.nn.functional.conv1d` with channels innermost, from arguments of any layout."""
     # PyTorch knows this layout for images only: a signal is an image of height 1.
-    x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-    sizes = ((1, stride), (0, padding), (1, dilation), groups)
-    return conv2d(x, weight, bias, *sizes, half_gradients).squeeze(2)
-
-
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size,
-    dilation: Size = 1,
-    groups: int = 1,
-    half_gradients: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.conv2d` with channels innermost, as for `conv1d`."""
-    convolve = by_half_gradients.conv2d if half_gradients else F.conv2d
-    y: Tensor = convolve(innermost(x), innermost(weight), bias, stride, padding, dilation, groups)
-    return innermost(y)
+    x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
+    convolve = with_half_gradients.conv2d if half_gradients else F.conv2d
+    y = convolve(x, weight, bias, (1, stride), (0, padding), (1, dilation), groups)
+    return innermost(y).squeeze(2)
 
 
 def conv_transpose1d(
@@ -76,7 +60,7 @@ def conv_transpose1d(
     """`torch.nn.functional.conv_transpose1d` with channels innermost, as for `conv1d`."""
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
     sizes = ((1, stride), (0, padding), (0, output_padding), groups, (1, dilation))
-    convolve = by_half_gradients.conv_transpose2d if half_gradients else F.conv_transpose2d
+    convolve = with_half_gradients.conv_transpose2d if half_gradients else F.conv_transpose2d
     return innermost(convolve(x, weight, bias, *sizes)).squeeze(2)
 
 

@@ -1,20 +1,19 @@
 """Convolutions over images, in the dtype of x, whose gradients are computed in bfloat16.
 
-A processor that multiplies bfloat16 natively does so at twice the rate of float32 or more, and two
-thirds of a training step's products are in its backward pass. Rounding there is noise of 0.2 % of a
-gradient, far less than one batch's gradient differs from the next one's. In the forward pass it
-would be noise in the audio, which training fights in place of what is quiet: see docs/training.md.
+Processors that multiply bfloat16 natively do so at twice the rate of float32 or more, and two
+thirds of a training step's products are in its backward pass. Rounding there is noise in a
+gradient, far less than what one batch's differs from the next one's. In the forward pass it would
+be noise in the audio, which training fights in place of what is quiet: see docs/training.md.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# For both axes of an image, or for each.
-Size = int | Sequence[int]
+# Along each axis.
+Size = tuple[int, int]
 
 
 def conv2d(
@@ -23,12 +22,11 @@ def conv2d(
     bias: Tensor | None,
     stride: Size,
     padding: Size,
-    dilation: Size = 1,
-    groups: int = 1,
+    dilation: Size,
+    groups: int,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`; see this file's head."""
-    sizes = (*map(pair, (stride, padding, dilation)), False, [0, 0], groups)
-    return _convolution(x, weight, bias, sizes)
+    return convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def conv_transpose2d(
@@ -37,28 +35,21 @@ def conv_transpose2d(
     bias: Tensor | None,
     stride: Size,
     padding: Size,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose2d`; see this file's head."""
-    sizes = (*map(pair, (stride, padding, dilation)), True, pair(output_padding), groups)
-    return _convolution(x, weight, bias, sizes)
+    return convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
 
-def pair(size: Size) -> list[int]:
-    """The size along each axis."""
-    return [size, size] if isinstance(size, int) else list(size)
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Any) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+    """`torch.convolution`; see this file's head."""
     y: Tensor = _Convolution.apply(x, weight, bias, sizes)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Convolution(torch.autograd.Function):
-    """`torch.convolution`, whose last six arguments are `sizes`."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Any) -> Tensor:
         ctx.save_for_backward(x.bfloat16(), weight.bfloat16())
