@@ -151,7 +151,12 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tones, tmp_path):
 
 
 def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
-    overrides = ("trainer.steps=3", "trainer.batch_size=4", "model.quantizer_dropout=0")
+    overrides = (
+        "trainer.steps=3",
+        "trainer.batch_size=4",
+        "model.quantizer_dropout=0",
+        "trainer.precision=fp32",
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
