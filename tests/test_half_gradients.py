@@ -6,11 +6,14 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dac_fast.codec import load
 from dac_fast.model import half_gradients
+from dac_fast.model.layers import WeightNorm
 from dac_fast.training import load_recipe
 from dac_fast.training.step import TrainingStep
+from dac_fast.training.trainer import default_precision
 
 CPU = torch.device("cpu")
 
@@ -89,3 +92,33 @@ def test_rounding_leaves_the_gradient(step, recording):
     with step.autocast():
         half = gradient()
     assert F.cosine_similarity(full, half, dim=0) > 0.8
+
+
+class Backward(TorchDispatchMode):
+    """Keeps the dtype in which each convolution computes its gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket is torch.ops.aten.convolution_backward:
+            self.dtypes.append(args[0].dtype)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_all_convolutions_but_the_last_compute_gradients_in_bfloat16(step, recording):
+    coders = (step.codec.encoder, step.codec.decoder)
+    with step.autocast():
+        audio = step.codec.decoder(step.codec.encoder(recording))
+    with Backward() as backward:
+        audio.square().mean().backward()
+    count = sum(isinstance(layer, WeightNorm) for coder in coders for layer in coder.modules())
+    assert backward.dtypes == [torch.float32, *[torch.bfloat16] * (count - 1)]
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_bfloat16_is_the_default_where_it_is_native(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert default_precision(CPU) == expected
+    assert default_precision(torch.device("cuda")) == "bf16"
