@@ -70,7 +70,7 @@ def step():
 
 
 def test_no_noise_gets_into_the_audio(step, recording):
-    """By one block less in float32, encoder or decoder add 0.15 to the mel distance or more."""
+    """By a block less in float32, the encoder adds 0.09 to the mel distance, the decoder 0.2."""
     with torch.no_grad():
         full = step.mel_loss(step.codec.eval()(recording)["audio"], recording)
         with step.autocast():

@@ -9,6 +9,7 @@ many positions come out of it, and its forward takes two optional arguments besi
 """
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -76,6 +77,14 @@ class WeightNorm(nn.Module):
     def folded(self) -> bool:
         """Whether the weight is stored as one tensor."""
         return "weight" in self._parameters
+
+    def library(
+        self, usual: Callable[..., Tensor], innermost: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        """PyTorch's function, or that of `dac_fast.model.channels_last`, as the attributes say."""
+        if not self.channels_last:
+            return usual
+        return functools.partial(innermost, half_gradients=self.half_gradients)
 
     def normed_weight(self) -> Tensor:
         """The weight to convolve with."""
@@ -172,11 +181,8 @@ class Conv1d(WeightNorm, Layer):
         if self.folded and not self.plain:
             y = folded.conv1d(x, self.weight, self.bias, self.stride, padding, self.dilation)
         else:
-            args = (x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
-            if self.channels_last:
-                y = channels_last.conv1d(*args, half_gradients=self.half_gradients)
-            else:
-                y = F.conv1d(*args)
+            convolve = self.library(F.conv1d, channels_last.conv1d)
+            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding, self.dilation)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
@@ -203,11 +209,8 @@ class ConvTranspose1d(WeightNorm, Layer):
         if self.folded and not self.plain:
             y = folded.conv_transpose1d(x, self.weight, self.bias, self.stride, padding)
         else:
-            args = (x, self.normed_weight(), self.bias, self.stride, padding)
-            if self.channels_last:
-                y = channels_last.conv_transpose1d(*args, half_gradients=self.half_gradients)
-            else:
-                y = F.conv_transpose1d(*args)
+            convolve = self.library(F.conv_transpose1d, channels_last.conv_transpose1d)
+            y = convolve(x, self.normed_weight(), self.bias, self.stride, padding)
         return y if lengths is None else zero_past(y, self.output_length(lengths))
 
 
