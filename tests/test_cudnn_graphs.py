@@ -62,6 +62,7 @@ def test_a_graph_gives_what_the_op_gives(name):
             assert (ours is None) == (exact is None)
             if ours is not None:
                 torch.testing.assert_close(ours, exact, rtol=4e-3, atol=4e-3)
+                assert ours.dtype == exact.dtype
                 assert ours.stride(1) == 1
 
 

@@ -139,6 +139,8 @@ def test_signal_to_noise_ratio(golden, name, precision, device):
     audio = codec.decode_codes(codes.to(device))
     assert audio.dtype == torch.float32
     assert decibels(audio, exact.decode_codes(codes)) >= LEAST_SNR[precision]
+    # Audio is not rounded to the precision of layers, which is heard where it is quiet.
+    assert all((audio != audio.to(half).float()).any() for half in (torch.float16, torch.bfloat16))
 
 
 @pytest.mark.triton

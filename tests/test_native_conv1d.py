@@ -47,7 +47,7 @@ def compare(op, arguments, **options):
     for a, s, e in zip(actual, same, exact, strict=True):
         assert (a is None) == (e is None)
         if a is not None:
-            assert a.dtype == arguments[0].dtype
+            assert a.dtype == s.dtype
             assert a.shape[1] == 1 or a.stride(1) == 1
             assert_as_good_as(a, s, e)
 
@@ -76,6 +76,7 @@ def test_convolutions(batch, positions, inputs, outputs, kernel, stride, padding
     compare("conv1d", arguments, alpha=alpha(outputs), keep=False)
     options = {"residual": residual, "lengths": lengths, "tanh": True}
     compare("conv1d", arguments, alpha=alpha(outputs), **options)
+    assert native.conv1d(*arguments, tanh=True)[0].dtype == torch.float32
     # Any layout, and a part of a longer signal.
     compare("conv1d", [x.contiguous(), *arguments[1:]])
     if positions > 30:

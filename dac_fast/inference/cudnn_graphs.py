@@ -17,7 +17,7 @@ from dac_fast.inference.choices import Result, Way
 from dac_fast.model.channels_last import innermost
 from dac_fast.ops.reference import valid_mask
 
-# How many roundings to the results' dtype two ways may lie apart: each rounds a few times.
+# How many roundings to the arguments' dtype two ways may lie apart: each rounds a few times.
 TOLERANCE = 8
 
 # A handle has one stream at a time.
@@ -72,6 +72,7 @@ class CudnnGraph:
         tanh: bool = False,
     ):
         self.cudnn, self.dtype, self.keep = _cudnn(), x.dtype, keep
+        self.result_dtype = torch.float32 if tanh else x.dtype
         kinds = self.cudnn.data_type
         self.types = {torch.float16: kinds.HALF, torch.bfloat16: kinds.BFLOAT16}
         self.types[torch.float32] = kinds.FLOAT
@@ -114,7 +115,7 @@ class CudnnGraph:
             snaked = self.graph.add(y, self.graph.mul(self.graph.mul(sine, sine), inverse))
             self.outputs.append(snaked)
         for output in self.outputs:
-            output.set_output(True).set_data_type(self.types[x.dtype])
+            output.set_output(True).set_data_type(self.types[self.result_dtype])
             positions, channels = self.shape[1:]
             output.set_dim([x.shape[0], channels, 1, positions])
             output.set_stride([channels * positions, 1, channels * positions, channels])
@@ -155,7 +156,8 @@ class CudnnGraph:
 
     def __call__(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Result:
         """The op's results, of arguments like those that the graph was made for."""
-        made = [x.new_empty(self.shape).transpose(1, 2) for _ in self.outputs]
+        empty = [x.new_empty(self.shape, dtype=self.result_dtype) for _ in self.outputs]
+        made = [y.transpose(1, 2) for y in empty]
         tensors = {self.x: x.unsqueeze(2)} | self.constants
         tensors |= {node: y.unsqueeze(2) for node, y in zip(self.outputs, made, strict=True)}
         if residual is not None:
@@ -215,7 +217,7 @@ def _checked(arguments: list[Any], options: dict[str, Any], other: Way) -> Cudnn
         found = graph(arguments[0], options.get("residual"), options.get("lengths"))
         for ours, theirs in zip(found, other(), strict=True):
             if ours is not None and theirs is not None:
-                allowed = TOLERANCE * torch.finfo(ours.dtype).eps * theirs.float().norm()
+                allowed = TOLERANCE * torch.finfo(arguments[0].dtype).eps * theirs.float().norm()
                 if not (ours.float() - theirs.float()).norm() <= allowed:
                     raise ValueError("its result is wrong")
     except UnsupportedError:

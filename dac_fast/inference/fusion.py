@@ -91,12 +91,12 @@ class _Nodes:
         result = step.output
         inputs = list(step.inputs)
         tanh = False
-        if isinstance(conv, Conv1d):
-            follower = self._only_reader(result)
-            if follower and follower.run is aten.tanh.default:
-                tanh, result = True, self._take(follower)
-                follower = self._only_reader(result)
-            if follower and (other := self._added(follower, step)):
+        if isinstance(conv, Conv1d) and (follower := self._only_reader(result)):
+            # Its result is in float32, which other steps do not take.
+            tanh = follower.run is aten.tanh.default and follower.output is self._output
+            if tanh:
+                result = self._take(follower)
+            elif other := self._added(follower, step):
                 inputs.append(other)
                 result = self._take(follower)
         readers = self._readers.get(result, [])

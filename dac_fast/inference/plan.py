@@ -27,6 +27,7 @@ from dac_fast.model import channels_last, folded
 from dac_fast.model.frames import filled_up, whole_frames
 from dac_fast.model.layers import Conv1d, ConvTranspose1d, ResidualUnit, Snake, zero_past
 from dac_fast.ops.precision import float32_products
+from dac_fast.spectral import full_precision
 
 # What a call on the CPU leaves for the next one: enough for three seconds of float32 at 44khz.
 KEPT_BYTES = 256 << 20
@@ -149,11 +150,14 @@ class Convolution:
         lengths: Tensor | None,
         residual: Tensor | None,
     ) -> Result:
-        bias = self._bias_as_weight
+        weight, bias = self.weight, self._bias_as_weight
+        if self.tanh:
+            # What comes out is float32, which a library makes of float32 alone.
+            x, weight, bias = (full_precision(t) for t in (x, self.weight, self.bias))
         if self.transposed:
-            y = by.conv_transpose1d(x, self.weight, bias, self.stride, padding)
+            y = by.conv_transpose1d(x, weight, bias, self.stride, padding)
         else:
-            y = by.conv1d(x, self.weight, bias, self.stride, padding, self.dilation)
+            y = by.conv1d(x, weight, bias, self.stride, padding, self.dilation)
         # In place: a large tensor's first touch costs more than the computation.
         if self.tanh:
             y = y.tanh_()

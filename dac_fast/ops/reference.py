@@ -106,8 +106,11 @@ def conv1d(
         products: of float32, on CUDA: "ieee", "tf32", or "tf32x3", which here is "ieee".
     Returns:
         c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
-        `alpha`. Both have x's dtype, and channels innermost in memory.
+        `alpha`. Both have x's dtype, and channels innermost in memory; with `tanh`, which makes
+        audio, they are float32 at least, since in half precision quiet bands drown in rounding.
     """
+    if tanh:
+        x, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, weight))
     with float32_products(tf32=products == "tf32"):
         c = F.conv1d(x, weight, None, stride, padding, dilation)
     return _finish(c, x.dtype, bias, alpha, residual, lengths, tanh, keep)

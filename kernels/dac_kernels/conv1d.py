@@ -177,6 +177,11 @@ def _product(
     }  # fmt: skip
 
 
+def _result_dtype(x: Tensor, tanh: bool) -> torch.dtype:
+    """What tanh makes is audio, in which half precision would drown quiet bands in rounding."""
+    return torch.float32 if tanh else x.dtype
+
+
 @torch.library.custom_op("dac_kernels::conv1d", mutates_args=())
 def _conv1d(
     x: Tensor,
@@ -194,7 +199,7 @@ def _conv1d(
     products: str,
 ) -> list[Tensor]:
     """c, if wanted, and snake(c), if there is an alpha."""
-    dtype = x.dtype
+    dtype = _result_dtype(x, tanh)
     x, weight = factors(channels_innermost(x), weight)
     product = _product(x, weight, stride, padding, dilation, transposed)
     y, snaked = outputs(x, dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
@@ -255,9 +260,8 @@ def _(
     products: str,
 ) -> list[Tensor]:
     product = _product(x, weight, stride, padding, dilation, transposed)
-    return existing(
-        *outputs(x, x.dtype, product["CHANNELS"], product["T"], keep, alpha is not None)
-    )
+    dtype = _result_dtype(x, tanh)
+    return existing(*outputs(x, dtype, product["CHANNELS"], product["T"], keep, alpha is not None))
 
 
 def arguments_unsupported(
@@ -379,8 +383,8 @@ def conv1d(
             three of those, of the rounded factors and of what rounding took off them.
     Returns:
         c [B, out, T'], or None without `keep`; snake(c) of the unrounded c, or None without
-        `alpha`. Both of x's dtype, with channels innermost in memory. Sums and epilogue are
-        float32.
+        `alpha`. Both of x's dtype, or with `tanh` in float32, with channels innermost in memory.
+        Sums and epilogue are float32.
     Raises:
         ValueError: `conv1d_unsupported` has a reason.
     """

@@ -320,6 +320,10 @@ def _conv1d(
     """c, if wanted, and snake(c), if there is an alpha."""
     options = (stride, padding, dilation, transposed, tanh, keep)
     require("conv1d", _unsupported(x, weight, bias, alpha, residual, lengths, *options))
+    if tanh:
+        # The result is in float32, as all of a layer is here.
+        x, weight = x.float(), weight.float()
+        residual = None if residual is None else residual.float()
     x = channels_innermost(x)
     residual = None if residual is None else channels_innermost(residual)
     lengths = None if lengths is None else lengths.contiguous()
@@ -354,6 +358,7 @@ def _(
     keep: bool,
 ) -> list[Tensor]:
     rows, columns = _product_size(x, weight, stride, padding, dilation, transposed)
+    x = x.float() if tanh else x
     outputs = _outputs(x, rows, columns, keep, alpha is not None)
     return _results(outputs, *((weight.shape[1], padding) if transposed else (columns, 0)))
 
