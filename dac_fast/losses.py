@@ -1,12 +1,13 @@
 """Training losses (paper, section 3.5): of audio [B, 1, T], and of a discriminator's feature maps.
 
 The losses of audio are modules, multiplied by their `weight`, 1 unless given. Adversarial losses
-are functions of feature maps; `GANLoss` calls them with those of a discriminator. Spectral losses
-and `GANLoss` accept `spectra(signal)` in place of a signal, so that it is computed only once.
+are functions of feature maps; `GANLoss` calls them with those of a discriminator. Where several
+losses compare the same signals, spectral losses accept `Spectrograms(signal)` in place of a signal,
+and `GANLoss` the discriminator's `spectra(signal)`, so that these are computed only once.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -14,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dac_fast.spectral import analysis_window, full_precision, magnitude_spectrogram, mel_filters
+from dac_fast.spectral import Spectrograms, analysis_window, full_precision, mel_filters
 
 # Per sub-discriminator its feature maps, of which the last is the score.
 FeatureMaps: TypeAlias = list[list[Tensor]]
-# What a spectral loss compares: audio [B, C, T], or its spectra.
-Signal: TypeAlias = Tensor | list[Tensor]
+# What a spectral loss compares: audio [B, C, T], or its spectrograms.
+Signal: TypeAlias = Tensor | Spectrograms
 # What a discriminator sees.
 AnySignal = TypeVar("AnySignal", Tensor, "Spectra")
 
@@ -132,20 +133,22 @@ class MultiScaleSTFTLoss(nn.Module):
         self.pow = pow
         self.weight = weight
         self.match_stride = match_stride
+        self.window_type = window_type or "hann"
         for scale, length in enumerate(self.window_lengths):
-            window = analysis_window(length, window_type or "hann")
+            window = analysis_window(length, self.window_type)
             self.register_buffer(f"window_{scale}", window, persistent=False)
 
-    def spectra(self, x: Tensor) -> list[Tensor]:
-        """Per scale, the spectrogram [B, C, bins, frames] of x [B, C, T]; `forward` accepts it."""
-        windows = [self.get_buffer(f"window_{scale}") for scale in range(len(self.window_lengths))]
-        return [magnitude_spectrogram(x, window, self.match_stride) for window in windows]
+    def compared(self, x: Spectrograms) -> Iterator[Tensor]:
+        """Per scale, what is compared: the spectrogram [B, C, bins, frames]."""
+        for scale in range(len(self.window_lengths)):
+            window = self.get_buffer(f"window_{scale}")
+            yield x.magnitude(window, self.window_type, self.match_stride)
 
     def forward(self, x: Signal, y: Signal) -> Tensor:
-        """The loss between x and y, each audio [B, C, T] or its `spectra`."""
-        of_x, of_y = (s if isinstance(s, list) else self.spectra(s) for s in (x, y))
+        """The loss between x and y, each audio [B, C, T] or its `Spectrograms`."""
+        of_x, of_y = (s if isinstance(s, Spectrograms) else Spectrograms(s) for s in (x, y))
         losses = []
-        for a, b in zip(of_x, of_y, strict=True):
+        for a, b in zip(self.compared(of_x), self.compared(of_y), strict=True):
             if self.log_weight:
                 losses.append(self.log_weight * self.loss_fn(self._log(a), self._log(b)))
             if self.mag_weight:
@@ -212,14 +215,15 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
             filters = mel_filters(sample_rate, length, n_mels[i], fmins[i], fmaxs[i])
             self.register_buffer(f"filters_{i}", filters, persistent=False)
 
-    def spectra(self, x: Tensor) -> list[Tensor]:
-        """Per scale, the mel spectrogram [B, C, mels, frames] of x; `forward` accepts it."""
-        # Half precision, which autocast would choose, is too coarse for the logarithm near silence.
-        with torch.autocast(x.device.type, enabled=False):
-            return [
-                self.get_buffer(f"filters_{scale}").to(spectrogram) @ spectrogram
-                for scale, spectrogram in enumerate(super().spectra(x))
-            ]
+    def compared(self, x: Spectrograms) -> Iterator[Tensor]:
+        """Per scale, the mel spectrogram [B, C, mels, frames]."""
+        for scale, spectrogram in enumerate(super().compared(x)):
+            filters = self.get_buffer(f"filters_{scale}").to(spectrogram)
+            # Half precision, which autocast would choose, is too coarse for the logarithm near
+            # silence.
+            with torch.autocast(filters.device.type, enabled=False):
+                mels = F.linear(spectrogram.mT, filters)
+            yield mels.mT
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

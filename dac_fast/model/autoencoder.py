@@ -76,6 +76,8 @@ class Encoder(Block):
             return super().forward(x, lengths, padded)
         near = self.near_audio()
         x, lengths = in_full_precision(near, x, lengths, padded)
+        # Autocast itself would leave the sums of residual units in float32.
+        x = x.to(torch.get_autocast_dtype(x.device.type))
         return Chain(*list(self.block)[len(near) :])(x, lengths, padded)
 
 

@@ -30,7 +30,7 @@ from dac_fast.losses import (
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import Block, set_half_gradients, weights_kept
 from dac_fast.ops.cuda_graph import GraphedStep
-from dac_fast.spectral import full_precision
+from dac_fast.spectral import Spectrograms, full_precision
 from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
 
 # Of `DAC.forward`'s values, by the names of their weights.
@@ -187,11 +187,12 @@ class TrainingStep:
                 del fakes, reals
 
             self.mark("losses")
-            values["mel"] = self.mel_loss(restored, audio)
+            spectrograms = Spectrograms(restored), Spectrograms(audio)
+            values["mel"] = self.mel_loss(*spectrograms)
             if "waveform" in self.weights:
                 values["waveform"] = self.waveform_loss(restored, audio)
             if "stft" in self.weights:
-                values["stft"] = self.stft_loss(restored, audio)
+                values["stft"] = self.stft_loss(*spectrograms)
             values |= {name: out[key] for name, key in BOTTLENECK_LOSSES.items() if key in out}
             values["loss"] = total(
                 weight * values[name] for name, weight in self.weights.items() if name in values
