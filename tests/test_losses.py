@@ -78,9 +78,13 @@ def test_windows_are_those_of_scipy():
 @pytest.mark.parametrize("samples", [20, 63, 1000])
 @pytest.mark.parametrize("match_stride", [False, True])
 def test_frames_by_definition(samples, match_stride):
-    """Every frame is the DFT of a windowed stretch of the signal and its mirror images."""
+    """Every frame is the DFT of a windowed stretch of the signal and its mirror images.
+
+    Gradients are PyTorch's own of that definition.
+    """
     window, hop = 32, 8
-    x = torch.randn(samples, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, dtype=torch.float64, generator=rng, requires_grad=True)
     start = -12 if match_stride else -16
     frames = -(-samples // hop) if match_stride else samples // hop + 1
     position = start + hop * torch.arange(frames)[:, None] + torch.arange(window)
@@ -90,6 +94,23 @@ def test_frames_by_definition(samples, match_stride):
     expected = torch.fft.rfft(x[position] * hann).abs().T
     actual = magnitude_spectrogram(x.view(1, 1, -1), analysis_window(window), match_stride)
     torch.testing.assert_close(actual[0, 0], expected, rtol=0, atol=1e-6)
+    grad = torch.randn(expected.shape, dtype=torch.float64, generator=rng)
+    gradients = (torch.autograd.grad(y, x, grad)[0] for y in (actual[0, 0], expected))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-21, 1e-10])
+def test_gradient_near_silence(scale):
+    """Silence has none, and it is not larger where squares of magnitudes underflow."""
+    noise = torch.randn(1, 1, 400, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for factor in (scale, 1):
+        x = (factor * noise).requires_grad_()
+        y = magnitude_spectrogram(x, analysis_window(32))
+        gradients += torch.autograd.grad(y.sum(), x)
+    quiet, loud = (grad.abs().max() for grad in gradients)
+    assert quiet <= 1.01 * loud
+    assert quiet > 0 or not scale
 
 
 def plain_mel_loss(x, y, sample_rate, n_mels, window, power):
