@@ -138,7 +138,7 @@ class MultiScaleSTFTLoss(nn.Module):
             window = analysis_window(length, self.window_type)
             self.register_buffer(f"window_{scale}", window, persistent=False)
 
-    def compared(self, x: Spectrograms) -> Iterator[Tensor]:
+    def _compared(self, x: Spectrograms) -> Iterator[Tensor]:
         """Per scale, what is compared: the spectrogram [B, C, bins, frames]."""
         for scale in range(len(self.window_lengths)):
             window = self.get_buffer(f"window_{scale}")
@@ -148,7 +148,7 @@ class MultiScaleSTFTLoss(nn.Module):
         """The loss between x and y, each audio [B, C, T] or its `Spectrograms`."""
         of_x, of_y = (s if isinstance(s, Spectrograms) else Spectrograms(s) for s in (x, y))
         losses = []
-        for a, b in zip(self.compared(of_x), self.compared(of_y), strict=True):
+        for a, b in zip(self._compared(of_x), self._compared(of_y), strict=True):
             if self.log_weight:
                 losses.append(self.log_weight * self.loss_fn(self._log(a), self._log(b)))
             if self.mag_weight:
@@ -215,9 +215,9 @@ class MelSpectrogramLoss(MultiScaleSTFTLoss):
             filters = mel_filters(sample_rate, length, n_mels[i], fmins[i], fmaxs[i])
             self.register_buffer(f"filters_{i}", filters, persistent=False)
 
-    def compared(self, x: Spectrograms) -> Iterator[Tensor]:
+    def _compared(self, x: Spectrograms) -> Iterator[Tensor]:
         """Per scale, the mel spectrogram [B, C, mels, frames]."""
-        for scale, spectrogram in enumerate(super().compared(x)):
+        for scale, spectrogram in enumerate(super()._compared(x)):
             filters = self.get_buffer(f"filters_{scale}").to(spectrogram)
             # Half precision, which autocast would choose, is too coarse for the logarithm near
             # silence.

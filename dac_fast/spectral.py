@@ -1,6 +1,7 @@
-"""Spectrograms and mel filterbanks for losses and metrics, in plain differentiable PyTorch.
+"""Spectrograms and mel filterbanks for losses and metrics, in PyTorch.
 
 B items, C channels, T samples. Computed in float32, or in float64 where the audio is float64.
+Spectrograms have first derivatives, not second ones.
 """
 
 import math
