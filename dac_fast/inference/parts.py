@@ -10,8 +10,8 @@ The audio of a stereo codec is [B, 2, T]. A continuous codec has its latents' me
 place of codes.
 
 Audio and latents are float32. In fp16, encoder and decoder compute as the engine does in that
-precision: weights and activations are float16, Snake is computed in float32; and so is the
-quantizer, where small differences decide a search.
+precision: weights and activations are float16, Snake is computed in float32; and so are the last
+convolution, whose result is the audio, and the quantizer, where small differences decide a search.
 """
 
 import copy
@@ -110,6 +110,8 @@ class Part(nn.Module):
             self.encoder = codec.encoder
         else:
             self.decoder = codec.decoder
+            *_, last, _tanh = self.decoder.near_audio()
+            last.float().register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
         self.requires_grad_(False)
         self.hop_length = codec.hop_length
         # Not whole frames: else the padding of the last one could be left out of what is traced.
@@ -162,7 +164,7 @@ class Decode(Part):
 
     def forward(self, codes: Tensor) -> Tensor:  # noqa: D102
         z = self.quantizer.decode(codes).to(self.dtype)
-        return F.pad(self.decoder(z).float(), (0, self.missing))
+        return F.pad(self.decoder(z), (0, self.missing))
 
 
 MODULES: dict[str, Callable[..., Part]] = {"encoder": Encode, "decoder": Decode}
