@@ -125,7 +125,7 @@ def prepare(layer: Layer, batch: int, size: int, settings: Settings) -> Prepared
     run = getattr(reference, layer.op)
     same = wanted(run(*args, **options))
     exact_args, exact_options = checks.doubles((args, options))
-    check = checks.as_good_as(same, wanted(run(*exact_args, **exact_options)))
+    check = checks.as_good_as(same, wanted(run(*exact_args, **exact_options)), args[0].dtype)
     tensors = [value for value in (*args, *options.values(), *same) if isinstance(value, Tensor)]
     # By address, since a residual that is x itself is read only once.
     memory = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
