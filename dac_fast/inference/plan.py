@@ -153,7 +153,8 @@ class Convolution:
         weight, bias = self.weight, self._bias_as_weight
         if self.tanh:
             # What comes out is float32, which a library makes of float32 alone.
-            x, weight, bias = (full_precision(t) for t in (x, self.weight, self.bias))
+            x, weight = full_precision(x), full_precision(weight)
+            bias = self.bias.to(x)
         if self.transposed:
             y = by.conv_transpose1d(x, weight, bias, self.stride, padding)
         else:
