@@ -77,11 +77,12 @@ def recordings(folder: Path, seconds: list[float]) -> Path:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, but the hidden ones."""
+    """The content of every file below a folder, but of those hidden or in hidden folders."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
+        str(name): path.read_bytes()
+        for name, path in files.items()
+        if not any(part.startswith(".") for part in name.parts)
     }
 
 
