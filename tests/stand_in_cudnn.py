@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+KINDS = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}
+
 
 class ComputingGraph:
     """Stands in for `cudnn.pygraph`: its operations are PyTorch's, in float32."""
@@ -16,10 +18,14 @@ class ComputingGraph:
             self.dim = dim
             return self
 
+        def set_data_type(self, kind):
+            self.kind = kind
+            return self
+
         def set_output(self, wanted):
             return self
 
-        set_data_type = set_stride = set_output
+        set_stride = set_output
 
     def __init__(self, handle, io_data_type, **kinds):
         self.kind = io_data_type
@@ -63,6 +69,7 @@ class ComputingGraph:
         for node in tensors:
             assert list(tensors[node].shape) == node.dim
             if node.compute:
+                assert KINDS[tensors[node].dtype] == node.kind
                 tensors[node].copy_(of(node))
 
     validate = build_operation_graph = check_support = build_plans = lambda self: None

@@ -246,6 +246,20 @@ def test_noise_stays_the_modules_own():
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_tanh_in_the_middle_in_half_precision():
+    """What it gives is not the audio, and goes on in half precision: into a sum, a convolution."""
+    module = nn.Sequential(
+        nn.Conv1d(5, 8, 3, padding=1), nn.Tanh(), Residual(8, 1), nn.Conv1d(8, 1, 1), nn.Tanh()
+    ).eval()
+    x = torch.randn(2, 5, 40)
+    expected = module(x)
+    for precision, tolerance in {"fp32": 1e-5, "bf16": 3e-2}.items():
+        accelerate_decoder(module, precision=precision)
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=tolerance)
+        restore(module)
+
+
 def test_other_precisions_and_what_the_module_runs_itself():
     module, x = snac(depthwise=False).eval(), torch.randn(2, 5, 40)
     expected = module(x)

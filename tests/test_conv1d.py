@@ -104,6 +104,8 @@ def test_every_kind_of_layer(name, dtype):
     options = {"alpha": alpha.float(), "lengths": lengths, "tanh": True}
     y, snaked = compare("conv1d", x, weight, bias.float(), *geometry, **options)
     assert y.dtype == snaked.dtype == torch.float32
+    # Nor were they rounded on the way.
+    assert dtype == torch.float32 or (y != y.to(dtype).float()).any()
     past = slice((time + 2) // 3, None)
     assert not y[0, :, past].any()
     assert not snaked[0, :, past].any()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dac_fast.codec import load
 from dac_fast.model import half_gradients
-from dac_fast.model.layers import WeightNorm
+from dac_fast.model.layers import ResidualUnit, WeightNorm
 from dac_fast.training import load_recipe
 from dac_fast.training.step import TrainingStep
 from dac_fast.training.trainer import default_precision
@@ -115,6 +115,18 @@ def test_all_convolutions_but_the_last_compute_gradients_in_bfloat16(step, recor
         audio.square().mean().backward()
     count = sum(isinstance(layer, WeightNorm) for coder in coders for layer in coder.modules())
     assert backward.dtypes == [torch.float32, *[torch.bfloat16] * (count - 1)]
+
+
+def test_sums_of_residual_units_are_half_but_for_those_near_the_audio(step, recording):
+    dtypes = []
+    units = [m for m in step.codec.modules() if isinstance(m, ResidualUnit)]
+    hooks = [u.register_forward_hook(lambda _, given, y: dtypes.append(y.dtype)) for u in units]
+    with torch.no_grad(), step.autocast():
+        step.codec.decoder(step.codec.encoder(recording))
+    for hook in hooks:
+        hook.remove()
+    full, half = torch.float32, torch.bfloat16
+    assert dtypes == [full] * 3 + [half] * 9 + [half] * 6 + [full] * 6
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dac_fast import spectral
 from dac_fast.losses import GANLoss, L1Loss, MelSpectrogramLoss, MultiScaleSTFTLoss, SISDRLoss
 from dac_fast.spectral import Spectrograms, analysis_window, magnitude_spectrogram, mel_filters
 
@@ -149,6 +150,27 @@ def test_gradient_equals_a_plain_composition(pair):
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-12)
+
+
+def test_losses_share_spectrograms_of_one_kind(monkeypatch, pair):
+    losses = (
+        MelSpectrogramLoss(**MEL_TRAIN),
+        MultiScaleSTFTLoss(),
+        MultiScaleSTFTLoss(window_type="hamming"),
+        MultiScaleSTFTLoss(match_stride=True),
+    )
+    apart = [loss(*pair) for loss in losses]
+    computed = []
+
+    def counted(x, window, match_stride):
+        computed.append(len(window))
+        return magnitude_spectrogram(x, window, match_stride)
+
+    monkeypatch.setattr(spectral, "magnitude_spectrogram", counted)
+    signals = [Spectrograms(signal) for signal in pair]
+    assert [loss(*signals) for loss in losses] == apart
+    # Of the mel loss seven, and two each of the last ones.
+    assert len(computed) == 2 * (7 + 2 + 2)
 
 
 def test_float32_under_autocast(pair):

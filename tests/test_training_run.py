@@ -319,11 +319,11 @@ def test_gradients_that_are_never_finite_end_the_run(tones, tmp_path):
 
 def test_it_learns_and_continues_from_a_codec(tones, tmp_path):
     overrides = ("data.validation=null", "optimizer.learning_rate=3e-3", "trainer.save_every=1000")
-    alone = ("losses.adversarial=0", "losses.feature=0")
+    # In bfloat16 the order of summation decides whether such a run ends above or below the bound.
+    alone = ("losses.adversarial=0", "losses.feature=0", "trainer.precision=fp32")
     quiet_train(tones, tmp_path / "a", "trainer.steps=120", *alone, *overrides)
     mel = [entry["mel"] for entry in logged(tmp_path / "a")]
-    # Ten runs end at 0.33 to 0.52 of it, by seed and order of summation.
-    assert np.mean(mel[-10:]) < 0.65 * mel[0]
+    assert np.mean(mel[-10:]) < 0.5 * mel[0]
     # A run that has all its steps stays as it is.
     assert quiet_train(tones, tmp_path / "a", "trainer.steps=120", *alone, *overrides).step == 120
     start_from = f"trainer.init_from={tmp_path / 'a' / 'codec.safetensors'}"
