@@ -1,15 +1,18 @@
 """Training data: what is drawn, that it can be drawn again, and bad files."""
 
 import json
+import subprocess
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from dac_fast.audio import ffmpeg
 from dac_fast.audio.loudness import LoudnessMeter
 from dac_fast.training import DataError
-from dac_fast.training.data import Batches, Excerpts, loader, shift_phase
+from dac_fast.training.data import Batches, Excerpts, loader, read_excerpt, shift_phase
 from dac_fast.training.recipe import DataConfig
 from dac_fast.training.split import find_files, hold_out
 
@@ -56,6 +59,32 @@ def test_domains_get_equal_shares_and_every_batch_something_full_band(library):
     # A batch that no domain with full-band files would have a turn in still gets such a file.
     data = excerpts(library, batch_size=1)
     assert all(data._choose(i)[1].full_band for i in range(6))
+
+
+def test_full_band_items_keep_no_file_from_its_turn(library):
+    # One full-band file in each domain, and batches no larger than the number of domains.
+    files, _ = find_files(library, RATE)
+    first = {file.domain: file for file in files[::-1]}.values()
+    files = [replace(file, full_band=file in first) for file in files]
+    for batch_size in (2, 3):
+        data = Excerpts(files, DataConfig(seconds=0.2), RATE, batch_size, seed=3)
+        drawn = [data._choose(i)[1] for i in range(300 * batch_size)]
+        assert {file.path for file in drawn} == {file.path for file in files}
+        steps = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
+        assert all(any(file.full_band for file in batch) for batch in steps)
+        counts = Counter(file.domain for file in drawn if file.full_band)
+        assert max(counts.values()) < 3 * min(counts.values())
+
+
+@pytest.mark.skipif(not ffmpeg.installed(), reason="ffmpeg is not installed")
+@pytest.mark.parametrize("channels", [1, 2])
+def test_excerpts_of_what_ffmpeg_reads_have_the_channels_of_the_model(tmp_path, channels):
+    write_tone(tmp_path / "a.wav", channels=3 - channels)
+    path = tmp_path / "a.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", path], check=True)
+    audio = read_excerpt(str(path), 1000, RATE, np.random.default_rng(0), channels)
+    assert audio.shape == (channels, 1000)
+    assert 0.2 < np.abs(audio).max() < 0.4
 
 
 def test_plain_sampling_draws_every_file_once_before_any_twice(library):

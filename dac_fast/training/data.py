@@ -60,7 +60,8 @@ class Failure(TypedDict):
 class Excerpts(Dataset[Batch | Failure]):
     """Excerpts by their number.
 
-    Within a domain, every file is drawn once before any is drawn again.
+    Within a domain, every file is drawn once before any is drawn again. A batch that has no
+    full-band file by that is given one, in a random place of a domain that has such files.
 
     Args:
         files: to draw from.
@@ -118,21 +119,27 @@ class Excerpts(Dataset[Batch | Failure]):
 
     def _choose(self, i: int) -> tuple[list[AudioFile], AudioFile]:
         """The files that item i is drawn from, and the one that is drawn."""
-        step, position = divmod(i, self.batch_size)
-        domain = i % len(self.domains)
-        if position == self._full_band_position(step):
-            pool = self.full_band[domain] or [file for pool in self.full_band for file in pool]
-            return pool, self._drawn(pool, step, stream=len(self.domains) + domain)
-        pool = self.domains[domain]
-        return pool, self._drawn(pool, i // len(self.domains), stream=domain)
+        domain, step = i % len(self.domains), i // self.batch_size
+        if i != self._given_full_band(step):
+            return self.domains[domain], self._in_turn(i)
+        pool = self.full_band[domain] or [file for pool in self.full_band for file in pool]
+        return pool, self._drawn(pool, step, stream=len(self.domains) + domain)
 
-    def _full_band_position(self, step: int) -> int | None:
-        """The first place in a batch whose domain has full-band files; None: there are none."""
-        first = step * self.batch_size
-        for position in range(min(self.batch_size, len(self.domains))):
-            if self.full_band[(first + position) % len(self.domains)]:
-                return position
-        return 0 if any(self.full_band) else None
+    def _given_full_band(self, step: int) -> int | None:
+        """The item of a batch that a full-band file is drawn for.
+
+        None: there is one among the others, or there are none at all.
+        """
+        items = range(step * self.batch_size, (step + 1) * self.batch_size)
+        if not any(self.full_band) or any(self._in_turn(i).full_band for i in items):
+            return None
+        places = [i for i in items if self.full_band[i % len(self.domains)]] or items
+        return int(np.random.default_rng([self.seed, step]).choice(places))
+
+    def _in_turn(self, i: int) -> AudioFile:
+        """The file of item i's domain whose turn it is."""
+        domain = i % len(self.domains)
+        return self._drawn(self.domains[domain], i // len(self.domains), stream=domain)
 
     def _drawn(self, pool: list[AudioFile], number: int, stream: int) -> AudioFile:
         """The `number`th draw from a pool, which is shuffled anew each time it is used up."""
@@ -186,9 +193,9 @@ def read_excerpt(
 
     try:
         if ffmpeg.reads(path):
-            channels, rate, frames = ffmpeg.probe(path)
+            width, rate, frames = ffmpeg.probe(path)
             second = start(frames, rate) / rate
-            block = next(ffmpeg.blocks(path, wanted(rate), channels, rate, second), np.empty(0))
+            block = next(ffmpeg.blocks(path, wanted(rate), width, rate, second), np.empty(0))
         else:
             with soundfile.SoundFile(path) as file:
                 rate = file.samplerate
