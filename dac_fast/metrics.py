@@ -44,12 +44,19 @@ def stft_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB, higher is better; NaN if both are silent.
+    """Scale-invariant signal-to-distortion ratio in dB, higher is better.
+
+    An item of which either signal is silent (the same value throughout) has no ratio, and does not
+    count; NaN if that is so for all.
 
     Args:
         reference, estimate: [B, C, T].
     """
-    return -SISDRLoss()(reference, estimate)
+    ratios = -SISDRLoss(reduction="none")(reference, estimate)
+    for signal in (reference, estimate):
+        lowest, highest = signal.flatten(1).aminmax(dim=1)
+        ratios = ratios.masked_fill(lowest == highest, math.nan)
+    return ratios.nanmean()
 
 
 @dataclass(frozen=True)

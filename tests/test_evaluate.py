@@ -163,6 +163,17 @@ def test_seconds_and_rate(codec, recordings):
     ]
 
 
+def test_bitrates_are_those_of_a_channel(tmp_path):
+    codec = DAC(encoder_dim=4, encoder_rates=(2, 4), decoder_dim=16, decoder_rates=(4, 2),
+                n_codebooks=3, codebook_size=16, channels=2, sample_rate=RATE)  # fmt: skip
+    write(tmp_path / "a.wav", tone(440, channels=2), RATE)
+    result = evaluate_codec(codec.eval(), tmp_path, [1, 3], visqol=False)
+    # 4 bits of 16 entries for every 8 samples of two channels.
+    assert [row["kbps"] for row in result.files] == [
+        pytest.approx(n * 4 * RATE / 8 / 2 / 1000) for n in (1, 3)
+    ]
+
+
 def test_folders(tmp_path):
     original, restored = tmp_path / "original", tmp_path / "restored"
     x, noise = tone(440), np.random.default_rng(0).normal(0, 0.01, (1, 13230)).astype(np.float32)
@@ -171,6 +182,8 @@ def test_folders(tmp_path):
         (restored, "a/same.wav", x, RATE),
         (original, "a/noisy.wav", x, RATE),
         (restored, "a/noisy.flac", np.pad(x + noise, ((0, 0), (0, 100))), RATE),
+        (original, "a/silent.wav", x, RATE),
+        (restored, "a/silent.wav", np.zeros_like(x), RATE),
         (original, "b/half rate.wav", x[:, ::2], RATE // 2),
         (restored, "b/half rate.wav", x, RATE),
         (original, "b/late.wav", x, RATE),
@@ -184,12 +197,13 @@ def test_folders(tmp_path):
         write(folder / path, audio, rate)
     result = evaluate_folders(original, restored, visqol=False)
 
-    noisy, same, half = result.files
+    noisy, same, silent, half = result.files
     assert (same["file"], same["mel_distance"], same["si_sdr"]) == ("a/same.wav", 0, None)
     expected = metrics.si_sdr(torch.from_numpy(x)[None], torch.from_numpy(x + noise)[None]).item()
     assert noisy["si_sdr"] == pytest.approx(expected, abs=0.01)
     assert (half["sample_rate"], half["domain"]) == (RATE // 2, "b")
     assert half["si_sdr"] > 40
+    assert silent["si_sdr"] is None
     assert {f["file"]: f["problem"] for f in result.failures} == {
         "b/late.wav": "the reconstruction lasts 0.150 s; accepted: 0.300 s within 0.1 s",
         "b/lonely.wav": "there is no reconstruction of it",

@@ -18,6 +18,18 @@ def test_golden_values(golden):
     assert metrics.si_sdr(x, y).item() == pytest.approx(-expected["sisdr_loss"], rel=1e-5)
 
 
+def test_what_is_silent_has_no_ratio_and_does_not_count():
+    time = torch.arange(4000) / 8000
+    x = torch.sin(2 * torch.pi * 300 * time).expand(3, 1, -1).clone()
+    y = x + 0.1 * torch.sin(2 * torch.pi * 500 * time)
+    alone = metrics.si_sdr(x[:1], y[:1]).item()
+    assert alone == pytest.approx(20, abs=0.01)
+    # A silent original with something in its place, and an original that came out silent.
+    x[1], y[2] = 0, 0.5
+    assert metrics.si_sdr(x, y).item() == pytest.approx(alone)
+    assert metrics.si_sdr(x[1:], y[1:]).isnan()
+
+
 def test_bitrate_efficiency():
     uniform = torch.arange(16).repeat(2, 3)
     constant = torch.full((2, 48), 7)

@@ -83,11 +83,11 @@ class Task(ABC, Generic[Source]):
         """How near restored audio y comes to x, both [C, T]."""
         # In float32, the -50 dB of SI-SDR that a codec has before training have three good digits.
         original, restored = (torch.from_numpy(audio)[None].double() for audio in (x, y))
-        defined = np.ptp(x) > 0 and not np.array_equal(x, y)
+        same = np.array_equal(x, y)
         values = {
             "mel_distance": mel_distance(original, restored, rate).item(),
             "stft_distance": stft_distance(original, restored).item(),
-            "si_sdr": si_sdr(original, restored).item() if defined else math.nan,
+            "si_sdr": math.inf if same else si_sdr(original, restored).item(),
         }
         if self.visqol:
             values["visqol"] = _visqol(x, y, rate)
@@ -117,7 +117,7 @@ class CodecTask(Task[AudioFile]):
             restored, _ = self.codec.decompress(replace(file, codes=file.codes[:, :count]))
             if not np.isfinite(restored).all():
                 raise AudioError(f"what the codec gives is not finite ({count} codebooks)")
-            kbps = round(config.bitrate * count / config.n_codebooks / 1000, 6)
+            kbps = round(config.bitrate * count / config.n_codebooks / config.channels / 1000, 6)
             comparison = self.compare(audio, restored, rate)
             comparisons.append(replace(comparison, codebooks=count, kbps=kbps))
         counts = codebook_counts(file.codes, config.codebook_size)

@@ -52,7 +52,7 @@ def read(
 
 @torch.no_grad()
 def measured(codec: DAC, batches: list[Tensor], processes: Processes) -> dict[str, float]:
-    """Each metric's mean over the excerpts of all processes, and codebook statistics.
+    """Each metric's mean over the excerpts of all processes that have it, and codebook statistics.
 
     Args:
         codec: in eval mode, on the process's device.
@@ -60,19 +60,22 @@ def measured(codec: DAC, batches: list[Tensor], processes: Processes) -> dict[st
         processes: of the run.
     """
     rate, config = codec.sample_rate, codec.config
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
+    ratios = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(config.n_codebooks, config.codebook_size, dtype=torch.int64)
     for audio in batches:
         out = codec(audio.to(processes.device))
         restored = out["audio"].float().cpu()
         mel, stft = mel_distance(restored, audio, rate), stft_distance(restored, audio)
-        # Silence has no ratio.
-        ratio = si_sdr(audio, restored).nan_to_num()
-        sums += torch.stack([mel, stft, ratio, torch.ones(())]).double() * len(audio)
+        sums += torch.stack([mel, stft, torch.ones(())]).double() * len(audio)
+        # An item that is silent has no ratio.
+        pairs = zip(audio.split(1), restored.split(1), strict=True)
+        each = torch.stack([si_sdr(*pair) for pair in pairs]).double()
+        ratios += torch.stack([each.nansum(), (~each.isnan()).sum()])
         if "codes" in out:
             counts += codebook_counts(out["codes"].cpu(), config.codebook_size)
-    sums, counts = processes.summed(sums), processes.summed(counts)
-    means = (sums[:3] / sums[3]).tolist()
+    sums, ratios, counts = map(processes.summed, (sums, ratios, counts))
+    means = [*(sums[:2] / sums[2]).tolist(), (ratios[0] / ratios[1]).item()]
     named = dict(zip(("mel_distance", "stft_distance", "si_sdr"), means, strict=True))
     return named | codebook_statistics(counts)
 
