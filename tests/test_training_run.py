@@ -2,6 +2,7 @@
 something.
 """
 
+import errno
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from rich.console import Console
 
 import dac_fast
-from dac_fast.training import RecipeError, StateError, TrainingError, state, train
+from dac_fast.training import RecipeError, StateError, TrainingError, log, state, train
 
 soundfile = pytest.importorskip("soundfile")
 ROOT = Path(__file__).parent.parent
@@ -222,6 +224,44 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tones, tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"step_00000004\.pt: cannot write"):
         quiet_train(tones, tmp_path / "short", "trainer.steps=4", "trainer.validate_every=100")
     assert quiet_train(tones, tmp_path / "short", "trainer.steps=3").step == 3
+
+
+def test_logs_on_a_full_disk(tones, tmp_path, monkeypatch):
+    class Writer:
+        """TensorBoard's, which reports by a later call that its thread could not write."""
+
+        def __init__(self, folder, purge_step):
+            pass
+
+        def add_scalar(self, name, value, step):
+            if step > 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    stand_in = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    append, path = log._append, tmp_path / "log.jsonl"
+
+    def append_on_a_full_disk(path, line):
+        limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if '"step": 3,' in line:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        try:
+            append(path, line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    monkeypatch.setattr(log, "_append", append_on_a_full_disk)
+    out = Console(file=io.StringIO(), width=300)
+    overrides = ("trainer.steps=5", "trainer.tensorboard=true")
+    assert train("tiny", settings(tones, tmp_path, *overrides), out).step == 5
+    assert out.file.getvalue().count("TensorBoard gets no more of this run") == 1
+    assert "step 3: not logged:" in out.file.getvalue()
+    # Nothing is left of the line that did not fit.
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 4, 5]
 
 
 def test_old_checkpoints_go_and_the_codec_can_be_loaded(tones, tmp_path):

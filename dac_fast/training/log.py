@@ -1,8 +1,11 @@
 """The reports of a run: a progress bar or lines, `log.jsonl`, samples, TensorBoard if installed."""
 
+import errno
 import json
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,13 +79,15 @@ class Log:
             # JSON has no infinity.
             finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
             try:
-                with open(self._path, "a") as file:
-                    file.write(json.dumps({"step": step, "part": part, **finite}) + "\n")
+                _append(self._path, json.dumps({"step": step, "part": part, **finite}) + "\n")
             except OSError as error:
                 self.note(f"step {step}: not logged: {error}")
-        if self._writer:
+
+        def write_values(writer: "SummaryWriter") -> None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{part}/{name}", value, step)
+                writer.add_scalar(f"{part}/{name}", value, step)
+
+        self._to_tensorboard(write_values)
         names = SHOWN if part == "train" else values
         text = "  ".join(
             f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names if name in values
@@ -116,19 +121,31 @@ class Log:
             plots.spectrograms(path.with_suffix(".png"), pictures, sample_rate)
         except plots.PlotError as error:
             self.note(f"step {step}: {path.parent} gets no spectrograms: {error}")
-        if self._writer:
+
+        def write_signals(writer: "SummaryWriter") -> None:
             for name, signal in signals.items():
-                self._writer.add_audio(f"sample_{number}/{name}", signal, step, sample_rate)
+                writer.add_audio(f"sample_{number}/{name}", signal, step, sample_rate)
                 image = _decibels_below_peak(signal)[None] / 80 + 1
-                self._writer.add_image(
-                    f"sample_{number}/{name}/spectrogram", image.clamp(0, 1), step
-                )
+                writer.add_image(f"sample_{number}/{name}/spectrogram", image.clamp(0, 1), step)
+
+        self._to_tensorboard(write_signals)
 
     def close(self) -> None:
         """Ends the bar, and closes the files."""
         self._progress.stop()
+        self._to_tensorboard(lambda writer: writer.close())
+
+    def _to_tensorboard(self, write: "Callable[[SummaryWriter], None]") -> None:
+        """Calls `write`; where that fails (the disk is full), the run goes on without TensorBoard.
+
+        What fails is reported by a later call, since TensorBoard writes in a thread of its own.
+        """
         if self._writer:
-            self._writer.close()
+            try:
+                write(self._writer)
+            except OSError as error:
+                self._writer = None
+                self.note(f"TensorBoard gets no more of this run: {error}")
 
     def _tensorboard_writer(self, folder: Path, step: int) -> "SummaryWriter | None":
         try:
@@ -137,7 +154,11 @@ class Log:
             install = "pip install 'dac-fast[train]'"
             self.note(f"no TensorBoard, which is not installed ({install}): see {self._path}")
             return None
-        return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            self.note(f"no TensorBoard: {error}")
+            return None
 
 
 def _decibels_below_peak(audio: Tensor) -> Tensor:
@@ -145,6 +166,19 @@ def _decibels_below_peak(audio: Tensor) -> Tensor:
     magnitude = magnitude_spectrogram(audio[None, None], analysis_window(1024))[0, 0]
     level = 20 * torch.log10(magnitude / magnitude.max().clamp(min=1e-8) + 1e-5)
     return level.flip(0)
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line to a file; where that fails, the file is as it was."""
+    data = line.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _step_of(line: str) -> float:
