@@ -158,7 +158,14 @@ def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
         "trainer.batch_size=4",
         "model.quantizer_dropout=0",
         "trainer.precision=fp32",
+        f"data.validation={tones}",
     )
+    # Most files cannot be read, and each process meets some of them.
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    for i in range(16):
+        sound = np.full(RATE, 0.1 * np.sin(np.arange(RATE)) if i < 4 else np.nan)
+        soundfile.write(recordings / f"{i}.wav", sound, RATE, subtype="FLOAT")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,13 +175,15 @@ def test_two_processes_equal_one_with_the_same_batch(tones, tmp_path):
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    arguments = settings(tones, tmp_path / "two", *overrides)
+    arguments = settings(recordings, tmp_path / "two", *overrides)
     processes = [
         start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    quiet_train(tones, tmp_path / "one", *overrides)
+    quiet_train(recordings, tmp_path / "one", *overrides)
+    unreadable = [(tmp_path / run / "unreadable.txt").read_text() for run in ("one", "two")]
+    assert unreadable[0] == unreadable[1]
 
     # Sums over the batch are rounded in another order: equal within 1e-4 for metrics; for weights,
     # within a tenth of what one step changes (the learning rate, 1e-4); for the optimizers'

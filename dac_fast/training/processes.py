@@ -39,6 +39,14 @@ class Processes:
         dist.all_reduce(total)
         return total.cpu()
 
+    def merged(self, entries: dict[str, str]) -> dict[str, str]:
+        """The entries of all processes together."""
+        if self.count == 1:
+            return entries
+        parts: list[dict[str, str]] = [{}] * self.count
+        dist.all_gather_object(parts, entries)
+        return {key: value for part in parts for key, value in part.items()}
+
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[Processes]:

@@ -289,6 +289,7 @@ class Run:
         Raises:
             OSError: they cannot be written, and `must` be.
         """
+        self.unreadable = self.processes.merged(self.unreadable)
         if self.rank:
             return
         if must:
