@@ -11,6 +11,7 @@ import torch
 
 from dac_fast.audio import ffmpeg
 from dac_fast.audio.loudness import LoudnessMeter
+from dac_fast.audio.sources import AudioFile
 from dac_fast.training import DataError
 from dac_fast.training.data import Batches, Excerpts, loader, read_excerpt, shift_phase
 from dac_fast.training.recipe import DataConfig
@@ -193,6 +194,30 @@ def test_manifest_and_hold_out(tmp_path):
         DataError, match="manifest.jsonl: line 2 is 'nonsense'; accepted: a JSON object"
     ):
         find_files(manifest, RATE)
+
+
+def test_what_is_held_out_is_never_trained_on():
+    def sound(name, domain, package, seconds):
+        return AudioFile(name, name, domain, package, full_band=True, seconds=seconds, rate=RATE)
+
+    # A package in two domains, one of which would not have had it held out.
+    files = [
+        sound("a", "speech", "film", 10),
+        sound("b", "speech", "book", 500),
+        sound("c", "music", "film", 300),
+        sound("d", "music", "choir", 400),
+        sound("e", "music", "band", 40),
+    ]
+    training, validation = hold_out(files, 0.05)
+    assert [file.path for file in validation] == ["a", "c", "e"]
+    # Where a run goes on with more files, none that it was trained on is held out.
+    more = [*files, sound("f", "speech", "talk", 9000), sound("g", "music", "talk", 1)]
+    held = {file.package for file in validation}
+    assert hold_out(more, 0.05, held) == ([*training, *more[5:]], validation)
+    assert hold_out(more, 0.05)[1] != validation
+    # Where the film is all the speech there is, it stays.
+    del files[1]
+    assert [file.path for file in hold_out(files, 0.05)[1]] == ["e"]
 
 
 def test_full_band_domains_of_the_recipe_count(library):

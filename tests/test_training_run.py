@@ -333,6 +333,18 @@ def test_a_run_goes_on_with_other_settings_when_told_to(tones, tmp_path):
     assert "batch_size: 3" in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_a_run_that_goes_on_with_more_files_holds_out_the_same(tones, tmp_path):
+    recordings = shutil.copytree(tones, tmp_path / "recordings")
+    held = []
+    for step in (1, 2):
+        quiet_train(recordings, tmp_path / "run", f"trainer.steps={step}")
+        newest = state.checkpoints(tmp_path / "run")[-1]
+        held.append(torch.load(newest, weights_only=True)["held_out"])
+        # Of so much audio, all the other files would be held out.
+        soundfile.write(recordings / "long.wav", np.sin(np.arange(60 * RATE)), RATE)
+    assert held[0] == held[1] == [str(recordings / "0.wav")]
+
+
 def test_a_run_from_weights_begins_with_what_these_do(tones, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="draws spectrograms")
     # As where TensorBoard is not installed.

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -31,9 +31,13 @@ class Split:
     notes: list[str]
 
 
-def split_files(data: DataConfig, sample_rate: int) -> Split:
-    """The files of a recipe's data, for a model of that sample rate in Hz.
+def split_files(data: DataConfig, sample_rate: int, held: Collection[str] = ()) -> Split:
+    """The files of a recipe's data.
 
+    Args:
+        data: of the recipe.
+        sample_rate: of the model, in Hz.
+        held: packages that the run has held out so far, which stay held out.
     Raises:
         DataError: a source is missing, a manifest is damaged, or no file is left to train on.
     """
@@ -44,13 +48,13 @@ def split_files(data: DataConfig, sample_rate: int) -> Split:
     if data.validation is None:
         return Split(files, [], unreadable, notes)
     if isinstance(data.validation, float):
-        return Split(*hold_out(files, data.validation), unreadable, notes)
-    held, more = find_files(data.validation, sample_rate, data.full_band, "data.validation")
-    paths = {os.path.realpath(file.path) for file in held}
+        return Split(*hold_out(files, data.validation, held), unreadable, notes)
+    validation, more = find_files(data.validation, sample_rate, data.full_band, "data.validation")
+    paths = {os.path.realpath(file.path) for file in validation}
     files = [file for file in files if os.path.realpath(file.path) not in paths]
     if not files:
         raise DataError("data.train: all of its files are those of data.validation")
-    return Split(files, held, unreadable | more, notes)
+    return Split(files, validation, unreadable | more, notes)
 
 
 def find_files(
@@ -89,25 +93,38 @@ def find_files(
     return readable, unreadable
 
 
-def hold_out(files: list[AudioFile], share: float) -> tuple[list[AudioFile], list[AudioFile]]:
+def hold_out(
+    files: list[AudioFile], share: float, held: Collection[str] = ()
+) -> tuple[list[AudioFile], list[AudioFile]]:
     """Splits files into training and validation, by whole packages, the same way every time.
 
-    Of each domain the smallest packages are held out until they make up `share` of its seconds. Its
-    last package is always left for training.
+    Of each domain the smallest packages are held out until they make up `share` of its seconds, but
+    none that would leave a domain nothing to train on. Where any package of `held` is there, these
+    are held out and no others.
     """
+    # Seconds by domain and package.
     domains: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for file in files:
         domains[file.domain][file.package] += file.seconds
-    held = set()
+    places = defaultdict(list)
     for domain, seconds in domains.items():
-        missing = share * sum(seconds.values())
+        for package in seconds:
+            places[package].append(domain)
+    missing = {domain: share * sum(seconds.values()) for domain, seconds in domains.items()}
+    left = {domain: len(seconds) for domain, seconds in domains.items()}
+    chosen = places.keys() & set(held)
+    for domain, seconds in () if chosen else sorted(domains.items()):
         for package in sorted(seconds, key=lambda p: (seconds[p], p))[:-1]:
-            if missing <= 0:
+            if missing[domain] <= 0:
                 break
-            held.add((domain, package))
-            missing -= seconds[package]
-    training = [file for file in files if (file.domain, file.package) not in held]
-    return training, [file for file in files if (file.domain, file.package) in held]
+            if package in chosen or any(left[place] == 1 for place in places[package]):
+                continue
+            chosen.add(package)
+            for place in places[package]:
+                missing[place] -= domains[place][package]
+                left[place] -= 1
+    training = [file for file in files if file.package not in chosen]
+    return training, [file for file in files if file.package in chosen]
 
 
 def _listed(sources: Sources | os.PathLike[str], domain: str = "") -> list[tuple[str, str]]:

@@ -120,14 +120,15 @@ class Run:
         self.device = processes.device
         trainer = recipe.trainer
         self.folder = Path(trainer.folder or Path("runs") / recipe.name)
-        self.split = split_files(recipe.data, recipe.model.sample_rate)
+        content, notes = state.load_newest(self.folder, recipe, allow_changes)
+        held = content.get("held_out", ()) if content else ()
+        self.split = split_files(recipe.data, recipe.model.sample_rate, held)
         self.unreadable = self.split.unreadable
 
         precision = trainer.precision or default_precision(self.device)
         self.step = TrainingStep(recipe, self.device, precision)
         self.done = 0
         self.best: float | None = None
-        content, notes = state.load_newest(self.folder, recipe, allow_changes)
         notes += self.split.notes
         if content is not None:
             self.step.load_state_dict(content)
@@ -301,6 +302,7 @@ class Run:
         """Writes a checkpoint, the codec and the list of unreadable files."""
         trainer = self.recipe.trainer
         content = self.step.state_dict() | {"best": self.best, "unreadable": self.unreadable}
+        content["held_out"] = sorted({file.package for file in self.split.validation})
         state.save(
             self.folder, self.done, self.recipe, content, trainer.keep_last, trainer.keep_steps
         )
