@@ -224,6 +224,12 @@ def test_every_tile(kind, few, monkeypatch, products_in_order):
     assert all(torch.equal(snaked, made[0]) for snaked in made[1:])
 
 
+def test_tiles_of_three_products_have_one_length():
+    """Triton adds those of a block by themselves, so that its length is part of their order."""
+    tiles = module.TILES["tf32x3"] + module.FEW["tf32x3"]
+    assert {length for _, _, length, _, _ in tiles} == {32}
+
+
 def test_few_rows_share_no_choice_with_more(monkeypatch):
     """Their tiles differ, so what was fastest for one says nothing about the other."""
     asked = []

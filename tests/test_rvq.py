@@ -39,6 +39,11 @@ def random_input(items=2, depth=24, frames=17, dtype=torch.float32, seed=1):
     )
 
 
+def column(values):
+    """The values as a column of a table: with others between them in memory."""
+    return torch.tensor([[value, 1] for value in values], device=DEVICE)[:, 0]
+
+
 def golden_weights(golden, name, stages):
     state = torch.load(golden / f"weights_{name}.pth", weights_only=False)["state_dict"]
 
@@ -154,7 +159,8 @@ def test_random_codes_are_the_nearest(items, frames, size, dim, dtype):
     ids=str,
 )
 def test_losses_and_gradients(counts, lengths):
-    counts, lengths = (v and torch.tensor(v, device=DEVICE) for v in (counts, lengths))
+    counts = counts and torch.tensor(counts, device=DEVICE)
+    lengths = lengths and column(lengths)
     z, weights = random_input(), random_weights()
     outputs, gradients = with_gradients(rvq, z, weights, counts, lengths)
     same, same_gradients = with_gradients(reference, z, weights, counts, lengths)
@@ -184,7 +190,7 @@ def test_first_of_equal_entries_wins():
 
 @pytest.mark.parametrize("lengths", [None, [9, 4]], ids=str)
 def test_decode_gradients_and_codes_that_do_not_exist(lengths):
-    lengths = lengths and torch.tensor(lengths, device=DEVICE)
+    lengths = lengths and column(lengths)
     weights = random_weights()[2:]
     codes = torch.randint(0, 100, (2, 2, 9), device=DEVICE)
     results = []

@@ -78,7 +78,7 @@ class Choices:
         shape, times = tuple(x.shape), self.times.setdefault(layer, {})
         if self.timing and shape not in times:
             with torch.cuda.device_of(x):
-                times[shape] = _milliseconds(ways)
+                times[shape] = _milliseconds(ways, x.is_cuda)
         if not times:
             return first()
 
@@ -114,9 +114,9 @@ def choosing(choices: Choices | None) -> Iterator[None]:
             choices.timing = False
 
 
-def _milliseconds(ways: dict[str, Way]) -> dict[str, float]:
+def _milliseconds(ways: dict[str, Way], on_cuda: bool) -> dict[str, float]:
     """How long each way takes, with warm caches; on CUDA in a graph, as the engine replays it."""
-    if "triton" in ways:
+    if on_cuda:
         return {name: milliseconds(way) for name, way in ways.items()}
     memory = native.Memory()
 

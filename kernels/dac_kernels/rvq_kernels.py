@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dac_kernels.launch import Config, jit, launch, tl, tuned
+from dac_kernels.tiles import dense
 
 # Channels that one program of `project` sums: a few frames then keep many SMs busy. It is the same
 # for every batch, and so are the bits.
@@ -252,7 +253,7 @@ def search(
     latents, chosen = torch.empty_like(projections), torch.empty_like(projections)
     codes = projections.new_empty((items, stages, size), dtype=torch.int64)
     frames = items * size
-    ragged = lengths if lengths is not None else codes
+    ragged = codes if lengths is None else lengths.contiguous()
     tensors = (projections, cross, codebooks, units, half_norms, ragged, codes, latents, chosen)
     integers = (stages, entries, frames, size)
     constants = {
@@ -353,7 +354,7 @@ def decode(
     y = codes.new_empty((items, size, depth), dtype=dtype).mT
     frames = items * size
     programs = -(-depth // 64) * -(-frames // 32)
-    tensors = (codes, codebooks, weight, bias, lengths, y)
+    tensors = (codes, codebooks, weight, bias, dense(lengths), y)
     integers = (stages, entries, depth, frames, size, weight.stride(0))
     blocks = {"DIM": dim, "BLOCK_D": 64, "BLOCK_F": 32, "BLOCK_R": 16}
     launch(_decode_kernel, programs, *tensors, *integers, **blocks, num_warps=4)
