@@ -134,8 +134,13 @@ def count_work(step: AnyStep, audio: Tensor, limits: Json, precision: str) -> Js
     parameters = sum(p.numel() for network in networks for p in network.parameters())
     # Parameters and two moments are read and written, gradients read.
     moved["optimizers"] = 7 * 4 * parameters
-    dtype = "bfloat16" if precision == "bf16" and audio.is_cuda else "float32"
-    rate = limits["matmul_tflop_s"][dtype]
+    products = "float32"
+    if audio.is_cuda and precision == "bf16":
+        products = "bfloat16"
+    elif audio.is_cuda and torch.backends.cudnn.allow_tf32:
+        # PyTorch's default for convolutions, and nearly all of a step's products are theirs.
+        products = "tf32"
+    rate = limits["matmul_tflop_s"][products]
     work = {}
     for part in flops:
         floor = max(flops[part] / rate / 1e9, moved[part] / limits["copy_gb_s"] / 1e6)
