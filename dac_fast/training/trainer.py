@@ -1,8 +1,8 @@
 """A training run: data, steps, validation, checkpoints; in one process, or several by `torchrun`.
 
 The seed and the number of a step decide everything random in it, so a killed run goes on from its
-last checkpoint as if it had never stopped: on the CPU in float32 to the last bit. SIGTERM and
-Ctrl-C end a run after the step it is in, with a checkpoint.
+last checkpoint as if it had never stopped: on the CPU to the last bit. SIGTERM and Ctrl-C end a
+run after the step it is in, with a checkpoint.
 """
 
 import functools
