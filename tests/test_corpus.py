@@ -206,6 +206,28 @@ def test_what_cannot_be_read_is_reported_and_nothing_else_is_lost(clips, options
     assert "p/00000000" in {record.key for record in read(tmp_path / "codes")}
 
 
+def test_a_tar_that_ends_without_its_end_is_damaged(clips, tmp_path):
+    path = as_tar(clips, tmp_path / "c.tar")
+    with tarfile.open(path) as tar:
+        members = [member for member in tar if member.isfile()]
+    whole = path.read_bytes()
+    header = members[3].offset
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    flipped = bytearray(whole)
+    flipped[header + 5] ^= 1
+    for content, kept in (
+        (flipped, 3), (whole[:header], 3), (whole[: header + 100], 3), (whole[:end], 7),
+        (whole[: end + 512], None),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        *items, last = items_of(*files_of([str(path)]))
+        lost = f"a damaged tar; what it holds beyond {kept} recordings is lost (neither a member"
+        assert last.problem.startswith(lost) == (kept is not None)
+        assert [item.key for item in items] == [
+            str(Path(member.name).with_suffix("")) for member in members[: kept or 6]
+        ]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_failed_is_tried_again_alone(clips, options, tmp_path, format):
     options = replace(options, format=format)

@@ -327,6 +327,10 @@ def _items_of_tar(file: Found) -> Iterator[Item]:
                         metadata.setdefault(_sample(member.name), {}).update(found)
                     except (ValueError, TypeError):
                         problems[_sample(member.name)] = f"its {name.suffix} is damaged"
+            # A damaged or missing header ends the loop like the two blocks of zeros at the end do.
+            content.seek(tar.offset)
+            if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         broken = f"a damaged tar; what it holds beyond {len(members)} recordings is lost ({error})"
     for audio, place, header in members:
