@@ -228,6 +228,13 @@ def test_a_tar_that_ends_without_its_end_is_damaged(clips, tmp_path):
         ]
 
 
+def test_hidden_members_of_a_tar_are_passed_over(clips, tmp_path):
+    with tarfile.open(tmp_path / "mac.tar", "w") as tar:
+        for name in ("./x/._a.wav", "./x/a.wav", "x/._a.json", ".y/b.wav", "../c.wav"):
+            tar.add(clips / "a/clip.0.wav", name)
+    assert [item.key for item in items_of(*files_of([str(tmp_path)]))] == ["x/a", "../c"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_failed_is_tried_again_alone(clips, options, tmp_path, format):
     options = replace(options, format=format)

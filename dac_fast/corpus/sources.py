@@ -314,7 +314,9 @@ def _items_of_tar(file: Found) -> Iterator[Item]:
         with _open(file.path) as content, tarfile.open(fileobj=content, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
-                if not member.isfile():
+                # Hidden members, as macOS's `._x.wav`, are passed over as in folders.
+                hidden = any(part.startswith(".") and part != ".." for part in name.parts)
+                if hidden or not member.isfile():
                     continue
                 if name.suffix.lower() in AUDIO_SUFFIXES:
                     place = (member.offset_data, member.size)
