@@ -236,6 +236,27 @@ def test_hidden_members_of_a_tar_are_passed_over(clips, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_names_and_texts_that_are_not_utf_8_stop_nothing(clips, options, tmp_path, format):
+    folder = tmp_path / os.fsdecode(b"\xe0")
+    folder.mkdir()
+    shutil.copy(clips / "a/clip.0.wav", folder / os.fsdecode(b"\xe9t\xe9.wav"))
+    (folder / os.fsdecode(b"\xe8.wav")).write_bytes(b"no audio")
+    (tmp_path / "a.json").write_text(r'{"caption": "hi \ud83d", "\ud83d": ["\\\ud83d"]}')
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        tar.add(clips / "a/clip.0.wav", "a.wav")
+        tar.add(tmp_path / "a.json", "a.json")
+    card = made(folder, tmp_path / "codes", replace(options, format=format))
+    assert (card.complete, card.sources.named) == (True, [str(tmp_path / r"\udce0")])
+    records = {record.key: record.metadata for record in read(tmp_path / "codes")}
+    assert records.keys() == {"a", r"\udce9t\udce9"}
+    assert records["a"]["caption"] == r"hi \ud83d"
+    assert records["a"][r"\ud83d"] == ["\\" + r"\ud83d"]
+    [failure] = (tmp_path / "codes/failures.jsonl").read_text().splitlines()
+    assert json.loads(failure)["key"] == r"\udce8"
+    assert "not an audio file that can be read (F" in failure
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_failed_is_tried_again_alone(clips, options, tmp_path, format):
     options = replace(options, format=format)
     made(clips, tmp_path / "whole", options)

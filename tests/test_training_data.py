@@ -1,6 +1,7 @@
 """Training data: what is drawn, that it can be drawn again, and bad files."""
 
 import json
+import os
 import subprocess
 from collections import Counter
 from dataclasses import replace
@@ -153,6 +154,13 @@ def test_unreadable_files_are_skipped_counted_and_listed(library):
         assert batch["audio"].isfinite().all()
         seen |= batch["unreadable"]
     assert seen == {str(library / "speech" / "bad.wav"): "samples that are not finite"}
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xe9.wav")
+    write_tone(tmp_path / "a.wav")
+    (tmp_path / "a.wav").rename(path)
+    assert read_excerpt(str(path), 800, RATE, np.random.default_rng(0)).any()
 
 
 def test_nothing_to_train_on_is_one_line(tmp_path):

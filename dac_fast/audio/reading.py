@@ -205,11 +205,13 @@ def _header(path: str) -> tuple[int, int, int]:
 def _open(path: str) -> "soundfile.SoundFile":
     import soundfile
 
+    # Of a name that is not UTF-8, soundfile takes the bytes alone.
+    name = os.fsencode(path)
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(name)
     # TypeError: soundfile takes a ".raw" suffix for headerless samples, whatever the file holds.
     except (soundfile.SoundFileError, TypeError) as error:
-        reason = str(error).removeprefix(f"Error opening {path!r}: ").rstrip(".")
+        reason = str(error).removeprefix(f"Error opening {name!r}: ").rstrip(".")
         raise AudioError(f"{path}: not an audio file that can be read ({reason})") from error
     # By some suffixes (.au, .vox) libsndfile takes any bytes for samples without a header.
     if file.format == "RAW":

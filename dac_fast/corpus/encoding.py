@@ -20,7 +20,7 @@ from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording
 from dac_fast.codec import DAC, load
 from dac_fast.corpus.shards import Codes, Record
-from dac_fast.corpus.sources import Item, Metadata, opened
+from dac_fast.corpus.sources import Item, Metadata, encodable, opened
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window, reach, sample_windows
 
@@ -102,7 +102,7 @@ class Reading:
     def reason(self, error: Exception) -> str:
         """Why the recording has no record, in a line that names no place of this machine."""
         line = " ".join(str(error).split()) or type(error).__name__
-        return line.removeprefix(f"{self._path}: ").replace(self._path, self.item.key)
+        return encodable(line.removeprefix(f"{self._path}: ").replace(self._path, self.item.key))
 
 
 def chunk_frames(codec: DAC) -> int:

@@ -88,7 +88,8 @@ def _shards(items: Iterable[Item], shard_seconds: float) -> Iterator[Shard]:
 
 def save(path: Path, shards: Iterable[Shard]) -> None:
     """Writes a plan. Raises OutputError as `write_bytes` does."""
-    lines = (json.dumps(asdict(shard), ensure_ascii=False) + "\n" for shard in shards)
+    # In ASCII, since paths may have bytes that are not UTF-8.
+    lines = (json.dumps(asdict(shard)) + "\n" for shard in shards)
     write_bytes(path, "".join(lines).encode())
 
 

@@ -11,13 +11,14 @@ import decimal
 import hashlib
 import io
 import json
+import re
 import tarfile
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import fsspec
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Values of a JSON object.
 Metadata: TypeAlias = dict[str, Any]
+Value = TypeVar("Value", str, list[str], Metadata)
 
 KINDS = (".tar", ".parquet", *AUDIO_SUFFIXES)
 # Columns and manifest entries that say how long a recording is, in seconds.
@@ -38,6 +40,8 @@ SECONDS = ("seconds", "duration")
 # Rows of a Parquet file whose audio is held at once to look at its headers.
 ROWS = 16
 COPY_BYTES = 8 << 20
+# Bytes of a file's name that are not UTF-8 come as such, and JSON may have them in any text.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_pyarrow() -> None:
@@ -120,10 +124,24 @@ def items_of(file: Found, audio_column: str = "audio") -> list[Item]:
     Raises:
         SourceError: a Parquet file has no such column.
     """
+    return [
+        replace(item, key=encodable(item.key), metadata=encodable(item.metadata))
+        for item in _items_of(file, audio_column)
+    ]
+
+
+def encodable(value: Value) -> Value:
+    r"""A JSON value with `\udce9` spelled out for each lone surrogate, which UTF-8 has not."""
+    text = json.dumps(value, ensure_ascii=False)
+    found: Value = json.loads(_SURROGATE.sub(lambda match: rf"\\u{ord(match[0]):x}", text))
+    return found
+
+
+def _items_of(file: Found, audio_column: str) -> Iterable[Item]:
     if file.suffix == ".tar":
-        return list(_items_of_tar(file))
+        return _items_of_tar(file)
     if file.suffix == ".parquet":
-        return list(_items_of_parquet(file, audio_column))
+        return _items_of_parquet(file, audio_column)
     entry = dict(file.entry)
     key = str(entry.pop("key", "")) or _key(file.name)
     seconds, channels = _known_seconds(entry), 1

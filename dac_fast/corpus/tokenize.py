@@ -17,7 +17,14 @@ from dac_fast.corpus.folder import Card, Folder, Model, Settings, Sources, Work
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import SUFFIXES
-from dac_fast.corpus.sources import Found, absolute, digest, files_of, require_pyarrow
+from dac_fast.corpus.sources import (
+    Found,
+    absolute,
+    digest,
+    encodable,
+    files_of,
+    require_pyarrow,
+)
 from dac_fast.files import OutputError
 from dac_fast.processors import processors
 from dac_fast.recordings.checks import check_options
@@ -164,7 +171,7 @@ def tokenize(
         Path(output).absolute(),
         model,
         settings,
-        Sources(named, len(files), digest(files)),
+        Sources(encodable(named), len(files), digest(files)),
         lambda: _planned(files, options),
     )
     work = Work(folder, options.share, options.budget_hours * 3600, options.retry_failures)

@@ -7,6 +7,7 @@ take consecutive parts of each batch. The number of workers changes nothing.
 
 import functools
 import math
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -197,7 +198,7 @@ def read_excerpt(
             second = start(frames, rate) / rate
             block = next(ffmpeg.blocks(path, wanted(rate), width, rate, second), np.empty(0))
         else:
-            with soundfile.SoundFile(path) as file:
+            with soundfile.SoundFile(os.fsencode(path)) as file:
                 rate = file.samplerate
                 file.seek(start(file.frames, rate))
                 block = file.read(wanted(rate), dtype="float32", always_2d=True)
