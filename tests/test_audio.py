@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import piped
 import pytest
 
 from dac_fast import audio
@@ -152,6 +153,21 @@ def test_wav_from_a_pipe_is_read(tmp_path):
     where = data.index(b"data") + 4
     path.write_bytes(data[:4] + b"\xff" * 4 + data[8:where] + b"\xff" * 4 + data[where + 4 :])
     assert audio.read(path)[0].shape == (1, 1000)
+
+
+def test_flac_from_a_pipe_is_read(tmp_path):
+    path, x = tmp_path / "a.flac", noise(2, 20000)
+    whole = piped.flac(x, 8000)
+    path.write_bytes(whole)
+    recording = Recording(path)
+    assert recording.frames == 0
+    for _ in range(2):
+        y = np.concatenate(list(recording.blocks(seconds=0.3)), axis=1)
+        assert recording.frames == 20000
+        assert np.abs(x - y).max() <= 2**-15
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AudioError, match="damaged or cut short beyond"):
+        audio.read(path)
 
 
 def test_bad_sources(tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import piped
 import pytest
 import soundfile
 import torch
@@ -625,6 +626,13 @@ def test_lengths_of_members_are_read_from_their_headers(clips, tmp_path):
     assert {item.key: item.seconds for item in items_of(found)} == {
         key: item.seconds for key, item in items.items()
     }
+
+
+def test_a_length_that_is_not_known_plans_for_nothing(options, tmp_path):
+    audio, rate = noise(0.5)
+    (tmp_path / "pipe.flac").write_bytes(piped.flac(audio.T, rate))
+    card = made(tmp_path / "pipe.flac", tmp_path / "codes", options)
+    assert (card.items, card.hours * 3600) == (1, 0.5)
 
 
 def test_windows_do_not_hold_a_long_recording(model, tmp_path):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import piped
 import pytest
 import soundfile
 import torch
@@ -271,6 +272,7 @@ def test_mutated_dac_files_are_refused_or_decoded(served, codec):
     ("path", "body", "detail"),
     [
         ("/v1/encode", wav(noise(62.0)), "62.0 s of audio; accepted: up to 60 s"),
+        ("/v1/encode", piped.flac(noise(62.0), 8000), "62.0 s of audio; accepted: up to 60 s"),
         ("/v1/encode", wav(noise(0.1, 3)), "3 channels; accepted: up to 2"),
         ("/v1/decode", json.dumps([[[0] * 70000]]), "70.0 s of audio; accepted: up to 60 s"),
         ("/v1/decode", json.dumps([[[0]]] * 3), "3 channels; accepted: up to 2"),

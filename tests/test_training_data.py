@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import piped
 import pytest
 import torch
 
@@ -140,10 +141,12 @@ def test_phase_shift():
 def test_unreadable_files_are_skipped_counted_and_listed(library):
     (library / "music" / "noise.mp3").write_bytes(b"no audio at all")
     (library / "music" / "empty.wav").touch()
+    (library / "music" / "pipe.flac").write_bytes(piped.flac(np.full((1, RATE), 0.1), RATE))
     (library / "music" / "notes.txt").write_text("no audio file by its name")
     files, unreadable = find_files(library, RATE)
     assert len(files) == 12
-    assert {path.rpartition("/")[2] for path in unreadable} == {"noise.mp3", "empty.wav"}
+    names = {path.rpartition("/")[2] for path in unreadable}
+    assert names == {"noise.mp3", "empty.wav", "pipe.flac"}
     # One whose header is good and whose samples are not turns up when it is drawn.
     soundfile.write(
         library / "speech" / "bad.wav", np.full(2 * RATE, np.nan), RATE, subtype="FLOAT"

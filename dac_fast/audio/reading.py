@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SAMPLE_RATES = range(100, 1_000_001)
 # As many as libsndfile reads.
 MAX_CHANNELS = 1024
+# What libsndfile counts where a file does not say, as FLAC that was written into a pipe.
+UNKNOWN_FRAMES = 2**63 - 1
 # Samples of a block, of all channels.
 BLOCK_SAMPLES = 1 << 20
 
@@ -62,7 +64,7 @@ class Recording:
         name: the path as given, or "array".
         channels, sample_rate: as the source has them.
         frames: samples per channel, as the file declares them; an estimate for some MP3 files and
-            for those that ffmpeg reads.
+            for those that ffmpeg reads; 0 where a FLAC file does not say.
 
     Raises:
         AudioError: no such file, not audio, cut short, no samples, or a rate or shape out of range.
@@ -90,6 +92,8 @@ class Recording:
             )
         if self.frames == 0:
             raise AudioError(f"{self.name}: holds no samples")
+        if self.frames == UNKNOWN_FRAMES:
+            self.frames = 0
 
     def blocks(self, sample_rate: int | None = None, seconds: float = 5.0) -> Iterator[Samples]:
         """The audio from its beginning, in blocks [C, n] of at most `seconds`, n at least 1.
@@ -139,6 +143,9 @@ class Recording:
         import soundfile
 
         with _open(self.name) as file:
+            if file.frames == UNKNOWN_FRAMES:
+                # soundfile seeks after each read of a seekable file, and libsndfile cannot here.
+                file.seekable = lambda: False
             read = 0
             while True:
                 try:

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import fsspec
 
-from dac_fast.audio.reading import AUDIO_SUFFIXES, AudioError
+from dac_fast.audio.reading import AUDIO_SUFFIXES, UNKNOWN_FRAMES, AudioError
 from dac_fast.audio.sources import MANIFEST
 from dac_fast.files import files_below
 
@@ -286,7 +286,8 @@ def _header(file: IO[bytes] | io.RawIOBase) -> tuple[float, int]:
 
     try:
         with soundfile.SoundFile(file) as audio:
-            return float(audio.frames / audio.samplerate), int(audio.channels)
+            frames = 0 if audio.frames == UNKNOWN_FRAMES else audio.frames
+            return float(frames / audio.samplerate), int(audio.channels)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError):
         return 0.0, 1
 

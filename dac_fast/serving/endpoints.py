@@ -176,7 +176,14 @@ async def _uploaded(request: Request) -> AsyncIterator[IO[bytes]]:
 
 def _check_recording(path: str, service: Service, most_seconds: float) -> None:
     recording = Recording(path)
-    _check_size(recording.frames / recording.sample_rate, recording.channels, service, most_seconds)
+    seconds = recording.frames / recording.sample_rate
+    if not recording.frames:
+        # The file does not say, so it is read as far as is accepted.
+        for block in recording.blocks():
+            seconds += block.shape[1] / recording.sample_rate
+            if seconds > most_seconds + 1:
+                break
+    _check_size(seconds, recording.channels, service, most_seconds)
 
 
 def _check_file(file: DACFile, service: Service) -> None:

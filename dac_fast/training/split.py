@@ -144,6 +144,8 @@ def _probed(file: AudioFile) -> tuple[AudioFile, str]:
         recording = Recording(file.path)
     except (AudioError, OSError) as error:
         return file, str(error).removeprefix(f"{file.path}: ")
+    if not recording.frames:
+        return file, "its header does not say how long it is"
     rate = recording.sample_rate
     return replace(file, seconds=recording.frames / rate, rate=rate), ""
 
