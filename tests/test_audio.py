@@ -151,8 +151,18 @@ def test_wav_from_a_pipe_is_read(tmp_path):
     audio.write(path, noise(1, 1000), 44100)
     data = path.read_bytes()
     where = data.index(b"data") + 4
-    path.write_bytes(data[:4] + b"\xff" * 4 + data[8:where] + b"\xff" * 4 + data[where + 4 :])
-    assert audio.read(path)[0].shape == (1, 1000)
+
+    def claim(length):
+        size = length.to_bytes(4, "little")
+        path.write_bytes(data[:4] + size + data[8:where] + size + data[where + 4 :])
+
+    for length in (0x7FFFF000, 0x80000000, 0xFFFFFFDB, 0xFFFFFFFF):
+        claim(length)
+        assert audio.read(path)[0].shape == (1, 1000)
+    for length in (0x7FFEFFFF, 0x90000000, 0xFFFE0000):
+        claim(length)
+        with pytest.raises(AudioError, match=f"cut short: 2000 of {length} bytes of audio"):
+            audio.read(path)
 
 
 def test_flac_from_a_pipe_is_read(tmp_path):

@@ -240,8 +240,10 @@ def _require_whole_wav(path: str) -> None:
             length = int.from_bytes(header[4:], "little")
             if header[:4] == b"data":
                 there = size - file.tell()
-                # Writers into a pipe cannot know the length: they leave (nearly) all ones there.
-                if there < length < 0x7FFF0000:
+                # Writers into a pipe cannot know the length: they leave about the largest signed
+                # or unsigned number there.
+                unknown = 0x7FFF0000 <= length <= 0x80000000 or length >= 0xFFFF0000
+                if there < length and not unknown:
                     raise AudioError(
                         f"{path}: cut short: {there} of {length} bytes of audio are there"
                     )
