@@ -145,6 +145,15 @@ def test_reconstruct_at_several_bitrates(dac_fast_cli, folder, tmp_path):
     (target / "a.wav").unlink()
     code, _, err = dac_fast_cli(*arguments)
     assert (code, "a.1_codebooks.wav exists" in err) == (1, True)
+    (target / "a.html").unlink()
+    (target / "a.1_codebooks.wav").write_bytes(b"kept")
+    code, out, _ = dac_fast_cli(*arguments, "--existing", "skip")
+    assert (code, "reconstructed 1 of 1" in out) == (0, True)
+    assert (target / "a.html").read_text() == page
+    assert read(target / "a.wav")[0].shape == (1, 20000)
+    assert (target / "a.1_codebooks.wav").read_bytes() == b"kept"
+    code, out, _ = dac_fast_cli(*arguments, "--existing", "skip")
+    assert (code, "reconstructed 0 of 1, 1 skipped" in out) == (0, True)
     code, _, err = dac_fast_cli("reconstruct", folder / "a.wav", "-o", target, "--codebooks", "1;3")
     assert (code, err.count("\n")) == (1, 1)
     assert "--codebooks is '1;3'; accepted: whole numbers with commas" in err

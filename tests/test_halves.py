@@ -133,6 +133,12 @@ def test_programs_of_a_half(dac_fast_cli, checkpoint, tmp_path):
     half = ("--model", checkpoint, "--parts", "encoder", "--format", "pt2")
     assert dac_fast_cli("export", tmp_path, *half)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt2"]
+    (tmp_path / "encoder.pt2").write_bytes(b"kept")
+    rest = ("--model", checkpoint, "--format", "pt2", "--existing", "skip")
+    code, out, _ = dac_fast_cli("export", tmp_path, *rest)
+    assert (code, out) == (0, f"wrote {tmp_path}/decoder.pt2\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.pt2", "encoder.pt2"]
+    assert (tmp_path / "encoder.pt2").read_bytes() == b"kept"
 
 
 def test_the_commands_load_what_they_need(dac_fast_cli, whole, checkpoint, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.jobs import Existing, to_write
 from dac_fast.cli.options import (
     Device,
     Model,
@@ -74,7 +74,9 @@ def evaluate(
         raise ValueError("--listen with --restored; accepted: with a model")
     picture = output / "rate_distortion.png"
     tables = (output / name for name in ("files.csv", "summary.csv", "evaluation.json"))
-    if not may_write(existing, *tables, picture, *([listen] if listen else [])):
+    targets = (*tables, picture, *([listen] if listen else []))
+    # They are of one evaluation: where one is kept, no other is written beside it.
+    if len(to_write(existing, *targets)) < len(targets):
         return
     make_folder(output)
     say_left_out([data, *([restored] if restored else [])])

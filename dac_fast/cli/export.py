@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from dac_fast import DAC, inference, load
-from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.jobs import Existing, to_write
 from dac_fast.cli.options import Codebooks, Model, Parts, Program, ProgramPrecision, WhenExisting
 from dac_fast.cli.terminal import out
 from dac_fast.cli.weights import fetch_if_published
@@ -81,21 +81,25 @@ def export(
     paths = {part: folder / f"{part}{suffix}" for part in ([parts.value] if parts else PARTS)}
     index = folder / "index.html"
     runtime = runtime_of(page, format) if page else {}
-    if not may_write(existing, *paths.values(), *([index] if page else [])):
+    wanted = to_write(existing, *paths.values(), *([index] if page else []))
+    if not wanted:
         return
     make_folder(folder)
     fetch_if_published(model)
     codec = load(model, parts=parts and parts.value)
     if page and (codec.config.continuous or codec.config.channels > 1):
         raise ValueError(f"--page with {model}; accepted: mono models with codebooks")
-    written = {}
+    there = {}
     for part, path in paths.items():
-        written[path] = modules[part](codec, n_quantizers, precision.value)
-        write(written[path], path)
-    out.print(f"wrote {' and '.join(map(str, written))}")
-    if page:
-        html = browser(described(codec, written))
-        write_folder(folder, {index.name: html.encode(), **runtime})
+        there[path] = modules[part](codec, n_quantizers, precision.value)
+        if path in wanted:
+            write(there[path], path)
+    if written := [str(path) for path in there if path in wanted]:
+        out.print(f"wrote {' and '.join(written)}")
+    if index in wanted:
+        html = browser(described(codec, there))
+        # The page comes last: it is there only if what it needs is.
+        write_folder(folder, {**runtime, index.name: html.encode()})
         out.print(f"wrote {index}; python -m http.server -d {folder} shows it")
 
 

@@ -27,16 +27,17 @@ class Existing(str, Enum):
     overwrite = "overwrite"
 
 
-def may_write(existing: Existing, *targets: Path) -> bool:
-    """Whether to go on, and write the targets.
+def to_write(existing: Existing, *targets: Path) -> list[Path]:
+    """The targets that are to be written: all, or those that are missing where others are skipped.
 
     Raises:
         FileExistsError: one is there, and that is an error.
     """
-    found = next((target for target in targets if target.exists()), None)
+    found = [target for target in targets if target.exists()]
     if found and existing is Existing.error:
-        raise FileExistsError(f"{found} exists; --existing overwrite replaces it")
-    return not found or existing is Existing.overwrite
+        raise FileExistsError(f"{found[0]} exists; --existing overwrite replaces it")
+    kept = found if existing is Existing.skip else []
+    return [target for target in targets if target not in kept]
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _prepare(job: Job, existing: Existing, difference: Callable[[Path], str]) ->
     """Whether the job is to be done; then its output's folder is there."""
     if job.problem:
         raise ValueError(job.problem)
-    if may_write(existing, job.target, *job.extra):
+    if to_write(existing, job.target, *job.extra):
         make_folder(job.target.parent)
         return True
     if job.target.exists() and (other := difference(job.target)):

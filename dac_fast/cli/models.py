@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dac_fast import load
-from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.jobs import Existing, to_write
 from dac_fast.cli.options import WhenExisting
 from dac_fast.cli.terminal import out
 from dac_fast.cli.weights import fetch, fetch_if_published
@@ -26,7 +26,7 @@ def convert(
     """Convert a checkpoint to another format."""
     if fold and target.suffix != ".safetensors":
         raise ValueError(f"--fold with {target}; accepted: with a target that ends in .safetensors")
-    if not may_write(existing, target):
+    if not to_write(existing, target):
         return
     make_folder(target.parent)
     fetch_if_published(source)

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from dac_fast import plots
 from dac_fast.audio import writing
 from dac_fast.audio.reading import KNOWN_SUFFIXES, read, readable_suffixes
-from dac_fast.cli.jobs import Advance, Existing, Job, Kind, one_by_one, plan, run
+from dac_fast.cli.jobs import Advance, Existing, Job, Kind, one_by_one, plan, run, to_write
 from dac_fast.cli.options import (
     Device,
     Inputs,
@@ -85,17 +85,19 @@ def reconstruct(
     table = Table(Column("file", overflow="fold"), *COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
 
     def work(job: Job, advance: Advance) -> float:
+        wanted = to_write(existing, job.target, *job.extra)
         audio, rate = read(job.source)
         clip = compared(codec, job.source.name, audio, rate, counts)
         replace = existing is Existing.overwrite
         for version in clip.versions:
             beside = fewer.get(version.codebooks)
             target = job.target.with_suffix(beside) if beside else job.target
-            writing.write(target, version.audio, rate, replace=replace)
-        if plot:
-            plots.spectrograms(job.target.with_suffix(".png"), _pictures(clip), rate)
-        if listen:
-            write_page(job.target.with_suffix(".html"), codec, [clip])
+            if target in wanted:
+                writing.write(target, version.audio, rate, replace=replace)
+        if (picture := job.target.with_suffix(".png")) in wanted:
+            plots.spectrograms(picture, _pictures(clip), rate)
+        if (page := job.target.with_suffix(".html")) in wanted:
+            write_page(page, codec, [clip])
         for row in _rows(clip):
             table.add_row(*row)
         seconds: float = audio.shape[1] / rate

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from dac_fast import plots, training
-from dac_fast.cli.jobs import Existing, may_write
+from dac_fast.cli.jobs import Existing, to_write
 from dac_fast.cli.options import WhenExisting
 from dac_fast.cli.terminal import err, out
 from dac_fast.config import Config
@@ -63,6 +63,6 @@ def curves(
     existing: WhenExisting = Existing.error,
 ) -> None:
     """Draw the training and validation curves of runs, to compare them."""
-    if may_write(existing, output):
+    if to_write(existing, output):
         plots.training_curves(output, runs)
         out.print(f"wrote {output}")
