@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ import dac_fast
 from dac_fast.cli.commands import app
 from dac_fast.corpus import DatasetError, on_ray, read, shards
 from dac_fast.corpus.encoding import Encoder, Reading
+from dac_fast.corpus.folder import Folder, Work
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.sources import Item, SourceError, files_of, items_of
 from dac_fast.corpus.tokenize import Options, forecast, tokenize
@@ -415,6 +417,21 @@ def test_two_at_once_share_the_work(clips, model, options, tmp_path):
         assert code == 0, err
         assert "complete; 7 recordings" in out
     assert contents(tmp_path / "codes") == contents(tmp_path / "whole")
+
+
+def test_one_that_waits_for_others_can_be_stopped(clips, options, tmp_path):
+    made(clips, tmp_path / "codes", options)
+    next((tmp_path / "codes").glob("shard-*")).unlink()
+    folder, stopped = Folder(tmp_path / "codes"), threading.Event()
+    folder.locks.take = lambda number: False
+    work = Work(folder)
+    waiting = threading.Thread(target=work.claim, args=(1, stopped), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    stopped.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_shares_and_budgets_come_to_the_whole(clips, options, tmp_path):

@@ -278,8 +278,8 @@ class Work:
             yield self._shard(number)
             left -= self.folder.plan.seconds[number]
 
-    def claim(self, most: int = 1) -> list[Shard]:
-        """Up to so many shards; none when all that was to do is done.
+    def claim(self, most: int = 1, stopped: threading.Event | None = None) -> list[Shard]:
+        """Up to so many shards; none when all that was to do is done, or once it is stopped.
 
         Waits for what other processes are making: where one dies, its shard is handed out here.
         """
@@ -290,6 +290,8 @@ class Work:
                     if claimed:
                         break
                     time.sleep(POLL_SECONDS)
+                    if stopped is not None and stopped.is_set():
+                        break
                     self._numbers, self._busy = deque(self._busy), []
                 number = self._numbers.popleft()
                 if not self._retry and self.folder.is_there(number):

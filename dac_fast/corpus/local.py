@@ -71,7 +71,7 @@ class _Worker:
     # Sums over a window would depend on how many threads share it.
     @native.torch_on_one_thread(1)
     def run(self) -> None:
-        while not self.stopped.is_set() and (claimed := self.work.claim()):
+        while not self.stopped.is_set() and (claimed := self.work.claim(stopped=self.stopped)):
             [shard] = claimed
             outcomes = []
             for outcome in self._outcomes(shard):
