@@ -259,6 +259,52 @@ def test_names_and_texts_that_are_not_utf_8_stop_nothing(clips, options, tmp_pat
     assert "not an audio file that can be read (F" in failure
 
 
+def test_what_a_source_says_of_one_recording_ends_nothing(clips, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [
+        {"file": str(clips / "a/clip.0.wav"), "seconds": value, "key": str(value)[:9]}
+        for value in (10**400, float("inf"), float("nan"))
+    ]
+    lines.append({"file": "a\0.wav"})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = files_of([str(tmp_path / "m.jsonl")])
+    assert [item.seconds for file in found for item in items_of(file)] == [0.4, 0.4, 0.4, 0]
+    for number, text in enumerate(("[" * 200_000, '{"a":' * 300 + "1" + "}" * 300, "[1]")):
+        (tmp_path / f"{number}.json").write_text(text)
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for number in range(3):
+            tar.add(clips / "a/clip.0.wav", f"{number}.wav")
+            tar.add(tmp_path / f"{number}.json", f"{number}.json")
+    problems = [item.problem for item in items_of(*files_of([str(tmp_path / "c.tar")]))]
+    assert problems == ["its .json is damaged"] * 3
+    text = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"audio": [b""], "text": text}), tmp_path / "p.parquet")
+    [item] = items_of(*files_of([str(tmp_path / "p.parquet")]))
+    assert item.problem.startswith("a damaged Parquet file ('utf-8' codec can't decode")
+
+
+def test_what_a_file_of_codes_cannot_hold_is_one_failure(clips, options, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    shutil.copy(clips / "a/clip.0.wav", folder / "good.wav")
+    audio, rate = noise(0.5)
+    soundfile.write(folder / "loud.wav", audio * 1e13, rate, subtype="FLOAT")
+    card = made(folder, tmp_path / "codes", replace(options, codes="dac"))
+    assert (card.items, card.failures) == (1, 1)
+    [failure] = map(json.loads, (tmp_path / "codes/failures.jsonl").read_text().splitlines())
+    assert failure["key"] == "loud"
+    assert failure["reason"].startswith("input_db is 2")
+
+    # Likewise where rows of a stream are put together.
+    assembly = on_ray._Assembly(Folder(tmp_path / "codes").plan.shard(0), card)
+    facts = {"channels": 1, "rate": RATE, "samples": 800, "loudness": 236.0, "gains": [1.0]}
+    assembly.add(0, 0, "", np.zeros((3, 100), np.uint16).tobytes())
+    assembly.add(0, 1, json.dumps({"facts": facts}), b"")
+    assert assembly.outcomes[0].reason.startswith("input_db is 236.0")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_failed_is_tried_again_alone(clips, options, tmp_path, format):
     options = replace(options, format=format)
@@ -287,10 +333,18 @@ def seconds_of(path):
 
 def test_what_sources_say_is_carried_along(clips, options, tmp_path):
     lines = [
-        {"file": "a/clip.0.wav", "key": "x", "speaker": "s1", "duration": 9, "level": 1},
+        {
+            "file": "a/clip.0.wav",
+            "key": "x",
+            "speaker": "s1",
+            "duration": 9,
+            "level": 1,
+            "number": 2**60 + 1,
+        },
         {
             "file": "b/clip.1.wav",
             "level": 0.5,
+            "number": 0.5,
             "tags": ["a", 2],
             "model": "theirs",
             "key": "/../b.%",
@@ -310,6 +364,7 @@ def test_what_sources_say_is_carried_along(clips, options, tmp_path):
             "theirs",
         )
         assert "speaker" not in second
+        assert (first["number"], second["number"]) == (2**60 + 1, 0.5)
     with tarfile.open(tmp_path / "webdataset/shard-000000.tar") as tar:
         assert tar.getnames()[0] == "%2F/%2E%2E/b%2E%25.npy"
 
@@ -485,9 +540,10 @@ def test_bad_input_is_one_clear_line(clips, options, tmp_path):
         made(source, tmp_path / "column", replace(options, audio_column="sound"))
     with pytest.raises(SourceError, match="two recordings have the key 'silent'"):
         tokenize([str(clips), str(clips / "silent.flac")], tmp_path / "clash", options, Meter())
-    (tmp_path / "m.jsonl").write_text('{"name": "x.wav"}')
-    with pytest.raises(SourceError, match='line 1 .* accepted: a JSON object with at least "file"'):
-        made(tmp_path / "m.jsonl", tmp_path / "codes", options)
+    for line in ('{"name": "x.wav"}', '{"file": ".."}', '{"file": ' + "[" * 200_000):
+        (tmp_path / "m.jsonl").write_text(line)
+        with pytest.raises(SourceError, match='line 1 .* a JSON object with at least "file"'):
+            made(tmp_path / "m.jsonl", tmp_path / "codes", options)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot make this folder|it is a file"):
         made(clips, tmp_path / "file/codes", options)

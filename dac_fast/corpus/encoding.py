@@ -9,7 +9,7 @@ once and with the number of threads that share it, so a window's shape is decide
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording
 from dac_fast.codec import DAC, load
-from dac_fast.corpus.shards import Codes, Record
+from dac_fast.corpus.shards import Codes, Layout, Record, dac_file
 from dac_fast.corpus.sources import Item, Metadata, encodable, opened
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window, reach, sample_windows
@@ -111,7 +111,7 @@ def chunk_frames(codec: DAC) -> int:
 
 
 def record_of(
-    item: Item, facts: Facts, parts: Sequence[Codes], model: str, fields: Iterable[str]
+    item: Item, facts: Facts, parts: Sequence[Codes], model: str, layout: Layout
 ) -> Record:
     """The record of a recording.
 
@@ -120,7 +120,9 @@ def record_of(
         facts: of it.
         parts: codes [N, f] of all its windows, in order.
         model: the model's name.
-        fields: names of what sources say of recordings.
+        layout: of the dataset.
+    Raises:
+        DACFileError: it is to be a `.dac` file, which has no room for a value of it.
     """
     channels = [np.concatenate(parts[c :: facts.channels], axis=1) for c in range(facts.channels)]
     codes = np.stack(channels)
@@ -131,8 +133,11 @@ def record_of(
         "model": model,
     }
     said = named_fields(item.metadata)
-    metadata |= {name: said[name] for name in fields if said.get(name) is not None}
-    return Record(item.key, codes, metadata)
+    metadata |= {name: said[name] for name in layout.fields if said.get(name) is not None}
+    record = Record(item.key, codes, metadata)
+    if layout.codes == "dac":
+        dac_file(record, layout)
+    return record
 
 
 def named_fields(metadata: Metadata) -> Metadata:

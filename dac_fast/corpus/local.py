@@ -129,5 +129,5 @@ class _Job:
         codes = [output[0].numpy().astype("uint16") for output in outputs]
         # Reading has ended with the last window.
         assert self.reading.facts is not None
-        name, fields = self.card.model.name, self.card.fields
-        return record_of(self.reading.item, self.reading.facts, codes, name, fields)
+        name, layout = self.card.model.name, self.card.layout
+        return record_of(self.reading.item, self.reading.facts, codes, name, layout)

@@ -34,6 +34,7 @@ from dac_fast.corpus.sources import Item
 from dac_fast.processors import processors
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window
+from dac_fast.storage.dac2 import DACFileError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -415,7 +416,10 @@ class _Assembly:
         if isinstance(facts, str):
             return Failure(item.key, facts)
         parts = [self._parts[number][part] for part in range(count)]
-        return record_of(item, facts, parts, self.card.model.name, self.card.fields)
+        try:
+            return record_of(item, facts, parts, self.card.model.name, self.card.layout)
+        except DACFileError as error:
+            return Failure(item.key, str(error))
 
     def counts(self) -> tuple[int, int]:
         """Records and failures."""

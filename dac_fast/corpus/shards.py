@@ -119,16 +119,23 @@ def read(path: Path, layout: Layout) -> Iterator[Record]:
 
 def field_type(kinds: set[str]) -> str:
     """The type of a field that has values of these kinds, see `kind_of`."""
-    if kinds == {"int64", "double"}:
+    if kinds == {"int", "double"}:
         return "double"
+    if kinds <= {"int", "int64"}:
+        return "int64"
     return kinds.pop() if len(kinds) == 1 else "json"
 
 
 def kind_of(value: object) -> str:
-    """The type that a value, not None, has by itself, see `Layout.fields`."""
+    """The type that a value, not None, has by itself, see `Layout.fields`.
+
+    "int" is an int64 that a double can hold, too.
+    """
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
+        if abs(value) <= 2**53:
+            return "int"
         return "int64" if -(2**63) <= value < 2**63 else "json"
     return {float: "double", str: "string"}.get(type(value), "json")
 
@@ -138,7 +145,7 @@ def _write_tar(path: Path, records: Sequence[Record], layout: Layout) -> None:
         for record in records:
             name = _member(record.key)
             if layout.codes == "dac":
-                _add(tar, f"{name}.dac", _dac_file(record, layout).to_bytes())
+                _add(tar, f"{name}.dac", dac_file(record, layout).to_bytes())
             else:
                 _add(tar, f"{name}.npy", _npy(record.codes))
             content = {"key": record.key, **record.metadata}
@@ -165,7 +172,8 @@ def _npy(codes: Codes) -> bytes:
     return buffer.getvalue()
 
 
-def _dac_file(record: Record, layout: Layout) -> DACFile:
+def dac_file(record: Record, layout: Layout) -> DACFile:
+    """A record as the file of its own that it is in a tar with codes "dac"."""
     metadata = record.metadata
     return DACFile(
         codes=torch.from_numpy(record.codes.astype(np.int64)),

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 import fsspec
 
 from dac_fast.audio.reading import AUDIO_SUFFIXES, UNKNOWN_FRAMES, AudioError
-from dac_fast.audio.sources import MANIFEST
+from dac_fast.audio.sources import MANIFEST, UNFIT
 from dac_fast.files import files_below
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ Value = TypeVar("Value", str, list[str], Metadata)
 KINDS = (".tar", ".parquet", *AUDIO_SUFFIXES)
 # Columns and manifest entries that say how long a recording is, in seconds.
 SECONDS = ("seconds", "duration")
+# Three decades: what is longer is no length.
+MOST_SECONDS = 1e9
+# Levels of lists and objects in what sources say.
+MOST_LEVELS = 100
 # Rows of a Parquet file whose audio is held at once to look at its headers.
 ROWS = 16
 COPY_BYTES = 8 << 20
@@ -245,21 +249,35 @@ def _manifest_files(source: str, content: bytes, folder: str) -> Iterator[Found]
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = _parsed(line)
             name = entry.pop("file")
             outside = name.startswith("/") or "://" in name
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            parts = PurePosixPath(name.split("://")[-1]).parts
+            inside = "/".join(part for part in parts if part not in ("/", ".."))
+            _key(inside)
+        except UNFIT as error:
             accepted = 'a JSON object with at least "file"'
             raise SourceError(
                 f"{source}: line {number} is {line.strip()[:80]!r}; accepted: {accepted}"
             ) from error
-        path = name if outside else f"{folder}/{name}"
-        parts = PurePosixPath(name.split("://")[-1]).parts
-        yield Found(path, "/".join(part for part in parts if part not in ("/", "..")), entry)
+        yield Found(name if outside else f"{folder}/{name}", inside, entry)
+
+
+def _parsed(text: str) -> Any:
+    """JSON; raises one of `UNFIT` where it is none, or too deep to be copied and written again."""
+    value = json.loads(text)
+    if _levels(value) > MOST_LEVELS:
+        raise ValueError
+    return value
+
+
+def _levels(value: Any) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, parts), default=0)
 
 
 def _key(name: str) -> str:
-    """A file's name within its source, without its suffix."""
+    """A file's name within its source, without its suffix; raises ValueError where it has none."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
@@ -267,7 +285,9 @@ def _known_seconds(metadata: Metadata) -> float | None:
     """The length that the source itself tells; None where it does not."""
     for name in SECONDS:
         value = metadata.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if 0 <= value <= MOST_SECONDS:
             return float(value)
     return None
 
@@ -276,7 +296,8 @@ def _header_of_file(path: str) -> tuple[float, int]:
     try:
         with _open(path) as file:
             return _header(file)
-    except OSError:
+    # ValueError: a name with a null byte, or a protocol that there is not.
+    except (OSError, ValueError):
         return 0.0, 1
 
 
@@ -344,9 +365,9 @@ def _items_of_tar(file: Found) -> Iterator[Item]:
                     data = _Part(content, member.offset_data, member.size).read()
                     try:
                         text = data.decode()
-                        found = json.loads(text) if name.suffix == ".json" else {"text": text}
+                        found = _parsed(text) if name.suffix == ".json" else {"text": text}
                         metadata.setdefault(_sample(member.name), {}).update(found)
-                    except (ValueError, TypeError):
+                    except UNFIT:
                         problems[_sample(member.name)] = f"its {name.suffix} is damaged"
             # A damaged or missing header ends the loop like the two blocks of zeros at the end do.
             content.seek(tar.offset)
@@ -393,7 +414,10 @@ def _items_of_parquet(file: Found, audio_column: str) -> Iterator[Item]:
                     key = f"{_key(file.name)}/{above + number:08d}" if own is None else str(own)
                     yield Item(key, file.path, (group, number), *header, row)
                 above += len(rows)
-    except (pa.ArrowException, OSError) as error:
+    except SourceError:
+        raise
+    # ValueError, OverflowError: text that is not UTF-8, a time beyond those of Python.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         yield Item(file.name, file.path, problem=f"a damaged Parquet file ({_line(error)})")
 
 
