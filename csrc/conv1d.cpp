@@ -262,8 +262,9 @@ struct Epilogue {
   }
 };
 
-// Rows of each piece of work, for `others` pieces of the same rows.
+// Rows of each piece of work, for `others` pieces of the same rows: none of an empty batch.
 int64_t block_rows(int64_t rows, int64_t others, int threads) {
+  others = std::max<int64_t>(others, 1);
   const int64_t wanted = (kPieces * threads + others - 1) / others;
   const int64_t blocks = std::max((rows + kMostBlockRows - 1) / kMostBlockRows, std::min(wanted, rows / kLeastBlockRows));
   return (rows + blocks - 1) / std::max<int64_t>(blocks, 1);

@@ -117,6 +117,19 @@ def test_residual_units(shape, padded, dtype):
     compare("residual_unit", arguments, alpha=alpha(channels), lengths=lengths, keep=False)
 
 
+def test_an_empty_batch_gives_an_empty_result(dtype):
+    weight, bias = random(4, 4, 3, dtype=dtype, terms=12), torch.zeros(4)
+    x, memory = random(0, 20, 4, dtype=dtype), native.Memory()
+    with memory.in_force():
+        result, snaked = native.conv1d(x, weight, bias, alpha=alpha(4))
+        assert result.shape == snaked.shape == (0, 4, 18)
+        memory.give_back(result)
+        again, _ = native.conv1d(snaked, weight, bias)
+        assert again.shape == (0, 4, 16)
+    result, _ = native.residual_unit(*unit(0, 20, 6, 1, True, dtype))
+    assert result.shape == (0, 6, 20)
+
+
 def test_bits_depend_on_the_item_alone(dtype):
     """Not on its neighbours, on the threads, or on whether a unit is computed in pieces."""
     weight = random(70, 40, 7, dtype=dtype, terms=280)

@@ -214,6 +214,19 @@ def test_streams_join_pause_and_leave(codec, seed):
         assert not output[..., expected.shape[2] :].any()
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_idle_streams_give_zeros_and_stay(golden, optimized):
+    codec = load(golden, "even", dtype=torch.float32)
+    if optimized:
+        codec.optimize()
+    codes, audio = random_codes(codec, 2, 3), random_audio(codec, 2, 3 * codec.hop_length)
+    for streams, block in ((DecoderStreams(codec, 2), codes), (EncoderStreams(codec, 2), audio)):
+        expected = torch.zeros_like(streams.push(block))
+        before = state(streams)
+        assert torch.equal(streams.push(block, [False, False]), expected)
+        torch.testing.assert_close(state(streams), before, rtol=0, atol=0)
+
+
 def test_steady_state_is_one_fixed_computation(codec, monkeypatch):
     """Past a signal's beginning nothing is masked, and the states stay in their memory."""
     for streams, block in (

@@ -115,6 +115,10 @@ class _Streams(ABC):
     def _output(self, y: Tensor) -> Tensor:
         """What comes out of the layers, to what is given out, position by position."""
 
+    @abstractmethod
+    def _zeros(self, frames: int) -> Tensor:
+        """What a push of so many frames gives where no stream runs."""
+
     def end(self, slots: Iterable[int]) -> None:
         """The signals of those slots end with what was pushed so far; later pushes are ignored.
 
@@ -192,6 +196,9 @@ class _Streams(ABC):
     def _step(self, block: Tensor, flags: list[bool]) -> Tensor:
         """`_compute` for a block on any device, and the streams whose flag is True."""
         running = [i for i, flag in enumerate(flags) if flag]
+        frames = block.shape[-1] // self._hop
+        if not running:
+            return self._zeros(frames)
         steady = all(self._ends[i] is None and self._next_output(i) >= 0 for i in running)
         if steady and block.shape in self._recorded:
             y = self._recorded[block.shape](block, flags)
@@ -208,7 +215,7 @@ class _Streams(ABC):
                 span = Span(first + self._origin, length).of(held_rows(active))
             y = self._compute(block.to(device)[held_rows(active)], active, span)
         for i in running:
-            self._frames[i] += block.shape[-1] // self._hop
+            self._frames[i] += frames
         return y
 
 
@@ -259,7 +266,7 @@ class DecoderStreams(_Streams):
             accepted = f"[{self.batch}, {least} to {most}, F]"
             raise ValueError(f"codes of shape {list(codes.shape)}; accepted: {accepted}")
         if codes.shape[2] == 0:
-            return self._empty.new_zeros(self.batch, config.channels, 0)
+            return self._zeros(0)
         idle = [i for i, flag in enumerate(flags) if not flag]
         if idle:
             codes = codes.index_fill(0, torch.tensor(idle, device=codes.device), 0)
@@ -292,6 +299,10 @@ class DecoderStreams(_Streams):
 
     def _output(self, y: Tensor) -> Tensor:
         return y
+
+    def _zeros(self, frames: int) -> Tensor:
+        samples = frames * self._outputs_per_frame
+        return self._empty.new_zeros(self.batch, self._codec.config.channels, samples)
 
 
 class EncoderStreams(_Streams):
@@ -377,6 +388,10 @@ class EncoderStreams(_Streams):
         with float32_products(tf32=False):
             return self._codec.quantizer.encode(y, self._n_quantizers)
 
+    def _zeros(self, frames: int) -> Tensor:
+        zeros = self._codec.quantizer.blank(self.batch, frames, self._n_quantizers)
+        return zeros.to(self._empty if zeros.is_floating_point() else self._empty.device)
+
     def _take(self, audio: Tensor, flags: list[bool]) -> Tensor:
         """The codes [B, N, f] of the frames that the samples fill.
 
@@ -390,8 +405,7 @@ class EncoderStreams(_Streams):
             pending = torch.where(active[:, None, None], pending, self._pending)
         self._pending = pending.clone()
         if filled == 0:
-            nothing = self._codec.quantizer.blank(self.batch, 0, self._n_quantizers)
-            return nothing.to(samples if nothing.is_floating_point() else samples.device)
+            return self._zeros(0)
         return self._step(samples, flags)
 
 

@@ -258,7 +258,9 @@ def _results(outputs: _Outputs, channels: int, crop: int) -> list[Tensor]:
     """Outputs as [B, channels, T], without `crop` positions at either end."""
 
     def cropped(rows: Tensor) -> Tensor:
-        flat = rows.view(rows.shape[0], -1, channels)
+        # Not -1: an empty batch has no size to tell it by.
+        batch, count, columns = rows.shape
+        flat = rows.view(batch, count * columns // channels, channels)
         return flat[:, crop : flat.shape[1] - crop].transpose(1, 2)
 
     return [cropped(output) for output in existing(*outputs)]

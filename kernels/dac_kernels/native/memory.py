@@ -39,7 +39,8 @@ class Memory:
             # Room for this one, rather than more and more buffers that are too small.
             if self._free:
                 self._free.pop()
-            buffer = torch.empty(size, dtype=torch.uint8)
+            # Of at least one byte: nothing has no address of its own.
+            buffer = torch.empty(max(size, 1), dtype=torch.uint8)
         self._taken[buffer.data_ptr()] = buffer
         return buffer[:size].view(dtype).view(shape)
 
