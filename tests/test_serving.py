@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,9 +18,10 @@ from served import eventually, noise, serving, small_codec
 
 from dac_fast import DACFile
 from dac_fast.recordings.compress import decompress
-from dac_fast.serving import ServerError
+from dac_fast.serving import ServerError, worker
 from dac_fast.serving.batching import Call, gather
 from dac_fast.serving.formats import audio_to_bytes
+from dac_fast.serving.telemetry import Telemetry
 
 LONGEST_STEP = 1 / 32768
 
@@ -195,9 +197,32 @@ def test_a_batch_has_the_oldest_call_and_those_of_its_length():
     assert gather(waiting[1:2], 1.0) == waiting[1:2]
 
 
-def test_the_fault_of_one_call_is_not_that_of_its_batch(monkeypatch):
-    from dac_fast.serving import worker
+def test_streams_go_first_and_what_is_overdue_takes_turns_with_them(codec, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
+    it = worker.Worker(codec, 2, 8, 4, 2.0, 0.0, Telemetry())
 
+    def order(tasks):
+        names = {it._step: "step", it._compute: "batch", it._answer: "function"}
+        return [names[getattr(task, "func", task)] for task in (it._next() for _ in range(tasks))]
+
+    pool = it.pools["decode"]
+    stream = pool.open(3, print)
+    pool.feed(stream, np.zeros((3, 1), np.int64))
+    it._submit(Call("encode", torch.zeros(1, 1, 8), 0.001, since=now))
+    now += 0.1
+    it._run(lambda: torch.zeros(0))
+    now += 0.1
+    it._submit(Call("decode", torch.zeros(1, 3, 1), 0.001, since=now))
+    assert order(3) == ["step"] * 3
+    now += 1
+    assert order(7) == ["batch", "step", "function", "step", "batch", "step", "step"]
+    it._run(lambda: torch.zeros(0))
+    pool.close(stream)
+    assert order(1) == ["function"]
+
+
+def test_the_fault_of_one_call_is_not_that_of_its_batch(monkeypatch):
     right = worker.compute
 
     def picky(codec, batch):

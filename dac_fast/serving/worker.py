@@ -6,6 +6,7 @@ locks nor copies of the weights are needed.
 
 import asyncio
 import functools
+import math
 import threading
 import time
 from collections import deque
@@ -22,7 +23,8 @@ from dac_fast.serving.batching import Call, Job, compute, gather
 from dac_fast.serving.streams import Output, Pool
 from dac_fast.serving.telemetry import Telemetry
 
-# Streams go first, since they have deadlines; but a call waits for them no longer than that.
+# Streams go first, since they have deadlines; but what has waited for longer than that takes turns
+# with their steps.
 PATIENCE = 0.25
 
 
@@ -55,9 +57,10 @@ class Worker:
         self._max_batch_seconds, self._max_wait_seconds = max_batch_seconds, max_wait_seconds
         self._wake = threading.Condition()
         self._calls: list[Call] = []
-        self._functions: deque[tuple[Callable[[], Tensor], Future[Tensor]]] = deque()
+        # When each came, and where its result goes.
+        self._functions: deque[tuple[float, Callable[[], Tensor], Future[Tensor]]] = deque()
         self._threads = anyio.CapacityLimiter(max_requests)
-        self._stopping = False
+        self._stopping = self._stepped = False
         self.warm: Future[None] = Future()
         self.pools = {
             direction: Pool(codec, direction, slots, step_frames, self._wake, telemetry)
@@ -100,7 +103,7 @@ class Worker:
     def _run(self, function: Callable[[], Tensor]) -> Future[Tensor]:
         future: Future[Tensor] = Future()
         with self._wake:
-            self._functions.append((function, future))
+            self._functions.append((time.monotonic(), function, future))
             self._wake.notify()
         return future
 
@@ -127,20 +130,23 @@ class Worker:
         with self._wake:
             while True:
                 now = time.monotonic()
-                if any(pool.ready for pool in self.pools.values()) and not self._overdue(now):
-                    return self._step
-                if self._functions:
-                    return functools.partial(self._answer, *self._functions.popleft())
                 left = self._seconds_until_batch(now)
-                if left is not None and left <= 0:
+                called = self._calls[0].since if left is not None and left <= 0 else math.inf
+                asked = self._functions[0][0] if self._functions else math.inf
+                ready = any(pool.ready for pool in self.pools.values())
+                overdue = now - min(called, asked) > PATIENCE
+                # Where something is overdue, every other task is a step.
+                self._stepped = ready and not (overdue and self._stepped)
+                if self._stepped:
+                    return self._step
+                if asked < called:
+                    _, function, future = self._functions.popleft()
+                    return functools.partial(self._answer, function, future)
+                if called < math.inf:
                     return functools.partial(self._compute, self._take_batch())
                 if self._stopping and left is None:
                     return None
                 self._wake.wait(left)
-
-    def _overdue(self, now: float) -> bool:
-        """Whether a call has waited for the streams long enough."""
-        return bool(self._calls) and now - self._calls[0].since > PATIENCE
 
     def _seconds_until_batch(self, now: float) -> float | None:
         """Seconds until the next batch is to run; None: there is nothing to run."""
