@@ -11,6 +11,7 @@ import websockets.sync.client
 from served import eventually, noise, serving, small_codec
 
 from dac_fast.serving import AsyncClient, ServerError, sockets
+from dac_fast.serving.streams import Stream
 
 SLOTS = 8
 
@@ -268,6 +269,24 @@ def test_no_slot(served):
         eventually(lambda: served.service.idle)
         with client.decode_stream():
             pass
+
+
+def test_a_client_that_goes_before_its_answer_keeps_no_slot(served, monkeypatch):
+    async def gone(socket, data):
+        raise sockets.WebSocketDisconnect(1006)
+
+    monkeypatch.setattr(sockets.WebSocket, "send_json", gone)
+    with connect(served) as socket:
+        socket.send("{}")
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            socket.recv(10)
+    eventually(lambda: served.service.idle)
+
+
+def test_empty_messages_leave_nothing():
+    stream = Stream(slot=0, channels=3, unit=1, next_output=0, sink=print)
+    stream.add(random_codes(0))
+    assert not stream.pieces
 
 
 def test_the_token_of_a_stream():

@@ -101,6 +101,8 @@ class _Connection:
         self._direction = direction
         self._codebooks = service.codec.config.n_codebooks
         self._as_int16 = False
+        # Once it has a slot.
+        self._stream: Stream | None = None
         # What came of the stream and is not sent yet, whether it is the last, and its bytes.
         self._outputs: deque[tuple[bytes, bool]] = deque()
         self._unread = 0
@@ -111,17 +113,16 @@ class _Connection:
     async def serve(self) -> None:
         """From the handshake to the close."""
         await self._socket.accept()
-        stream, end = None, End(1006)
+        end = End(1006)
         try:
-            stream = await self._open()
-            end = await self._run(stream)
+            end = await self._run(await self._open())
         except _Refused as refused:
             end = refused.end
         except WebSocketDisconnect as gone:
             end = End(gone.code, by_client=True)
         finally:
-            if stream:
-                self._pool.close(stream)
+            if self._stream:
+                self._pool.close(self._stream)
             self._service.telemetry.streams_ended.labels(self._direction, end.code).inc()
         if not end.by_client:
             await self._close(end)
@@ -150,12 +151,12 @@ class _Connection:
             self._as_int16 = header.format == "int16"
             channels = self._codebooks if self._direction == "decode" else 1
             try:
-                stream = self._pool.open(channels, self._take)
+                self._stream = self._pool.open(channels, self._take)
             except NoSlotError:
                 slots = f"all {self._pool.slots} slots are taken"
                 raise _Refused(1013, f"{slots}; try again later") from None
             await self._socket.send_json(self._answer(header))
-            return stream
+            return self._stream
         raise _Refused(1008, f"no header came for {service.settings.idle_seconds:g} s")
 
     async def _header(self) -> Header:

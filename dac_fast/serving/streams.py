@@ -76,8 +76,9 @@ class Stream:
 
     def add(self, piece: Array) -> None:
         """A piece [channels, n] has arrived."""
-        self.pieces.append((time.monotonic(), piece))
-        self.positions += piece.shape[1]
+        if piece.shape[1]:
+            self.pieces.append((time.monotonic(), piece))
+            self.positions += piece.shape[1]
 
     def take(self, frames: int) -> tuple[float, Array]:
         """When the next frames arrived, and what they are: [channels, frames unit]."""
