@@ -10,7 +10,7 @@ import torch
 import websockets.sync.client
 from served import eventually, noise, serving, small_codec
 
-from dac_fast.serving import AsyncClient, ServerError, sockets
+from dac_fast.serving import AsyncClient, Client, ServerError, client, sockets
 from dac_fast.serving.streams import Stream
 
 SLOTS = 8
@@ -92,6 +92,19 @@ def test_int16_samples_in(served, codec):
         stream.finish()
         codes = np.concatenate(list(stream), axis=1)
     np.testing.assert_array_equal(codes, codes_of(codec, audio.astype(np.float32) / 32768))
+
+
+def test_long_pieces_go_in_messages_that_are_accepted(served, codec, monkeypatch):
+    for module in (client, sockets):
+        monkeypatch.setattr(module, "MOST_BYTES", 100)
+    codes, audio = random_codes(40), noise(0.02)[0]
+    with Client(served.url) as it, it.decode_stream() as stream, it.encode_stream() as other:
+        for each, piece in ((stream, codes), (other, audio)):
+            each.send(piece)
+            each.finish()
+        np.testing.assert_allclose(np.concatenate(list(stream)), audio_of(codec, codes), atol=1e-6)
+        codes = np.concatenate(list(other), axis=1)
+    np.testing.assert_array_equal(codes, codes_of(codec, audio))
 
 
 def test_audio_comes_as_soon_as_its_codes_are_there(served, codec):
@@ -342,6 +355,8 @@ def test_a_model_that_fails_ends_its_streams_and_no_others(monkeypatch):
             bad.send(random_codes(4, codebooks=2))
             with pytest.raises(ServerError, match="1011: the model failed"):
                 bad.receive()
+            with pytest.raises(ServerError, match="1011: the model failed"):
+                bad.finish()
             good.send(random_codes(4))
             good.finish()
             assert sum(len(piece) for piece in good) == 32

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from dac_fast.model.halves import Direction
+from dac_fast.serving.settings import MOST_BYTES
 from dac_fast.storage.dac2 import DACFile
 
 # The bytes of an audio file, its path, or (array [C, T] or [T], rate in Hz).
@@ -246,10 +247,13 @@ class _Pieces:
         self._samples = np.dtype("<i2" if format == "int16" else "<f4")
         self.header: dict[str, Any] = {}
 
-    def _to_message(self, piece: ArrayLike) -> bytes:
+    def _to_messages(self, piece: ArrayLike) -> list[bytes]:
         array: NDArray[Any] = np.asarray(piece)
         decoding = self._direction == "decode"
-        return (array.T.astype("<u2") if decoding else array.astype(self._samples)).tobytes()
+        data = (array.T.astype("<u2") if decoding else array.astype(self._samples)).tobytes()
+        unit = 2 * self.header["n_quantizers"] if decoding else self._samples.itemsize
+        most = MOST_BYTES // unit * unit
+        return [data[first : first + most] for first in range(0, len(data), most)]
 
     def _from_message(self, message: bytes | str) -> NDArray[Any]:
         assert isinstance(message, bytes)
@@ -289,15 +293,19 @@ class Stream(_Pieces):
         self._stack.close()
 
     def send(self, piece: ArrayLike) -> None:
-        """More of the signal: codes [N, f] or samples [n]."""
+        """More of the signal: codes [N, f] or samples [n], of any length."""
         try:
-            self._socket.send(self._to_message(piece))
+            for message in self._to_messages(piece):
+                self._socket.send(message)
         except ConnectionClosed as closed:
             raise _ended(closed) from closed
 
     def finish(self) -> None:
         """The signal ends with what was sent."""
-        self._socket.send(_END)
+        try:
+            self._socket.send(_END)
+        except ConnectionClosed as closed:
+            raise _ended(closed) from closed
 
     def receive(self) -> NDArray[Any] | None:
         """What comes next: samples [n] or codes int64 [N, f]; None: the signal's end."""
@@ -340,13 +348,17 @@ class AsyncStream(_Pieces):
     async def send(self, piece: ArrayLike) -> None:
         """As `Stream.send`."""
         try:
-            await self._socket.send(self._to_message(piece))
+            for message in self._to_messages(piece):
+                await self._socket.send(message)
         except ConnectionClosed as closed:
             raise _ended(closed) from closed
 
     async def finish(self) -> None:
         """As `Stream.finish`."""
-        await self._socket.send(_END)
+        try:
+            await self._socket.send(_END)
+        except ConnectionClosed as closed:
+            raise _ended(closed) from closed
 
     def abort(self) -> None:
         """Break the connection off, as a client that dies does."""

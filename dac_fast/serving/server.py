@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from dac_fast.serving.service import Service
-from dac_fast.serving.sockets import MOST_BYTES
+from dac_fast.serving.settings import MOST_BYTES
 
 
 def run(app: FastAPI, listener: socket.socket) -> None:

@@ -4,6 +4,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Bytes of a message of a stream.
+MOST_BYTES = 1 << 18
+
 
 class Settings(BaseModel):
     """The limits of a server. A value out of range raises a ValueError that names it."""

@@ -38,10 +38,9 @@ from starlette.websockets import WebSocketDisconnect
 from dac_fast.model.halves import DIRECTIONS, Direction, MissingPartError, require
 from dac_fast.serving.formats import to_int16
 from dac_fast.serving.service import Service, service_of
+from dac_fast.serving.settings import MOST_BYTES
 from dac_fast.serving.streams import NoSlotError, Output, Stream
 
-# Bytes of a message.
-MOST_BYTES = 1 << 18
 # Frames that wait in a stream before the next message is read.
 MOST_WAITING = 256
 # Bytes that a client has not taken; with more, its stream is dropped. 24 s of float32 at 44.1 kHz.
