@@ -4,6 +4,7 @@ A model stays an instance of its class, with its methods; forward passes are rep
 instance alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -32,10 +33,12 @@ def accelerate(model: Model, **options: Any) -> Model:
     """Have our engine run the encoder and decoder of another package's codec.
 
     Everything else is the model's own: its class, methods, quantizer and outputs. Its own layers go
-    on running what the engine does not: in training mode, where a gradient is wanted, audio that is
-    no whole number of frames, and calls without padding (the published package's chunk mode). So do
-    they once its weights are changed or moved; then accelerate it again. The engine holds a second
-    copy of the weights.
+    on running what the engine does not: in training mode, inputs that require a gradient, audio
+    that is no whole number of frames, and calls without padding (the published package's chunk
+    mode). So do they once its weights are changed or moved; then accelerate it again. In eval mode
+    the parameters of encoder and decoder get gradients only where the input requires one:
+    `.train()` is what trains. The engine holds a second copy of the weights; copies of the model,
+    pickled ones too, have no engine.
 
     Args:
         model: a `dac.DAC` of the published package or a `transformers.DacModel`, or an instance of
@@ -59,16 +62,18 @@ def accelerate(model: Model, **options: Any) -> Model:
     assert engine is not None
     # Where a stride is odd, their decoders end a few samples before the last frame does.
     missing = config.hop_length - codec.decoder.output_length(1)
-
-    def decode(engine: Engine, z: Tensor) -> Tensor:
-        audio = engine.decode(z, None, padded=True)
-        return audio[..., : audio.shape[-1] - missing]
-
+    decode = functools.partial(_decode, missing)
     encoder: Any = model.encoder
     decoder: Any = model.decoder
     encoder.forward = _Forward(model, encoder, engine, Engine.features, config.hop_length)
     decoder.forward = _Forward(model, decoder, engine, decode)
     return model
+
+
+def _decode(missing: int, engine: Engine, z: Tensor) -> Tensor:
+    """The engine's audio without the last few samples."""
+    audio = engine.decode(z, None, padded=True)
+    return audio[..., : audio.shape[-1] - missing]
 
 
 def accelerate_decoder(
@@ -87,10 +92,11 @@ def accelerate_decoder(
     position, padding and crops, and, as a whole, submodules with anything else in them (attention,
     noise). The result is compared with the module's own on random input of two lengths.
 
-    The module's own layers run where a gradient is wanted, in training mode, and once weights are
-    changed or moved; then accelerate it again. `restore` undoes it. A second copy of the weights is
-    held. Hooks of submodules that run fused are not called. `print(module.forward)` says what runs
-    fused, and what by PyTorch.
+    The module's own layers run in training mode, for an input that requires a gradient, and once
+    weights are changed or moved; then accelerate it again. In eval mode parameters get gradients
+    only where the input requires one: `.train()` is what trains. `restore` undoes it. A second copy
+    of the weights is held. Hooks of submodules that run fused are not called.
+    `print(module.forward)` says what runs fused, and what by PyTorch.
 
     Args:
         module: of one tensor [B, C, T] in float32, which gives one; in eval mode.

@@ -1,6 +1,7 @@
 """`accelerate`: other packages' models give their own results, by our engine."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ class StandIn(torch.nn.Module):
 
 
 StandIn.__module__, StandIn.__name__ = "dac.model.dac", "DAC"
+
+
+class Importable(StandIn):
+    """Of a class that pickle finds."""
 
 
 @pytest.fixture(params=["dac", "transformers"])
@@ -139,6 +144,15 @@ def test_what_the_engine_does_not_run_the_model_runs(model):
             next(one.encoder.parameters()).mul_(1.5)
         assert torch.equal(model.encoder(audio), changed.encoder(audio))
     assert own == ["encoder"] * 4
+
+
+def test_a_pickled_model_runs_by_itself():
+    model = accelerate(Importable(**CONFIG).eval())
+    audio = torch.randn(1, 1, 800, generator=torch.manual_seed(1)) / 4
+    twin = pickle.loads(pickle.dumps(model))
+    own = Calls().watch(twin)
+    assert torch.equal(results(twin, audio)[0], results(restore(model), audio)[0])
+    assert own == ["encoder", "decoder"]
 
 
 def test_without_padding_the_model_runs(model):
