@@ -226,9 +226,11 @@ class DAC(nn.Module):
         The engine has fused layers and, on a GPU, CUDA graphs. The codec is folded and in eval mode
         from then on, and its parameters stay float32. The engine runs what needs no gradients: in
         training mode, or for an input that requires a gradient, the modules run as they do without
-        an engine. Other threads may use the codec meanwhile. Whatever moves, converts or replaces
-        the weights ends the engine: the next call says so. The engine is not saved, and a copy of
-        the codec has none. `str(codec.engine)` says what it does.
+        an engine. Other threads may use the codec meanwhile. The codec's own methods that move,
+        convert, load or train the weights end the engine: the next call says so. It does not notice
+        what changes them otherwise, in place or by a part (`codec.decoder.load_state_dict`): call
+        `optimize` again then. The engine is not saved, and a copy of the codec has none.
+        `str(codec.engine)` says what it does.
 
         Args:
             precision: of the convolutions, "fp32" (no TF32), "tf32x3" (three products of TF32 for
