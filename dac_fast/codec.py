@@ -301,32 +301,36 @@ class DAC(nn.Module):
         Raises:
             RuntimeError: the engine is of weights that the codec no longer has.
         """
+        # Read once, here and below: another thread may end it meanwhile.
+        engine = self.engine
         needs_gradient = x is not None and x.requires_grad and torch.is_grad_enabled()
-        if self.engine is None or self.training or needs_gradient:
+        if engine is None or self.training or needs_gradient:
             return None
-        if self.engine.stale:
+        if engine.stale:
             raise RuntimeError(
-                f"the codec was {self.engine.stale} after optimize(); call optimize() again"
+                f"the codec was {engine.stale} after optimize(); call optimize() again"
             )
-        return self.engine
+        return engine
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DAC":
         before = next(self.parameters()).data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.engine and next(self.parameters()).data_ptr() != before:
-            self.engine.stale = "moved or converted"
+        engine = self.engine
+        if engine and next(self.parameters()).data_ptr() != before:
+            engine.stale = "moved or converted"
         return self
 
     def load_state_dict(  # noqa: D102
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        if self.engine is not None:
-            self.engine.stale = "given other weights"
+        if engine := self.engine:
+            engine.stale = "given other weights"
         return super().load_state_dict(state_dict, strict, assign)
 
     def train(self, mode: bool = True) -> "DAC":  # noqa: D102
-        if mode and self.engine is not None:
-            self.engine.stale = "in training"
+        engine = self.engine
+        if mode and engine:
+            engine.stale = "in training"
         return super().train(mode)
 
     def compress(

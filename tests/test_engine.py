@@ -431,6 +431,22 @@ def test_a_codec_with_an_engine_stays_a_codec():
     codec.float().encode(audio)
 
 
+def test_an_engine_may_end_at_any_moment():
+    """Another thread may end it between any two reads."""
+    codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    ends: list = []
+
+    class Ending(DAC):
+        engine = property(lambda self: ends.pop() if ends else None, lambda self, value: None)
+
+    engine, state = codec.optimize().engine, codec.state_dict()
+    codec.__class__ = Ending
+    for call in (codec.engine_for, codec.double, lambda: codec.load_state_dict(state), codec.train):
+        ends.append(engine)
+        call()
+        assert not ends
+
+
 def test_what_optimize_refuses():
     codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
     engine = codec.optimize().engine
