@@ -272,7 +272,7 @@ class DAC(nn.Module):
         leaves the codec as it is. Where hooks watch the modules, they run.
         """
         with _lending:
-            lent = self._lent if self._borrowers else None
+            lent = self._lent
             if lent is None and self._lacks_engine():
                 lent = self._lent = self.engine = Engine(self, Options.checked(self))
             if lent:
@@ -283,9 +283,11 @@ class DAC(nn.Module):
             with _lending:
                 if lent:
                     self._borrowers -= 1
-                    # Unless somebody has called `optimize` meanwhile.
-                    if not self._borrowers and self.engine is lent:
-                        self.engine = None
+                    if not self._borrowers:
+                        self._lent = None
+                        # Unless somebody has called `optimize` meanwhile.
+                        if self.engine is lent:
+                            self.engine = None
 
     def _lacks_engine(self) -> bool:
         """Whether recordings would gain by an engine that nobody has made."""

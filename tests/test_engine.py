@@ -12,7 +12,7 @@ import dac_fast
 from dac_fast import DAC, PRESETS, ops, use_backend
 from dac_fast.inference import plan as plans
 from dac_fast.inference.buckets import Graphs
-from dac_fast.inference.engine import PRECISIONS, PrecisionError
+from dac_fast.inference.engine import PRECISIONS, Engine, PrecisionError
 from dac_fast.model import channels_last, folded
 from dac_fast.model.layers import zero_past
 
@@ -429,6 +429,13 @@ def test_a_codec_with_an_engine_stays_a_codec():
             codec.encode(audio)
     codec.engine = None
     codec.float().encode(audio)
+
+
+def test_an_engine_for_recordings_goes_with_them():
+    codec = small(encoder_rates=[2, 2], decoder_rates=[2, 2])
+    with codec._engine_for_now():
+        assert isinstance(codec.engine, Engine)
+    assert not any(isinstance(value, Engine) for value in vars(codec).values())
 
 
 def test_an_engine_may_end_at_any_moment():
