@@ -15,7 +15,7 @@ from dac_fast.config import PRESETS, Config
 from dac_fast.inference.engine import Engine, Options, PrecisionOption, ShapesOption
 from dac_fast.model.autoencoder import Decoder, Encoder
 from dac_fast.model.bottleneck import VAE, Bottleneck, Latents
-from dac_fast.model.checks import check_shape, checked_lengths, range_check
+from dac_fast.model.checks import check_shape, check_signal, checked_lengths, range_check
 from dac_fast.model.frames import encoded, filled_up, whole_frames
 from dac_fast.model.halves import check_parts, keep_half, key_filter, require
 from dac_fast.model.layers import WeightNorm
@@ -86,12 +86,12 @@ class DAC(nn.Module):
             padded: False runs every convolution without its padding, as the published package's
                 chunk mode does: fewer frames come out. Without `lengths`.
         Raises:
-            ValueError: the shape, a length or n_quantizers is out of range, or the codec is
-                continuous.
+            ValueError: the dtype, the shape, a length or n_quantizers is out of range, or the codec
+                is continuous.
         """
         require(self, "encoder")
         self._require_codes()
-        check_shape("audio", audio, channels=self.config.channels)
+        check_signal("audio", audio, self.config.channels)
         lengths = checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             return engine.encode(audio, lengths, n_quantizers, padded)
@@ -106,12 +106,12 @@ class DAC(nn.Module):
         Args:
             audio, lengths, padded: those of `encode`.
         Raises:
-            ValueError: the shape or a length is out of range, or the codec has codes.
+            ValueError: the dtype, the shape or a length is out of range, or the codec has codes.
         """
         if not isinstance(self.quantizer, VAE):
             raise ValueError("the codec has codes, no continuous latents; accepted: encode")
         require(self, "encoder")
-        check_shape("audio", audio, channels=self.config.channels)
+        check_signal("audio", audio, self.config.channels)
         lengths = checked_lengths(lengths, audio, padded)
         if engine := self.engine_for(audio):
             frames = None if lengths is None else -(-lengths // self.hop_length)
@@ -146,10 +146,10 @@ class DAC(nn.Module):
             padded: False runs every convolution without its padding, as the published package's
                 chunk mode does: less audio comes out. Without `lengths`.
         Raises:
-            ValueError: the shape or a length is out of range.
+            ValueError: the dtype, the shape or a length is out of range.
         """
         require(self, "decoder")
-        check_shape("latent", z, channels=self.config.latent_dim)
+        check_signal("latent", z, self.config.latent_dim)
         lengths = checked_lengths(lengths, z, padded)
         if engine := self.engine_for(z):
             return engine.decode(z, lengths, padded)
@@ -160,8 +160,11 @@ class DAC(nn.Module):
     ) -> Tensor:
         """Codes [B, N, F] of the first N codebooks to audio [B, 1, F hop_length], see `decode`.
 
+        Codes are int64 or int32.
+
         Raises:
-            ValueError: the shape, a code or a length is out of range, or the codec is continuous.
+            ValueError: the dtype, the shape, a code or a length is out of range, or the codec is
+                continuous.
         """
         require(self, "decoder")
         self._require_codes()

@@ -208,10 +208,15 @@ def test_configurations_that_cannot_be(change, message):
         Config(**change)
 
 
-def test_bad_arguments_say_what_is_accepted(golden):
-    codec = dac_fast.load(golden / "weights_even.pth")
+@pytest.mark.parametrize("engine", [False, True])
+def test_bad_arguments_say_what_is_accepted(golden, engine):
+    codec = dac_fast.load(golden / "weights_even.pth", engine=engine)
     audio = torch.zeros(2, 1, 64)
+    codes = torch.zeros(1, 5, 3)
     cases = {
+        "audio is torch.int16; accepted: a floating-point": lambda: codec.encode(audio.short()),
+        "codes are torch.float32; accepted: torch.int64 or": lambda: codec.decode_codes(codes),
+        "codes are torch.uint16": lambda: codec.decode_codes(codes.to(torch.uint16)),
         "audio of shape": lambda: codec.encode(audio[:, 0]),
         "0 codebooks; accepted: 1 to 5": lambda: codec.encode(audio, n_quantizers=0),
         "6 codebooks; accepted: 1 to 5": lambda: codec.encode(audio, n_quantizers=6),

@@ -1,9 +1,18 @@
-"""Checks of what a caller gives a codec: shapes, lengths, codes."""
+"""Checks of what a caller gives a codec: shapes, dtypes, lengths, codes."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+CODE_DTYPES = (torch.int64, torch.int32)
+
+
+def check_signal(name: str, x: Tensor, channels: int | None) -> None:
+    """Raises ValueError unless x is in floating point and `check_shape` accepts it."""
+    check_shape(name, x, channels)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; accepted: a floating-point dtype")
 
 
 def check_shape(name: str, x: Tensor, channels: int | None = None) -> None:
@@ -41,7 +50,13 @@ def range_check(codes: Tensor, size: int) -> Callable[[], None]:
 
     To be called after what is to run meanwhile: a GPU finds the bounds before that, and the call
     waits for the bounds only.
+
+    Raises:
+        ValueError: at once, the dtype is not one of `CODE_DTYPES`.
     """
+    if codes.dtype not in CODE_DTYPES:
+        accepted = " or ".join(map(str, CODE_DTYPES))
+        raise ValueError(f"codes are {codes.dtype}; accepted: {accepted}")
     bounds = torch.stack(codes.aminmax()).to("cpu", non_blocking=True)
     event = torch.cuda.current_stream(codes.device).record_event() if codes.is_cuda else None
 
