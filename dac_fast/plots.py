@@ -191,6 +191,11 @@ def mel_decibels(audio: NDArray[np.floating], sample_rate: int) -> NDArray[np.fl
     return np.asarray(decibels.T.numpy(), np.float32)
 
 
+def require() -> None:
+    """Raises PlotError where matplotlib is not installed: to be called before long work."""
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float) -> "Figure":
     """An empty figure, in inches; without pyplot, whose state is global."""
     try:

@@ -99,13 +99,15 @@ def as_tar(clips, path):
     return path
 
 
-def as_parquet(clips, path):
+def as_parquet(clips, path, embedded=True):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted(clips.rglob("*.*"))
     keys = [str(file.relative_to(clips).with_suffix("")) for file in files]
     audio = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    if not embedded:
+        audio = [os.path.relpath(file, path.parent) for file in files]
     pq.write_table(pa.table({"key": keys, "audio": audio}), path, row_group_size=3)
     return path
 
@@ -695,10 +697,11 @@ def test_lengths_of_members_are_read_from_their_headers(clips, tmp_path):
     items = {item.key: item for item in items_of(found)}
     assert items["b/clip.1"].seconds == 25.0
     assert items["a/clip.4"].channels == 2
-    (found,) = files_of([str(as_parquet(clips, tmp_path / "c.parquet"))])
-    assert {item.key: item.seconds for item in items_of(found)} == {
-        key: item.seconds for key, item in items.items()
-    }
+    for embedded in (True, False):
+        (found,) = files_of([str(as_parquet(clips, tmp_path / "c.parquet", embedded))])
+        assert {item.key: item.seconds for item in items_of(found)} == {
+            key: item.seconds for key, item in items.items()
+        }
 
 
 def test_a_length_that_is_not_known_plans_for_nothing(options, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from dac_fast import DAC, metrics
 from dac_fast.audio.reading import read
 from dac_fast.audio.writing import write
+from dac_fast.cli.commands import app
 from dac_fast.evaluation.outcome import METRICS
 from dac_fast.evaluation.run import evaluate_codec, evaluate_folders
 from dac_fast.plots import PlotError, mel_decibels, spectrograms
@@ -295,3 +296,13 @@ def test_without_matplotlib(evaluation, tmp_path, monkeypatch):
         "files.csv",
         "summary.csv",
     ]
+
+
+def test_commands_ask_for_matplotlib_before_they_work(recordings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for command, more in (("evaluate", ", or --no-plot$"), ("reconstruct --plot", "$")):
+        arguments = [*command.split(), str(recordings), "-o", str(tmp_path / "out")]
+        needed = r"^drawing needs matplotlib: pip install 'dac-fast\[plot\]'"
+        with pytest.raises(ValueError, match=needed + more):
+            app(arguments, standalone_mode=False)
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from dac_fast import plots
 from dac_fast.cli.jobs import Existing, to_write
 from dac_fast.cli.options import (
     Device,
@@ -58,7 +59,9 @@ def evaluate(
             "--visqol/--no-visqol", help="Slow. Default: where visqol-python is installed."
         ),
     ] = None,
-    plot: Annotated[bool, typer.Option(help="Draw rate-distortion curves.")] = True,
+    plot: Annotated[
+        bool, typer.Option(help="Draw rate-distortion curves, which takes matplotlib.")
+    ] = True,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", "-j", help="Processes. Default: one per core; 1 on a GPU."),
@@ -72,6 +75,11 @@ def evaluate(
     """Measure how near a model, or a folder of reconstructions, comes to the originals."""
     if listen and restored:
         raise ValueError("--listen with --restored; accepted: with a model")
+    if plot and not restored:
+        try:
+            plots.require()
+        except plots.PlotError as error:
+            raise ValueError(f"{error}, or --no-plot") from error
     picture = output / "rate_distortion.png"
     tables = (output / name for name in ("files.csv", "summary.csv", "evaluation.json"))
     targets = (*tables, picture, *([listen] if listen else []))

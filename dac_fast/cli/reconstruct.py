@@ -69,6 +69,8 @@ def reconstruct(
     """Compress and restore recordings, and say what it cost and how near they come."""
     if STANDARD in (*inputs, output):
         raise ValueError("- with reconstruct; accepted: files and folders; encode, decode take -")
+    if plot:
+        plots.require()
     codec = load_codec(model, device)
     counts = sorted({codec.config.n_codebooks} if codebooks is None else set(counts_in(codebooks)))
     for count in counts:

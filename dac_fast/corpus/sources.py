@@ -407,7 +407,7 @@ def _items_of_parquet(file: Found, audio_column: str) -> Iterator[Item]:
             for group in range(table.num_row_groups):
                 rows = _rows(table, group, [name for name in columns if name != audio_column])
                 missing = not any(_known_seconds(row) is not None for row in rows)
-                headers = _audio_headers(table, group, audio_column) if missing else iter(())
+                headers = _audio_headers(file.path, table, group, audio_column)
                 for number, row in enumerate(rows):
                     header = next(headers) if missing else (_known_seconds(row) or 0.0, 1)
                     own = row.pop("key", None)
@@ -447,11 +447,25 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def _audio_headers(table: "pq.ParquetFile", group: int, column: str) -> Iterator[tuple[float, int]]:
+def _audio_headers(
+    path: str, table: "pq.ParquetFile", group: int, column: str
+) -> Iterator[tuple[float, int]]:
     for batch in table.iter_batches(ROWS, [group], [column]):
         for value in batch.column(0).to_pylist():
-            data = value.get("bytes") if isinstance(value, dict) else value
-            yield _header(io.BytesIO(data if isinstance(data, bytes) else b""))
+            audio = _audio_of(value, path)
+            if isinstance(audio, str):
+                yield _header_of_file(audio)
+            else:
+                yield _header(io.BytesIO(audio or b""))
+
+
+def _audio_of(value: Any, path: str) -> bytes | str | None:
+    """What a value of a Parquet file's audio column holds, or the path of what it names."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str) or value.startswith("/") or "://" in value:
+        return value if isinstance(value, bytes | str) else None
+    return f"{path.rpartition('/')[0]}/{value}"
 
 
 def _bytes_of(item: Item, audio_column: str) -> Iterator[bytes]:
@@ -472,17 +486,13 @@ def _bytes_of(item: Item, audio_column: str) -> Iterator[bytes]:
 
 
 def _bytes_of_row(path: str, group: int, row: int, column: str) -> Iterator[bytes]:
-    value = _audio_of_group(path, group, column)[row].as_py()
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if value is None:
-        raise AudioError("the audio is null")
-    if isinstance(value, bytes):
-        yield value
-        return
-    outside = value.startswith("/") or "://" in value
-    folder = path.rsplit("/", 1)[0]
-    yield from _bytes_of(Item("", value if outside else f"{folder}/{value}"), column)
+    audio = _audio_of(_audio_of_group(path, group, column)[row].as_py(), path)
+    if audio is None:
+        raise AudioError("the audio is null, or neither bytes nor a path")
+    if isinstance(audio, bytes):
+        yield audio
+    else:
+        yield from _bytes_of(Item("", audio), column)
 
 
 # The audio of the row group that a thread read last: its rows are taken one after the other.
