@@ -239,7 +239,10 @@ def test_the_fastest_way_is_taken_and_named(monkeypatch):
     # nothing is timed: the first one
     assert choices.run("conv", small_input, ways) == "l"
     milliseconds = iter([2.0, 1.0, 3.0, 4.0])
-    monkeypatch.setattr("dac_fast.inference.choices.milliseconds", lambda _: next(milliseconds))
+    monkeypatch.setattr(
+        "dac_fast.inference.choices._milliseconds",
+        lambda ways, on_cuda: {name: next(milliseconds) for name in ways},
+    )
     choices.timing = True
     assert choices.run("conv", small_input, ways) == "t"
     assert choices.run("conv", large_input, ways) == "l"

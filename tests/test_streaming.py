@@ -248,7 +248,7 @@ def test_steady_state_is_one_fixed_computation(codec, monkeypatch):
 @torch.inference_mode()
 def test_captured_pushes_give_the_same(codec, pretend_graphs):
     """Slots at random, and single signals; what a graph cannot do runs without it."""
-    hop, lengths = codec.hop_length, (60, 1, 45)
+    hop, lengths = codec.hop_length, (150, 1, 120)
     codes = [random_codes(codec, 1, frames, frames) for frames in lengths]
     audio = [random_audio(codec, 1, frames * hop, frames) for frames in lengths]
     outputs = []
