@@ -29,8 +29,9 @@ from dac_fast.cli.commands import app
 from dac_fast.corpus import DatasetError, on_ray, read, shards
 from dac_fast.corpus.encoding import Encoder, Reading
 from dac_fast.corpus.folder import Folder, Work
+from dac_fast.corpus.items import Item, SourceError
 from dac_fast.corpus.meter import Meter
-from dac_fast.corpus.sources import Item, SourceError, files_of, items_of
+from dac_fast.corpus.sources import files_of, items_of
 from dac_fast.corpus.tokenize import Options, forecast, tokenize
 from dac_fast.corpus.verify import regret_of, verify
 from dac_fast.files import OutputError

@@ -19,8 +19,9 @@ from torch import Tensor
 from dac_fast.audio.loudness import LoudnessMeter, normalization_gains
 from dac_fast.audio.reading import Recording
 from dac_fast.codec import DAC, load
+from dac_fast.corpus.items import Item, Metadata, encodable
 from dac_fast.corpus.shards import Codes, Layout, Record, dac_file
-from dac_fast.corpus.sources import Item, Metadata, encodable, opened
+from dac_fast.corpus.sources import opened
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window, reach, sample_windows
 

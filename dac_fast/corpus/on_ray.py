@@ -27,10 +27,10 @@ from dac_fast.codec import DAC
 from dac_fast.config import Config
 from dac_fast.corpus.encoding import BATCH_SECONDS, Facts, Reading, load_encoder, record_of
 from dac_fast.corpus.folder import Card, Failure, Folder, Work, write_shard
+from dac_fast.corpus.items import Item
 from dac_fast.corpus.meter import Meter
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import Codes, Layout, Record
-from dac_fast.corpus.sources import Item
 from dac_fast.processors import processors
 from dac_fast.recordings.compress import DEFAULT_CHUNK_SECONDS
 from dac_fast.recordings.windows import Window

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dac_fast.corpus.sources import Found, Item, SourceError, items_of
+from dac_fast.corpus.items import Item, SourceError
+from dac_fast.corpus.sources import Found, items_of
 from dac_fast.files import write_bytes
 
 # Files whose headers are read at once while a plan is made; most of the time goes into waiting.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dac_fast.corpus.sources import Metadata
+from dac_fast.corpus.items import Metadata
 from dac_fast.files import OutputError, atomic_path, write_bytes
 from dac_fast.storage.dac2 import DACFile
 

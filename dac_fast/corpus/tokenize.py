@@ -14,17 +14,12 @@ from dac_fast.config import PRESETS
 from dac_fast.corpus import local, on_ray, plan
 from dac_fast.corpus.encoding import load_encoder, weights_sha256
 from dac_fast.corpus.folder import Card, Folder, Model, Settings, Sources, Work
+from dac_fast.corpus.items import encodable
 from dac_fast.corpus.meter import Meter
+from dac_fast.corpus.parquet import require_pyarrow
 from dac_fast.corpus.plan import Shard
 from dac_fast.corpus.shards import SUFFIXES
-from dac_fast.corpus.sources import (
-    Found,
-    absolute,
-    digest,
-    encodable,
-    files_of,
-    require_pyarrow,
-)
+from dac_fast.corpus.sources import Found, absolute, digest, files_of
 from dac_fast.files import OutputError
 from dac_fast.processors import processors
 from dac_fast.recordings.checks import check_options

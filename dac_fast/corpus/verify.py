@@ -14,8 +14,8 @@ from dac_fast.codec import DAC, load
 from dac_fast.corpus import shards
 from dac_fast.corpus.encoding import Reading, chunk_frames, weights_sha256
 from dac_fast.corpus.folder import DatasetError, Folder
+from dac_fast.corpus.items import Item
 from dac_fast.corpus.shards import Record
-from dac_fast.corpus.sources import Item
 from dac_fast.model.quantize import ResidualVectorQuantizer
 
 # Windows of the comparison are that many times as long, so that windows are compared as well.
