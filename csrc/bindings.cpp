@@ -64,22 +64,22 @@ template <class S>
 void bind_snake(py::module_& m, const std::string& type) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def(("snake_forward_" + type).c_str(),
-        [](const SnakeShape& shape, const AnyRows& x, Address alpha, const AnyRows& y, int threads) {
-          const auto* values = at<const Wide<S>>(alpha);
-          snake_forward<S>(shape, x.of<const S>(), values, values, y.of<S>(), threads);
-        },
-        unlocked);
-  m.def(("snake_beta_forward_" + type).c_str(),
-        [](const SnakeShape& shape, const AnyRows& x, Address alpha, Address beta, const AnyRows& y, int threads) {
+        [](const SnakeShape& shape, const AnyRows& x, Address alpha, Address beta, const AnyRows& y,
+           const AnyRows& rounded, int threads) {
           snake_forward<S>(shape, x.of<const S>(), at<const Wide<S>>(alpha), at<const Wide<S>>(beta), y.of<S>(),
-                           threads);
+                           rounded.of<BFloat16>(), threads);
         },
         unlocked);
-  m.def(("snake_backward_" + type).c_str(),
+}
+
+template <class G, class S, class R>
+void bind_snake_backward(py::module_& m, const std::string& types) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def(("snake_backward_" + types).c_str(),
         [](const SnakeShape& shape, const AnyRows& grad, const AnyRows& x, Address alpha, const AnyRows& grad_x,
            Address grad_alpha, int threads) {
-          snake_backward<S>(shape, grad.of<const S>(), x.of<const S>(), at<const Wide<S>>(alpha), grad_x.of<S>(),
-                            at<Wide<S>>(grad_alpha), threads);
+          snake_backward<G, S, R>(shape, grad.of<const G>(), x.of<const S>(), at<const Wide<S>>(alpha), grad_x.of<R>(),
+                                  at<Wide<S>>(grad_alpha), threads);
         },
         unlocked);
 }
@@ -208,6 +208,12 @@ PYBIND11_MODULE(_C, m) {
   bind_snake<double>(m, "float64");
   bind_snake<BFloat16>(m, "bfloat16");
   bind_snake<Float16>(m, "float16");
+  bind_snake_backward<float, float, float>(m, "float32_float32_float32");
+  bind_snake_backward<double, double, double>(m, "float64_float64_float64");
+  bind_snake_backward<BFloat16, BFloat16, BFloat16>(m, "bfloat16_bfloat16_bfloat16");
+  bind_snake_backward<Float16, Float16, Float16>(m, "float16_float16_float16");
+  bind_snake_backward<BFloat16, float, float>(m, "bfloat16_float32_float32");
+  bind_snake_backward<BFloat16, float, BFloat16>(m, "bfloat16_float32_bfloat16");
   bind_conv1d<float>(m, "float32");
   bind_conv1d<BFloat16>(m, "bfloat16");
   bind_disc_preprocess<float>(m, "float32");

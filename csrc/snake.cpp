@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -27,63 +28,62 @@ INLINE Gradients<T> gradients(T grad, T x, T alpha, T inverse, T sin, T cos) {
   return {grad * (1 + alpha * inverse * double_angle), grad * inverse * (x * double_angle - inverse * sin * sin)};
 }
 
-// term: each element's contribution to the gradient of its alpha.
-template <int kStep>
-INLINE void backward_block(const float* __restrict grad, const float* __restrict x, const float* alpha,
-                           const float* inverse, float* __restrict grad_x, float* __restrict term, int64_t n) {
+// sum: to it, each element adds its part of the gradient of its alpha.
+template <int kStep, class G, class S>
+INLINE void backward_block(const G* __restrict grad, const S* __restrict x, const float* __restrict alpha,
+                           const float* __restrict inverse, float* __restrict grad_x, float* __restrict sum, int64_t n) {
   int far = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float t = alpha[i * kStep] * x[i], r = reduce(t);
-    far |= std::fabs(t) > kFar;
-    const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], sine(r), cosine(r));
-    grad_x[i] = result.x, term[i] = result.alpha;
+    float upstream, value;
+    convert(grad[i], upstream);
+    convert(x[i], value);
+    const float t = alpha[i * kStep] * value, r = reduce(t);
+    const bool is_far = std::fabs(t) > kFar;
+    far |= is_far;
+    const auto result = gradients(upstream, value, alpha[i * kStep], inverse[i * kStep], sine(r), cosine(r));
+    grad_x[i] = result.x;
+    sum[i] += is_far ? 0 : result.alpha;
   }
   if (!far) return;
   for (int64_t i = 0; i < n; ++i) {
-    const float t = alpha[i * kStep] * x[i];
+    float upstream, value;
+    convert(grad[i], upstream);
+    convert(x[i], value);
+    const float t = alpha[i * kStep] * value;
     if (!(std::fabs(t) > kFar)) continue;
     const float s = static_cast<float>(std::sin(static_cast<double>(t)));
     const float c = static_cast<float>(std::cos(static_cast<double>(t)));
-    const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], s, c);
-    grad_x[i] = result.x, term[i] = result.alpha;
+    const auto result = gradients(upstream, value, alpha[i * kStep], inverse[i * kStep], s, c);
+    grad_x[i] = result.x;
+    sum[i] += result.alpha;
   }
+}
+
+template <int kStep, class G, class S, class R>
+INLINE void backward_block(const G* grad, const S* x, const float* alpha, const float* inverse, R* grad_x, float* sum,
+                           int64_t n) {
+  float result[kBlock];
+  backward_block<kStep>(grad, x, alpha, inverse, result, sum, n);
+  for (int64_t i = 0; i < n; ++i) convert(result[i], grad_x[i]);
 }
 
 template <int kStep>
 INLINE void backward_block(const double* grad, const double* x, const double* alpha, const double* inverse,
-                           double* grad_x, double* term, int64_t n) {
+                           double* grad_x, double* sum, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const double t = alpha[i * kStep] * x[i];
     const auto result = gradients(grad[i], x[i], alpha[i * kStep], inverse[i * kStep], std::sin(t), std::cos(t));
-    grad_x[i] = result.x, term[i] = result.alpha;
+    grad_x[i] = result.x, sum[i] += result.alpha;
   }
 }
 
-template <int kStep, class S>
-INLINE void backward_block(const S* grad, const S* x, const float* alpha, const float* inverse, S* grad_x, float* term,
-                           int64_t n) {
-  float wide_grad[kBlock], wide[kBlock], result[kBlock];
+template <class S>
+INLINE void round(const S* from, BFloat16* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    convert(grad[i], wide_grad[i]);
-    convert(x[i], wide[i]);
+    float wide;
+    convert(from[i], wide);
+    convert(wide, to[i]);
   }
-  backward_block<kStep>(wide_grad, wide, alpha, inverse, result, term, n);
-  for (int64_t i = 0; i < n; ++i) convert(result[i], grad_x[i]);
-}
-
-// In a fixed order that the compiler can vectorise.
-template <class T>
-INLINE double sum(const T* term, int64_t n) {
-  constexpr int kLanes = 16;
-  T lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term[i + lane];
-  }
-  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += term[i];
-  double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
 }
 
 // The runs that the loops go over. Channels last, runs over few channels would be too short for vectors: where nothing
@@ -138,22 +138,20 @@ struct Segments {
   int64_t per_run, count, grain;
 };
 
-template <class S, class T>
-void backward_channels_first(const Runs& runs, Rows<const S> grad, Rows<const S> x, const T* alpha, const T* inverse,
-                             Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+template <class G, class S, class R, class T>
+void backward_channels_first(const Runs& runs, Rows<const G> grad, Rows<const S> x, const T* alpha, const T* inverse,
+                             Rows<R> grad_x, T* grad_alpha, int threads, InstructionSet set) {
   const Segments segments(runs);
   std::vector<double> partial(segments.count);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
     run(set, [&]() __attribute__((always_inline)) {
-      T term[kBlock];
       for (int64_t segment = first; segment < last; ++segment) {
-        double total = 0;
+        T sum[kBlock] = {};
         segments.each_block(segment, [&](int64_t b, int64_t c, int64_t i, int64_t n)
                                          __attribute__((always_inline)) {
-          backward_block<0>(grad.at(b, c) + i, x.at(b, c) + i, alpha + c, inverse + c, grad_x.at(b, c) + i, term, n);
-          total += sum(term, n);
+          backward_block<0>(grad.at(b, c) + i, x.at(b, c) + i, alpha + c, inverse + c, grad_x.at(b, c) + i, sum, n);
         });
-        partial[segment] = total;
+        partial[segment] = std::accumulate(sum, sum + kBlock, 0.0);
       }
     });
   });
@@ -167,25 +165,23 @@ void backward_channels_first(const Runs& runs, Rows<const S> grad, Rows<const S>
   }
 }
 
-template <class S, class T>
-void backward_channels_last(const Runs& runs, Rows<const S> grad, Rows<const S> x, const T* alpha, const T* inverse,
-                            Rows<S> grad_x, T* grad_alpha, int threads, InstructionSet set) {
+template <class G, class S, class R, class T>
+void backward_channels_last(const Runs& runs, Rows<const G> grad, Rows<const S> x, const T* alpha, const T* inverse,
+                            Rows<R> grad_x, T* grad_alpha, int threads, InstructionSet set) {
   const int64_t count = runs.batch * runs.rows;
-  // At least 64 runs a group: a partial sum per element of a run must cost little beside them.
-  const int64_t group = std::max<int64_t>(64, 4 * kPiece / std::max<int64_t>(1, runs.size));
+  // Runs of one partial sum: many beside its cost, and few enough for a float.
+  constexpr int64_t group = 128;
   const int64_t groups = (count + group - 1) / group;
-  std::vector<double> partial(groups * runs.size);
+  std::vector<T> partial(groups * runs.size);
   parallel_for(groups, 1, threads, [&](int64_t first, int64_t) {
     run(set, [&]() __attribute__((always_inline)) {
-      T term[kBlock];
-      double* total = partial.data() + first * runs.size;
+      T* sum = partial.data() + first * runs.size;
       for (int64_t index = first * group; index < std::min((first + 1) * group, count); ++index) {
         const int64_t b = index / runs.rows, t = index % runs.rows;
         const int64_t length = runs.length(t);
         for (int64_t c = 0; c < length; c += kBlock) {
           const int64_t n = std::min<int64_t>(kBlock, length - c);
-          backward_block<1>(grad.at(b, t) + c, x.at(b, t) + c, alpha + c, inverse + c, grad_x.at(b, t) + c, term, n);
-          for (int64_t i = 0; i < n; ++i) total[c + i] += term[i];
+          backward_block<1>(grad.at(b, t) + c, x.at(b, t) + c, alpha + c, inverse + c, grad_x.at(b, t) + c, sum + c, n);
         }
       }
     });
@@ -201,8 +197,8 @@ void backward_channels_last(const Runs& runs, Rows<const S> grad, Rows<const S> 
 
 template <class S>
 void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, const Wide<S>* beta, Rows<S> y,
-                   int threads, InstructionSet set) {
-  const Runs runs(shape, x, y);
+                   Rows<BFloat16> rounded, int threads, InstructionSet set) {
+  const Runs runs(shape, x, y, rounded);
   const std::vector<Wide<S>> frequency = runs.repeated(alpha), inverse = inverses(runs.repeated(beta));
   const Segments segments(runs);
   parallel_for(segments.count, segments.grain, threads, [&](int64_t first, int64_t last) {
@@ -214,29 +210,35 @@ void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alph
           } else {
             forward_block<0>(x.at(b, r) + i, frequency.data() + r, inverse.data() + r, y.at(b, r) + i, n);
           }
+          if (rounded.data) round(y.at(b, r) + i, rounded.at(b, r) + i, n);
         });
       }
     });
   });
 }
 
-template <class S>
-void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const Wide<S>* alpha, Rows<S> grad_x,
+template <class G, class S, class R>
+void snake_backward(const SnakeShape& shape, Rows<const G> grad, Rows<const S> x, const Wide<S>* alpha, Rows<R> grad_x,
                     Wide<S>* grad_alpha, int threads, InstructionSet set) {
   const Runs runs(shape, grad, x, grad_x);
   const std::vector<Wide<S>> frequency = runs.repeated(alpha), inverse = inverses(frequency);
-  const auto backward = shape.channels_last ? backward_channels_last<S, Wide<S>> : backward_channels_first<S, Wide<S>>;
+  const auto backward = shape.channels_last ? backward_channels_last<G, S, R, Wide<S>>
+                                            : backward_channels_first<G, S, R, Wide<S>>;
   backward(runs, grad, x, frequency.data(), inverse.data(), grad_x, grad_alpha, threads, set);
 }
 
-#define DAC_SNAKE(S)                                                                                                \
-  template void snake_forward(const SnakeShape&, Rows<const S>, const Wide<S>*, const Wide<S>*, Rows<S>, int,       \
-                              InstructionSet);                                                                      \
-  template void snake_backward(const SnakeShape&, Rows<const S>, Rows<const S>, const Wide<S>*, Rows<S>, Wide<S>*, \
+#define DAC_SNAKE_BACKWARD(G, S, R)                                                                               \
+  template void snake_backward(const SnakeShape&, Rows<const G>, Rows<const S>, const Wide<S>*, Rows<R>, Wide<S>*, \
                                int, InstructionSet)
+#define DAC_SNAKE(S)                                                                                          \
+  template void snake_forward(const SnakeShape&, Rows<const S>, const Wide<S>*, const Wide<S>*, Rows<S>,       \
+                              Rows<BFloat16>, int, InstructionSet);                                           \
+  DAC_SNAKE_BACKWARD(S, S, S)
 DAC_SNAKE(float);
 DAC_SNAKE(double);
 DAC_SNAKE(BFloat16);
 DAC_SNAKE(Float16);
+DAC_SNAKE_BACKWARD(BFloat16, float, float);
+DAC_SNAKE_BACKWARD(BFloat16, float, BFloat16);
 
 }  // namespace dac

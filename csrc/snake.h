@@ -22,14 +22,16 @@ struct SnakeShape {
 template <class S>
 using Wide = std::conditional_t<(sizeof(S) > 2), S, float>;
 
-// alpha, beta: one value per channel. S is float, double, BFloat16 or Float16.
+// alpha, beta: one value per channel. S is float, double, BFloat16 or Float16. `rounded` gets y in bfloat16, unless its
+// data is null; its strides are needed then, too.
 template <class S>
 void snake_forward(const SnakeShape& shape, Rows<const S> x, const Wide<S>* alpha, const Wide<S>* beta, Rows<S> y,
-                   int threads, InstructionSet set = best_instruction_set());
+                   Rows<BFloat16> rounded, int threads, InstructionSet set = best_instruction_set());
 
-// From the gradient of y, those of x and of alpha. The latter's bits do not depend on the number of threads.
-template <class S>
-void snake_backward(const SnakeShape& shape, Rows<const S> grad, Rows<const S> x, const Wide<S>* alpha, Rows<S> grad_x,
+// From the gradient of y, those of x and of alpha. The latter's bits do not depend on the number of threads. G and R are
+// S, or, where S is float, G is BFloat16 and R either.
+template <class G, class S, class R>
+void snake_backward(const SnakeShape& shape, Rows<const G> grad, Rows<const S> x, const Wide<S>* alpha, Rows<R> grad_x,
                     Wide<S>* grad_alpha, int threads, InstructionSet set = best_instruction_set());
 
 }  // namespace dac

@@ -62,6 +62,32 @@ double dot(const std::vector<S>& a, const std::vector<S>& b) {
   return sum;
 }
 
+// Gradients in bfloat16 beside values in float: as those of the same gradients in float.
+void rounded_gradients(const dac::SnakeShape& shape, dac::Rows<const float> x, const std::vector<float>& alpha,
+                       const std::vector<float>& grad, dac::InstructionSet set) {
+  const int64_t size = shape.size, item = shape.rows * size;
+  std::vector<dac::BFloat16> half(grad.size()), half_x(grad.size());
+  std::vector<float> wide(grad.size()), grad_x(grad.size()), same_x(grad.size()), grad_alpha(alpha), same(alpha);
+  for (size_t i = 0; i < grad.size(); ++i) {
+    dac::convert(grad[i], half[i]);
+    dac::convert(half[i], wide[i]);
+  }
+  const dac::Rows<const dac::BFloat16> from = {half.data(), item, size};
+  dac::snake_backward<float, float, float>(shape, {wide.data(), item, size}, x, alpha.data(),
+                                           {grad_x.data(), item, size}, grad_alpha.data(), 1, set);
+  dac::snake_backward<dac::BFloat16, float, float>(shape, from, x, alpha.data(), {same_x.data(), item, size},
+                                                   same.data(), some_threads(), set);
+  for (size_t i = 0; i < grad.size(); ++i) expect_near(same_x[i], grad_x[i], 0, "gradient of x, from bfloat16");
+  dac::snake_backward<dac::BFloat16, float, dac::BFloat16>(shape, from, x, alpha.data(), {half_x.data(), item, size},
+                                                           same.data(), some_threads(), set);
+  for (size_t c = 0; c < same.size(); ++c) expect_near(same[c], grad_alpha[c], 0, "gradient of alpha, from bfloat16");
+  for (size_t i = 0; i < grad.size(); ++i) {
+    dac::BFloat16 expected;
+    dac::convert(grad_x[i], expected);
+    expect_equal(half_x[i].bits, expected.bits, "gradient of x, in bfloat16");
+  }
+}
+
 // Every instruction set of this CPU, against the formula.
 template <class S>
 void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double tolerance) {
@@ -75,12 +101,15 @@ void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double
   for (const auto set : {dac::InstructionSet::portable, dac::InstructionSet::avx2, dac::InstructionSet::avx512}) {
     if (!dac::supported(set)) continue;
     std::vector<S> y(count), grad_x(count), grad_alpha(shape.channels()), again(shape.channels());
+    std::vector<dac::BFloat16> rounded(count);
     const dac::Rows<const S> in = {x.data(), rows * stride, stride}, upstream = {grad.data(), rows * size, size};
-    dac::snake_forward<S>(shape, in, alpha.data(), alpha.data(), {y.data(), rows * size, size}, some_threads(), set);
-    dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, grad_alpha.data(),
-                           some_threads(), set);
-    dac::snake_backward<S>(shape, upstream, in, alpha.data(), {grad_x.data(), rows * size, size}, again.data(), 1, set);
+    const dac::Rows<S> out = {y.data(), rows * size, size}, to_x = {grad_x.data(), rows * size, size};
+    dac::snake_forward<S>(shape, in, alpha.data(), alpha.data(), out, {rounded.data(), rows * size, size},
+                          some_threads(), set);
+    dac::snake_backward<S, S, S>(shape, upstream, in, alpha.data(), to_x, grad_alpha.data(), some_threads(), set);
+    dac::snake_backward<S, S, S>(shape, upstream, in, alpha.data(), to_x, again.data(), 1, set);
     for (size_t c = 0; c < again.size(); ++c) expect_near(again[c], grad_alpha[c], 0, "gradient of alpha, threads");
+    if constexpr (sizeof(S) == sizeof(float)) rounded_gradients(shape, in, alpha, grad, set);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = i / size, channel = channels_last ? i % size : row % rows;
       const S value = x[row * stride + i % size], a = alpha[channel];
@@ -89,6 +118,9 @@ void snake(int64_t batch, int64_t rows, int64_t size, bool channels_last, double
       expect_near(y[i], value + inverse * sine * sine, tolerance * scale, "snake");
       expect_near(grad_x[i], grad[i] * (1 + a * inverse * std::sin(2 * t)), tolerance * 10 * std::fabs(grad[i]) + 1e-30,
                   "gradient of x");
+      dac::BFloat16 expected;
+      dac::convert(static_cast<float>(y[i]), expected);
+      expect_equal(rounded[i].bits, expected.bits, "snake in bfloat16");
     }
   }
 }
@@ -352,7 +384,9 @@ void forks(int count, int others) {
     const std::vector<float> x(16400), alpha(2, 1);
     std::vector<float> y(16400);
     const dac::Rows<const float> from = {x.data(), 16400, 8200};
-    while (!done) dac::snake_forward<float>({1, 2, 8200, false}, from, alpha.data(), alpha.data(), {y.data(), 16400, 8200}, 2);
+    const dac::Rows<float> to = {y.data(), 16400, 8200};
+    const dac::Rows<dac::BFloat16> none = {nullptr, 16400, 8200};
+    while (!done) dac::snake_forward<float>({1, 2, 8200, false}, from, alpha.data(), alpha.data(), to, none, 2);
   });
   for (int i = 0; i < count; ++i) {
     const pid_t child = fork();

@@ -1,21 +1,48 @@
 """Training in bfloat16: gradients of convolutions in it, and what has to stay in float32 for it."""
 
+import copy
 from importlib import resources
 
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from dac_kernels import native
+from tolerances import assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dac_fast import ops
 from dac_fast.codec import load
 from dac_fast.model import half_gradients
-from dac_fast.model.layers import ResidualUnit, WeightNorm
+from dac_fast.model.channels_last import set_channels_last
+from dac_fast.model.layers import (
+    Chain,
+    Conv1d,
+    ConvTranspose1d,
+    ResidualUnit,
+    Snake,
+    WeightNorm,
+    set_half_gradients,
+)
 from dac_fast.training import load_recipe
 from dac_fast.training.step import TrainingStep
 from dac_fast.training.trainer import default_precision
 
 CPU = torch.device("cpu")
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the operators' names, and in which dtype convolutions compute their gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = [], []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.overloadpacket.__name__)
+        if operator.overloadpacket is torch.ops.aten.convolution_backward:
+            self.dtypes.append(args[0].dtype)
+        return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
@@ -45,6 +72,86 @@ def test_only_the_gradients_are_rounded(name, bias):
         assert a.dtype == torch.float32
         # Each product is of two rounded factors, and their sum is rounded once more.
         assert 1e-4 < (a - b).norm() / b.norm() < 6e-3
+
+
+def pair(layer):
+    """Snake and a convolution behind it, which it trains with in one step of autograd."""
+    channels = layer.weight_v.shape[0 if isinstance(layer, ConvTranspose1d) else 1]
+    return Chain(Snake(channels), layer)
+
+
+FUSED = {
+    "unit": lambda: ResidualUnit(6, 3, "snake"),
+    "strided": lambda: pair(Conv1d(6, 10, 8, stride=4, padding=2)),
+    "transposed": lambda: pair(ConvTranspose1d(6, 4, 3, padding=2)),
+}
+
+
+@pytest.mark.skipif(native.extension is None, reason=f"dac_kernels._C: {native.status()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUSED)
+def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype):
+    torch.manual_seed(0)
+    layers = FUSED[name]()
+    for snake in layers.modules():
+        if isinstance(snake, Snake):
+            torch.nn.init.uniform_(snake.alpha, 0.5, 2)
+    wide = copy.deepcopy(layers).double()
+    set_channels_last(layers)
+    if dtype == torch.float32:
+        # What is in bfloat16 itself needs no word.
+        set_half_gradients(layers)
+    leaf = torch.randn(2, 41, 6).to(dtype)
+
+    def results(layers, dtype):
+        x = leaf.to(dtype).transpose(1, 2).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layers(x)
+        torch.manual_seed(1)
+        grad = torch.randn(y.shape).to(dtype)
+        return [y, *torch.autograd.grad(y, [x, *layers.parameters()], grad)]
+
+    actual = results(layers, dtype)
+    with ops.use_backend("reference"):
+        plain = results(layers, dtype)
+    assert type(actual[0].grad_fn).__name__ == "_ActivatedBackward"
+    assert type(plain[0].grad_fn).__name__ != "_ActivatedBackward"
+    assert actual[0].stride(1) == 1
+    for ours, same, exact in zip(actual, plain, results(wide, torch.float64), strict=True):
+        assert ours.dtype == same.dtype
+        assert_as_good_as(ours.detach(), same.detach(), exact.detach())
+
+
+def test_other_layers_train_as_they_did():
+    """In float32 throughout, ragged, folded, by the reference, or when nothing trains."""
+    x = torch.randn(2, 41, 6).transpose(1, 2)
+    unit = ResidualUnit(6, 3, "snake")
+    set_channels_last(unit)
+    ways = [unit(x)]
+    set_half_gradients(unit)
+    ways.append(unit(x, torch.tensor([41, 30])))
+    with ops.use_backend("reference"):
+        ways.append(unit(x))
+    with torch.no_grad():
+        ways.append(unit(x))
+    for layer in unit.block[1::2]:
+        layer.fold()
+    ways.append(unit(x))
+    for y in ways:
+        assert type(y.grad_fn).__name__ != "_ActivatedBackward"
+        torch.testing.assert_close(y[0], ways[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_one_channel_leads_to_channels_innermost():
+    """Else the first layer's result, and its gradient, would be copied to the other layout."""
+    for half_gradients_too in (False, True):
+        layer = Conv1d(1, 8, 7, padding=3)
+        set_channels_last(layer)
+        layer.half_gradients = half_gradients_too
+        with Operators() as forward:
+            y = layer(torch.randn(2, 1, 50))
+        assert y.stride(1) == 1
+        assert "clone" not in forward.names
 
 
 @pytest.fixture(scope="module")
@@ -94,24 +201,11 @@ def test_rounding_leaves_the_gradient(step, recording):
     assert F.cosine_similarity(full, half, dim=0) > 0.8
 
 
-class Backward(TorchDispatchMode):
-    """Keeps the dtype in which each convolution computes its gradients."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.overloadpacket is torch.ops.aten.convolution_backward:
-            self.dtypes.append(args[0].dtype)
-        return operator(*args, **(kwargs or {}))
-
-
 def test_all_convolutions_but_the_last_compute_gradients_in_bfloat16(step, recording):
     coders = (step.codec.encoder, step.codec.decoder)
     with step.autocast():
         audio = step.codec.decoder(step.codec.encoder(recording))
-    with Backward() as backward:
+    with Operators() as backward:
         audio.square().mean().backward()
     count = sum(isinstance(layer, WeightNorm) for coder in coders for layer in coder.modules())
     assert backward.dtypes == [torch.float32, *[torch.bfloat16] * (count - 1)]

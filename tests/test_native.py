@@ -93,6 +93,30 @@ def test_snake(layout, shape, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snake_beside_bfloat16(layout, dtype):
+    """Its result is rounded too, and gradients come and go in bfloat16, as if they were not."""
+    torch.manual_seed(0)
+    leaf_shape, view = LAYOUTS[layout]
+    x = view(3 * torch.randn(leaf_shape(2, 40, 63), dtype=dtype))
+    alpha = torch.rand(1, 40, 1) + 0.1
+    with poisoned():
+        y, rounded = native.snake_rounded(x, alpha)
+    assert torch.equal(y, native.snake(x, alpha))
+    assert torch.equal(rounded, y.bfloat16())
+    assert rounded.stride() == y.stride()
+
+    grad = torch.randn(x.shape).bfloat16()
+    leaves = x.detach().clone().requires_grad_(), alpha.clone().requires_grad_()
+    wanted = torch.autograd.grad(native.snake(*leaves), leaves, grad.to(dtype))
+    for into in (dtype, torch.bfloat16):
+        with poisoned():
+            grad_x, grad_alpha = native.snake_gradients(grad, x, alpha, into)
+        assert torch.equal(grad_x, wanted[0].to(into))
+        torch.testing.assert_close(grad_alpha, wanted[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_snake_beta(layout, dtype):
     torch.manual_seed(0)

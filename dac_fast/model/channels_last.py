@@ -73,4 +73,7 @@ def pad(
 
 def innermost(x: Tensor) -> Tensor:
     """x [B, C, H, W] with channels innermost in memory; x itself where they already are."""
+    if x.shape[1] == 1:
+        # Of one channel only the strides tell the layouts apart, which the result's layout follows.
+        return x.contiguous()[:, 0].unsqueeze(3).movedim(3, 1)
     return x.contiguous(memory_format=torch.channels_last)

@@ -12,8 +12,8 @@ import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dac_fast import ops
-from dac_fast.model import channels_last, folded
+from dac_fast.model import channels_last, folded, half_gradients
 from dac_fast.ops.reference import valid_mask
 
 # A number of positions, or int64 [B] of them.
@@ -174,6 +174,10 @@ class Conv1d(WeightNorm, Layer):
         # The very tensor where the number stays the same.
         return length + change if change else length
 
+    def sizes(self) -> tuple[Any, ...]:
+        """What `torch.convolution` takes beside the tensors, for images of height 1."""
+        return (1, self.stride), (0, self.padding), (1, self.dilation), False, (0, 0), 1
+
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
@@ -201,6 +205,10 @@ class ConvTranspose1d(WeightNorm, Layer):
 
     def output_length(self, length: Length, padded: bool = True) -> Length:  # noqa: D102
         return (length - 1) * self.stride - 2 * self.padding * padded + self.kernel_size
+
+    def sizes(self) -> tuple[Any, ...]:
+        """As of `Conv1d`."""
+        return (1, self.stride), (0, self.padding), (1, 1), True, (0, 0), 1
 
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
@@ -240,6 +248,24 @@ def zero_past(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(valid_mask(lengths, x.shape[-1]), x, 0)
 
 
+def fused_pairs(layers: Sequence[nn.Module], x: Tensor) -> list[half_gradients.Activated]:
+    """The first layers, as far as they are to train as `half_gradients.activated_convolutions`."""
+    pairs: list[half_gradients.Activated] = []
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return pairs
+    for snake, layer in zip(layers[::2], layers[1::2], strict=False):
+        if not (isinstance(snake, Snake) and isinstance(layer, Conv1d | ConvTranspose1d)):
+            break
+        halves = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and layer.half_gradients)
+        if layer.folded or not (layer.channels_last and halves):
+            break
+        if ops.choose("snake", x, snake.alpha)[0] != "native":
+            break
+        weight = layer.normed_weight()
+        pairs.append(half_gradients.Activated(snake.alpha, weight, layer.bias, layer.sizes()))
+    return pairs
+
+
 class Chain(nn.Sequential):
     """`nn.Sequential` that also hands `lengths` and `padded` to its modules of type `Layer`."""
 
@@ -254,7 +280,13 @@ class Chain(nn.Sequential):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, padded: bool = True) -> Tensor:
         """x [B, C, T] through all modules."""
-        for layer in self:
+        layers = list(self)
+        while layers:
+            if lengths is None and padded and (pairs := fused_pairs(layers, x)):
+                x = half_gradients.activated_convolutions(x, pairs)
+                del layers[: 2 * len(pairs)]
+                continue
+            layer = layers.pop(0)
             if not isinstance(layer, Layer):
                 x = layer(x)
                 continue
@@ -316,6 +348,8 @@ class ResidualUnit(Block):
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
+        if lengths is None and padded and (pairs := fused_pairs(list(self.block), x)):
+            return half_gradients.activated_convolutions(x, pairs, residual=True)
         y = self.block(x, lengths, padded)
         crop = (x.shape[-1] - y.shape[-1]) // 2
         x = x[..., crop : x.shape[-1] - crop]

@@ -211,13 +211,14 @@ class TrainingStep:
         Returns:
             the norm of the gradients before clipping.
         """
-        optimizer, network = self.optimizers[name], self.networks[name]
+        optimizer = self.optimizers[name]
         optimizer.zero_grad()
         self.mark(f"{name} backward")
         loss.backward()
         self.mark("optimizers")
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(parameters, getattr(self.recipe.optimizer, f"clip_{name}"))
+        (group,) = optimizer.param_groups
+        limit = getattr(self.recipe.optimizer, f"clip_{name}")
+        norm = nn.utils.clip_grad_norm_(group["params"], limit)
         # As a gradient scaler would, this tells a fused optimizer, on the device, to change nothing
         # where the gradients are not finite.
         optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -22,6 +22,8 @@ from dac_kernels.native.snake import (
     snake,
     snake_beta,
     snake_beta_unsupported,
+    snake_gradients,
+    snake_rounded,
     snake_unsupported,
 )
 from dac_kernels.native.stft_bands import BANDS, stft_bands, stft_bands_unsupported
@@ -42,6 +44,8 @@ __all__ = [
     "snake",
     "snake_beta",
     "snake_beta_unsupported",
+    "snake_gradients",
+    "snake_rounded",
     "snake_unsupported",
     "status",
     "stft_bands",

@@ -31,6 +31,36 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     return y
 
 
+def snake_rounded(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`snake`, and the same in bfloat16. Autograd does not see it: see `snake_gradients`.
+
+    Args:
+        x: float32 or bfloat16.
+        alpha: as for `snake`.
+    Raises:
+        RuntimeError: see `snake_unsupported`.
+    """
+    if x.dtype == torch.bfloat16:
+        y = _forward(x, alpha, alpha)
+        return y, y
+    rounded = _empty_like(x, torch.bfloat16)
+    return _forward(x, alpha, alpha, rounded), rounded
+
+
+def snake_gradients(
+    grad: Tensor, x: Tensor, alpha: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `snake` for x and, in float32, for alpha.
+
+    Args:
+        grad: of its result, bfloat16.
+        x, alpha: as for `snake_rounded`.
+        dtype: of the first result, x's or bfloat16.
+    """
+    grad_x = _empty_like(x, dtype)
+    return grad_x, _backward_into(grad_x, grad, x, alpha)
+
+
 def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
     """Why `snake` cannot run on these tensors, or None."""
     if reason := unsupported(x, DTYPES):
@@ -77,11 +107,11 @@ def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and (x.stride(2) != 1 or x.shape[2] == 1)
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if not _channels_last(x):
-        return x.new_empty(x.shape)
+        return x.new_empty(x.shape, dtype=dtype)
     batch, channels, time = x.shape
-    return x.new_empty(batch, time, channels).transpose(1, 2)
+    return x.new_empty(batch, time, channels, dtype=dtype).transpose(1, 2)
 
 
 def _with_runs(x: Tensor, channels_last: bool) -> Tensor:
@@ -96,8 +126,9 @@ def _wide(alpha: Tensor) -> Tensor:
     return (alpha.float() if alpha.dtype in HALVES else alpha).contiguous()
 
 
-def _rows(x: Tensor, channels_last: bool) -> extension.Rows:
-    return extension.Rows(x.data_ptr(), x.stride(0), x.stride(2 if channels_last else 1))
+def _rows(x: Tensor, channels_last: bool, absent: bool = False) -> extension.Rows:
+    address = 0 if absent else x.data_ptr()
+    return extension.Rows(address, x.stride(0), x.stride(2 if channels_last else 1))
 
 
 def _snake_shape(x: Tensor, channels_last: bool) -> extension.SnakeShape:
@@ -113,22 +144,26 @@ def _output(x: Tensor, *per_channel: Tensor) -> Tensor:
     return _empty_like(x)
 
 
-def _forward(function: str, x: Tensor, *per_channel: Tensor) -> Tensor:
-    y, last = _output(x, *per_channel), _channels_last(x)
-    x, wide = _with_runs(x, last), [_wide(values) for values in per_channel]
-    addresses = (values.data_ptr() for values in wide)
-    call(function, x, [x.dtype], _snake_shape(x, last), _rows(x, last), *addresses, _rows(y, last))
+def _forward(x: Tensor, alpha: Tensor, beta: Tensor, rounded: Tensor | None = None) -> Tensor:
+    """y, and `rounded`, of its layout, filled with y in bfloat16."""
+    y, last = _output(x, alpha, beta), _channels_last(x)
+    x, alpha, beta = _with_runs(x, last), _wide(alpha), _wide(beta)
+    per_channel = alpha.data_ptr(), beta.data_ptr()
+    outputs = _rows(y, last), _rows(y if rounded is None else rounded, last, rounded is None)
+    call(
+        "snake_forward", x, [x.dtype], _snake_shape(x, last), _rows(x, last), *per_channel, *outputs
+    )
     return y
 
 
 @torch.library.custom_op("dac_native::snake", mutates_args=())
 def _snake(x: Tensor, alpha: Tensor) -> Tensor:
-    return _forward("snake_forward", x, alpha)
+    return _forward(x, alpha, alpha)
 
 
 @torch.library.custom_op("dac_native::snake_beta", mutates_args=())
 def _snake_beta(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    return _forward("snake_beta_forward", x, alpha, beta)
+    return _forward(x, alpha, beta)
 
 
 _snake.register_fake(_output)
@@ -145,17 +180,22 @@ def _gradients(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("dac_native::snake_backward", mutates_args=())
 def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_alpha = _gradients(grad, x, alpha)
-    last = _channels_last(x)
-    grad = _with_runs(grad, last)
-    x = _with_runs(x, last)
-    wide, wide_grad = _wide(alpha), _wide(grad_alpha)
-    inputs = _rows(grad, last), _rows(x, last), wide.data_ptr()
-    outputs = _rows(grad_x, last), wide_grad.data_ptr()
-    call("snake_backward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
-    return grad_x, wide_grad.to(alpha.dtype)
+    return grad_x, _backward_into(grad_x, grad, x, alpha).to(grad_alpha.dtype)
 
 
 _snake_backward.register_fake(_gradients)
+
+
+def _backward_into(grad_x: Tensor, grad: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+    """Fills grad_x, of x's layout; returns the gradient of alpha, in what it is computed in."""
+    last = _channels_last(x)
+    dtypes = grad.dtype, x.dtype, grad_x.dtype
+    grad, x, alpha = _with_runs(grad, last), _with_runs(x, last), _wide(alpha)
+    grad_alpha = torch.empty_like(alpha)
+    inputs = _rows(grad, last), _rows(x, last), alpha.data_ptr()
+    outputs = _rows(grad_x, last), grad_alpha.data_ptr()
+    call("snake_backward", x, dtypes, _snake_shape(x, last), *inputs, *outputs)
+    return grad_alpha
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
