@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -423,3 +424,25 @@ def test_tiny_overfits_a_real_recording(tmp_path):
         train("tiny", overrides, Console(file=io.StringIO()))
     mel = [entry["mel"] for entry in logged(tmp_path / "run")]
     assert np.mean(mel[-20:]) < 0.5 * mel[0]
+
+
+KEEPING = """
+import numpy
+from dac_fast.training.processes import process_group
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+with process_group("cpu"):
+    blocks = [numpy.ones(2**21) for _ in range(8)]
+    full = resident()
+    del blocks
+    print((full - resident()) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_what_a_step_frees_is_kept():
+    """Eight blocks of 16 MB, which the next step would have to ask the system for."""
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True)
+    assert int(done.stdout) < 8, done.stderr
