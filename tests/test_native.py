@@ -116,6 +116,21 @@ def test_snake_beside_bfloat16(layout, dtype):
         torch.testing.assert_close(grad_alpha, wanted[1], rtol=1e-5, atol=1e-4)
 
 
+def test_what_does_not_go_beside_bfloat16_is_refused():
+    x, alpha = torch.randn(2, 3, 5), torch.ones(1, 3, 1)
+    grad = torch.randn(2, 3, 5).bfloat16()
+    with pytest.raises(RuntimeError, match="dtype is torch.float64, not torch.float32 or"):
+        native.snake_rounded(x.double(), alpha.double())
+    with pytest.raises(RuntimeError, match=r"gradient is torch.float32 \[2, 3, 5\] on cpu, not"):
+        native.snake_gradients(x, x, alpha, torch.float32)
+    with pytest.raises(RuntimeError, match=r"\[2, 3, 4\] on cpu, not torch.bfloat16 \[2, 3, 5\]"):
+        native.snake_gradients(grad[..., 1:], x, alpha, torch.float32)
+    with pytest.raises(RuntimeError, match="to be torch.float16, not torch.float32 or"):
+        native.snake_gradients(grad, x, alpha, torch.float16)
+    with pytest.raises(RuntimeError, match=r"not \[B, C, T\] and \[1, C, 1\]"):
+        native.snake_gradients(grad, x, alpha[:, :2], torch.float32)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_snake_beta(layout, dtype):

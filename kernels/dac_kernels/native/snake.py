@@ -35,11 +35,12 @@ def snake_rounded(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """`snake`, and the same in bfloat16. Autograd does not see it: see `snake_gradients`.
 
     Args:
-        x: float32 or bfloat16.
+        x: [B, C, T], float32 or bfloat16.
         alpha: as for `snake`.
     Raises:
-        RuntimeError: see `snake_unsupported`.
+        RuntimeError: they are something else.
     """
+    require("snake_rounded", _roundable(x))
     if x.dtype == torch.bfloat16:
         y = _forward(x, alpha, alpha)
         return y, y
@@ -53,12 +54,28 @@ def snake_gradients(
     """The gradients of `snake` for x and, in float32, for alpha.
 
     Args:
-        grad: of its result, bfloat16.
+        grad: of its result, [B, C, T], bfloat16.
         x, alpha: as for `snake_rounded`.
         dtype: of the first result, x's or bfloat16.
+    Raises:
+        RuntimeError: they are something else.
     """
+    reason = _roundable(x) or snake_unsupported(x, alpha)
+    if (grad.shape, grad.dtype, grad.device) != (x.shape, torch.bfloat16, x.device):
+        found = f"{grad.dtype} {list(grad.shape)} on {grad.device}"
+        reason = reason or f"the gradient is {found}, not torch.bfloat16 {list(x.shape)} on cpu"
+    if dtype not in (x.dtype, torch.bfloat16):
+        reason = reason or f"gradients are to be {dtype}, not {x.dtype} or torch.bfloat16"
+    require("snake_gradients", reason)
     grad_x = _empty_like(x, dtype)
     return grad_x, _backward_into(grad_x, grad, x, alpha)
+
+
+def _roundable(x: Tensor) -> str | None:
+    """Why `snake_rounded` does not take x, or None."""
+    if x.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"the dtype is {x.dtype}, not torch.float32 or torch.bfloat16"
 
 
 def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:
@@ -148,11 +165,9 @@ def _forward(x: Tensor, alpha: Tensor, beta: Tensor, rounded: Tensor | None = No
     """y, and `rounded`, of its layout, filled with y in bfloat16."""
     y, last = _output(x, alpha, beta), _channels_last(x)
     x, alpha, beta = _with_runs(x, last), _wide(alpha), _wide(beta)
-    per_channel = alpha.data_ptr(), beta.data_ptr()
+    inputs = _rows(x, last), alpha.data_ptr(), beta.data_ptr()
     outputs = _rows(y, last), _rows(y if rounded is None else rounded, last, rounded is None)
-    call(
-        "snake_forward", x, [x.dtype], _snake_shape(x, last), _rows(x, last), *per_channel, *outputs
-    )
+    call("snake_forward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
     return y
 
 
