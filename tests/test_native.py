@@ -174,6 +174,19 @@ def test_snake_of_extreme_values():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def test_snake_gradients_past_the_polynomials_range():
+    """Each far element counts once in alpha's gradient."""
+    x = torch.cat([torch.tensor([25001.0, -3e5, 4e6]), torch.linspace(-9, 9, 600)]).expand(2, 3, -1)
+    alpha = torch.tensor([1.5, 0.7, -2.0]).view(1, 3, 1)
+    for layout in (x.clone(), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        leaves = layout.requires_grad_(), alpha.clone().requires_grad_()
+        grad = torch.linspace(-1, 2, x.numel()).view(x.shape)
+        actual = torch.autograd.grad(native.snake(*leaves), leaves, grad)
+        expected = torch.autograd.grad(reference.snake(*leaves), leaves, grad)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_snake_of_every_16_bit_number(dtype):
     """In and out exactly as PyTorch converts them; alpha may be in float32."""
