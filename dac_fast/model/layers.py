@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dac_fast import ops
-from dac_fast.model import channels_last, folded, half_gradients
+from dac_fast.model import channels_last, folded
+from dac_fast.model.activated import Activated, activated_convolutions
 from dac_fast.ops.reference import valid_mask
 
 # A number of positions, or int64 [B] of them.
@@ -248,9 +249,13 @@ def zero_past(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(valid_mask(lengths, x.shape[-1]), x, 0)
 
 
-def fused_pairs(layers: Sequence[nn.Module], x: Tensor) -> list[half_gradients.Activated]:
-    """The first layers, as far as they are to train as `half_gradients.activated_convolutions`."""
-    pairs: list[half_gradients.Activated] = []
+def fused_pairs(
+    layers: Sequence[nn.Module], x: Tensor, lengths: Tensor | None, padded: bool
+) -> list[Activated]:
+    """The first layers, as far as they are to train as `activated_convolutions`."""
+    pairs: list[Activated] = []
+    if lengths is not None or not padded:
+        return pairs
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return pairs
     for snake, layer in zip(layers[::2], layers[1::2], strict=False):
@@ -262,7 +267,7 @@ def fused_pairs(layers: Sequence[nn.Module], x: Tensor) -> list[half_gradients.A
         if ops.choose("snake", x, snake.alpha)[0] != "native":
             break
         weight = layer.normed_weight()
-        pairs.append(half_gradients.Activated(snake.alpha, weight, layer.bias, layer.sizes()))
+        pairs.append(Activated(snake.alpha, weight, layer.bias, layer.sizes()))
     return pairs
 
 
@@ -282,8 +287,8 @@ class Chain(nn.Sequential):
         """x [B, C, T] through all modules."""
         layers = list(self)
         while layers:
-            if lengths is None and padded and (pairs := fused_pairs(layers, x)):
-                x = half_gradients.activated_convolutions(x, pairs)
+            if pairs := fused_pairs(layers, x, lengths, padded):
+                x = activated_convolutions(x, pairs)
                 del layers[: 2 * len(pairs)]
                 continue
             layer = layers.pop(0)
@@ -348,8 +353,8 @@ class ResidualUnit(Block):
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
     ) -> Tensor:
-        if lengths is None and padded and (pairs := fused_pairs(list(self.block), x)):
-            return half_gradients.activated_convolutions(x, pairs, residual=True)
+        if pairs := fused_pairs(list(self.block), x, lengths, padded):
+            return activated_convolutions(x, pairs, residual=True)
         y = self.block(x, lengths, padded)
         crop = (x.shape[-1] - y.shape[-1]) // 2
         x = x[..., crop : x.shape[-1] - crop]

@@ -1,4 +1,4 @@
-"""The processes of a run: their group under `torchrun`, and the signals that stop them."""
+"""The processes of a run: their group under `torchrun`, memory, and the signals that stop them."""
 
 import contextlib
 import ctypes

@@ -4,7 +4,8 @@ Snake, convolutions and residual units on the CPU; the discriminators' input on 
 
 A module for each op, whose function hides it here. The ops are registered with PyTorch, so that
 autograd, torch.compile and torch.export see through them; gradients of gradients are not available.
-A registered op checks its arguments itself, whoever calls it.
+A registered op checks its arguments itself, whoever calls it. `snake_rounded` and `snake_gradients`
+are not registered: they are parts of a step of autograd (`dac_fast.model.activated`).
 """
 
 from dac_kernels.native.compiled import extension, status

@@ -164,7 +164,8 @@ def _output(x: Tensor, *per_channel: Tensor) -> Tensor:
 def _forward(x: Tensor, alpha: Tensor, beta: Tensor, rounded: Tensor | None = None) -> Tensor:
     """y, and `rounded`, of its layout, filled with y in bfloat16."""
     y, last = _output(x, alpha, beta), _channels_last(x)
-    x, alpha, beta = _with_runs(x, last), _wide(alpha), _wide(beta)
+    x = _with_runs(x, last)
+    alpha, beta = _wide(alpha), _wide(beta)
     inputs = _rows(x, last), alpha.data_ptr(), beta.data_ptr()
     outputs = _rows(y, last), _rows(y if rounded is None else rounded, last, rounded is None)
     call("snake_forward", x, [x.dtype], _snake_shape(x, last), *inputs, *outputs)
@@ -205,7 +206,8 @@ def _backward_into(grad_x: Tensor, grad: Tensor, x: Tensor, alpha: Tensor) -> Te
     """Fills grad_x, of x's layout; returns the gradient of alpha, in what it is computed in."""
     last = _channels_last(x)
     dtypes = grad.dtype, x.dtype, grad_x.dtype
-    grad, x, alpha = _with_runs(grad, last), _with_runs(x, last), _wide(alpha)
+    grad, x = _with_runs(grad, last), _with_runs(x, last)
+    alpha = _wide(alpha)
     grad_alpha = torch.empty_like(alpha)
     inputs = _rows(grad, last), _rows(x, last), alpha.data_ptr()
     outputs = _rows(grad_x, last), grad_alpha.data_ptr()
