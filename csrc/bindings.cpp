@@ -11,6 +11,7 @@
 #include "disc_preprocess.h"
 #include "snake.h"
 #include "stft_bands.h"
+#include "weight_gradient.h"
 #ifdef DAC_KERNELS_CUDA
 #include "cuda_check.h"
 #endif
@@ -98,6 +99,14 @@ void bind_conv1d(py::module_& m, const std::string& type) {
         },
         unlocked);
   m.def(("conv1d_lacks_" + type).c_str(), [] { return conv1d_lacks<S>(); });
+}
+
+void bind_weight_gradient(py::module_& m) {
+  m.def("conv1d_weight_gradient_float32",
+        [](const ConvShape& shape, const AnyRows& grad, const AnyRows& x, Address weight, int threads) {
+          conv1d_weight_gradient(shape, grad.of<const float>(), x.of<const float>(), at<float>(weight), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 template <class S>
@@ -216,6 +225,7 @@ PYBIND11_MODULE(_C, m) {
   bind_snake_backward<BFloat16, float, BFloat16>(m, "bfloat16_float32_bfloat16");
   bind_conv1d<float>(m, "float32");
   bind_conv1d<BFloat16>(m, "bfloat16");
+  bind_weight_gradient(m);
   bind_disc_preprocess<float>(m, "float32");
   bind_disc_preprocess<double>(m, "float64");
   bind_bands<float, float>(m, "float32_float32");

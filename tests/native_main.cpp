@@ -25,6 +25,7 @@
 #include "../csrc/disc_preprocess.h"
 #include "../csrc/snake.h"
 #include "../csrc/stft_bands.h"
+#include "../csrc/weight_gradient.h"
 
 namespace {
 
@@ -195,6 +196,36 @@ void conv1d() {
   conv1d<dac::BFloat16>(shape, 1e-2);
 }
 
+void weight_gradient() {
+  const int64_t batch = between(0, 3), positions = 1 + size_up_to(3000), inputs = between(1, 70), columns = between(1, 70);
+  const int64_t taps = between(1, 9), stride = between(1, 4), dilation = between(1, 9), padding = between(0, 30);
+  const int64_t rows = std::max<int64_t>(0, positions + 2 * padding - dilation * (taps - 1) + stride - 1) / stride;
+  const dac::ConvShape shape = {batch, positions, inputs, rows, columns, taps, stride, dilation, padding, columns, 0};
+  const std::vector<float> x = noise<float>(batch * positions * inputs), grad = noise<float>(batch * rows * columns);
+  const dac::Rows<const float> from_x = {x.data(), positions * inputs, inputs};
+  const dac::Rows<const float> from_grad = {grad.data(), rows * columns, columns};
+  std::vector<float> weight(columns * inputs * taps), same(weight);
+  for (const auto set : {dac::InstructionSet::portable, dac::InstructionSet::avx2, dac::InstructionSet::avx512}) {
+    if (!dac::supported(set)) continue;
+    dac::conv1d_weight_gradient(shape, from_grad, from_x, weight.data(), 1, set);
+    dac::conv1d_weight_gradient(shape, from_grad, from_x, same.data(), some_threads(), set);
+    for (size_t i = 0; i < weight.size(); ++i) expect_near(same[i], weight[i], 0, "weight gradient by threads");
+    for (int trial = 0; trial < 20; ++trial) {
+      const int64_t o = between(0, columns - 1), i = between(0, inputs - 1), tap = between(0, taps - 1);
+      double expected = 0;
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t position = row * stride + tap * dilation - padding;
+          if (position < 0 || position >= positions) continue;
+          expected += static_cast<double>(grad[(b * rows + row) * columns + o]) * x[(b * positions + position) * inputs + i];
+        }
+      }
+      const double scale = 1 + std::sqrt(static_cast<double>(batch * rows));
+      expect_near(weight[(o * inputs + i) * taps + tap], expected, 1e-5 * scale, "weight gradient");
+    }
+  }
+}
+
 int frames_of(int samples, int window) { return (samples + window / 4 - 1) / (window / 4); }
 
 // Samples that reach far enough for the window's reflections.
@@ -340,11 +371,12 @@ void awkward_sizes() {
 }
 
 void random_op() {
-  const int64_t op = between(0, 3);
+  const int64_t op = between(0, 4);
   if (op == 0) snake(4e-7, 1e-14);
   if (op == 1) stft_bands();
   if (op == 2) disc_preprocess();
   if (op == 3) conv1d();
+  if (op == 4) weight_gradient();
 }
 
 // Calls body(number) on threads of their own, with random numbers of their own.

@@ -101,32 +101,40 @@ def test_snake_beside_bfloat16(layout, dtype):
     x = view(3 * torch.randn(leaf_shape(2, 40, 63), dtype=dtype))
     alpha = torch.rand(1, 40, 1) + 0.1
     with poisoned():
-        y, rounded = native.snake_rounded(x, alpha)
+        y, rounded = native.snake_rounded(x, alpha, torch.bfloat16)
+        itself, same = native.snake_rounded(x, alpha, dtype)
     assert torch.equal(y, native.snake(x, alpha))
     assert torch.equal(rounded, y.bfloat16())
     assert rounded.stride() == y.stride()
+    assert itself is same
+    assert torch.equal(itself, y)
 
-    grad = torch.randn(x.shape).bfloat16()
     leaves = x.detach().clone().requires_grad_(), alpha.clone().requires_grad_()
-    wanted = torch.autograd.grad(native.snake(*leaves), leaves, grad.to(dtype))
-    for into in (dtype, torch.bfloat16):
-        with poisoned():
-            grad_x, grad_alpha = native.snake_gradients(grad, x, alpha, into)
-        assert torch.equal(grad_x, wanted[0].to(into))
-        torch.testing.assert_close(grad_alpha, wanted[1], rtol=1e-5, atol=1e-4)
+    for given in {dtype, torch.bfloat16}:
+        grad = torch.randn(x.shape).to(given)
+        wanted = torch.autograd.grad(native.snake(*leaves), leaves, grad.to(dtype))
+        for into in {dtype, given}:
+            with poisoned():
+                grad_x, grad_alpha = native.snake_gradients(grad, x, alpha, into)
+            assert torch.equal(grad_x, wanted[0].to(into))
+            torch.testing.assert_close(grad_alpha, wanted[1], rtol=1e-5, atol=1e-4)
 
 
 def test_what_does_not_go_beside_bfloat16_is_refused():
     x, alpha = torch.randn(2, 3, 5), torch.ones(1, 3, 1)
     grad = torch.randn(2, 3, 5).bfloat16()
     with pytest.raises(RuntimeError, match="dtype is torch.float64, not torch.float32 or"):
-        native.snake_rounded(x.double(), alpha.double())
-    with pytest.raises(RuntimeError, match=r"gradient is torch.float32 \[2, 3, 5\] on cpu, not"):
-        native.snake_gradients(x, x, alpha, torch.float32)
-    with pytest.raises(RuntimeError, match=r"\[2, 3, 4\] on cpu, not torch.bfloat16 \[2, 3, 5\]"):
+        native.snake_rounded(x.double(), alpha.double(), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="float32 is not rounded to torch.float16, but to"):
+        native.snake_rounded(x, alpha, torch.float16)
+    with pytest.raises(RuntimeError, match=r"float32 \[2, 3, 5\] on cpu, not torch.bfloat16"):
+        native.snake_gradients(x, x.bfloat16(), alpha, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"\[2, 3, 4\] on cpu, not .* \[2, 3, 5\]"):
         native.snake_gradients(grad[..., 1:], x, alpha, torch.float32)
     with pytest.raises(RuntimeError, match="to be torch.float16, not torch.float32 or"):
         native.snake_gradients(grad, x, alpha, torch.float16)
+    with pytest.raises(RuntimeError, match="to be torch.bfloat16, not torch.float32 or"):
+        native.snake_gradients(x, x, alpha, torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"not \[B, C, T\] and \[1, C, 1\]"):
         native.snake_gradients(grad, x, alpha[:, :2], torch.float32)
 

@@ -1,7 +1,8 @@
 """Snake and the convolutions behind it in training on a CPU, as one step of autograd.
 
-The gradients are computed in bfloat16, see `dac_fast.model.half_gradients`. Layer by layer, values
-would be rounded, and brought back, in passes over memory of their own, each as long as Snake.
+The gradients are those of `dac_fast.model.cpu_gradients`. Layer by layer, what they need in
+bfloat16 would be rounded, and brought back, in passes over memory of their own, each as long as
+Snake; and the sums of residual units would be copies.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dac_kernels import native
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dac_fast.model import half_gradients
+from dac_fast.model import cpu_gradients
 
 
 class Activated(NamedTuple):
@@ -23,12 +24,14 @@ class Activated(NamedTuple):
         weight: [C', C, K], or transposed [C, C', K].
         bias: [C'].
         sizes: what `torch.convolution` takes beside them, for images of height 1.
+        dtype: of the gradients, bfloat16 or float32; the same in all layers of one step.
     """
 
     alpha: Tensor
     weight: Tensor
     bias: Tensor
     sizes: Any
+    dtype: torch.dtype
 
 
 def activated_convolutions(
@@ -43,23 +46,27 @@ def activated_convolutions(
     """
     tensors = [tensor for layer in layers for tensor in layer[:3]]
     sizes = [layer.sizes for layer in layers]
-    y: Tensor = _Activated.apply(x, sizes, residual, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _Activated.apply(  # type: ignore[no-untyped-call]
+        x, sizes, layers[0].dtype, residual, *tensors
+    )
     return y
 
 
 class _Activated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Any, residual: bool, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sizes: Any, dtype: torch.dtype, residual: bool, *tensors: Tensor
+    ) -> Tensor:
         y, kept = x, []
         for i, size in enumerate(sizes):
             alpha, weight, bias = tensors[3 * i : 3 * i + 3]
-            active, half = native.snake_rounded(y, alpha)
+            active, rounded = native.snake_rounded(y, alpha, dtype)
             image = weight.unsqueeze(2).to(x.dtype, memory_format=torch.channels_last)
-            kept += [y, alpha, half, image.bfloat16()]
+            kept += [y, alpha, rounded, image.to(dtype)]
             y = torch.convolution(active.unsqueeze(2), image, bias.to(x.dtype), *size).squeeze(2)
             del active  # The next result takes its memory, which is in the cache.
         ctx.save_for_backward(*kept)
-        ctx.sizes, ctx.residual = sizes, residual
+        ctx.sizes, ctx.dtype, ctx.residual = sizes, dtype, residual
         return y.add_(x) if residual else y
 
     @staticmethod
@@ -68,15 +75,15 @@ class _Activated(torch.autograd.Function):
         upstream = grad
         grads: list[Tensor | None] = []
         for i, sizes in reversed(list(enumerate(ctx.sizes))):
-            x, alpha, half, weight = ctx.saved_tensors[4 * i : 4 * i + 4]
-            image = grad.bfloat16().unsqueeze(2).contiguous(memory_format=torch.channels_last)
-            grad, of_weight, of_bias = half_gradients.gradients(
-                image, half.unsqueeze(2), weight, sizes, (True, True, True)
+            x, alpha, rounded, weight = ctx.saved_tensors[4 * i : 4 * i + 4]
+            image = grad.to(ctx.dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
+            grad, of_weight, of_bias = cpu_gradients.gradients(
+                image, rounded.unsqueeze(2), weight, sizes, (True, True, True)
             )
             # Only what leaves is in x's dtype.
             grad, of_alpha = native.snake_gradients(
-                grad.squeeze(2), x, alpha, torch.bfloat16 if i else x.dtype
+                grad.squeeze(2), x, alpha, ctx.dtype if i else x.dtype
             )
             of_weight = of_weight.squeeze(2).to(alpha.dtype, memory_format=torch.contiguous_format)
             grads = [of_alpha, of_weight, of_bias, *grads]
-        return grad.add_(upstream) if ctx.residual else grad, None, None, *grads
+        return grad.add_(upstream) if ctx.residual else grad, None, None, None, *grads

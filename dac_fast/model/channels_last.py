@@ -1,8 +1,8 @@
 """Convolutions along time that keep channels innermost in memory: x [B, C, T] lies as [B, T, C].
 
 GPUs multiply matrices of half precision in this layout; in the other one, cuDNN copies every input
-and output. These functions are differentiable, so training uses them too; with `half_gradients`
-their gradients are computed in bfloat16, see the module of that name.
+and output. These functions are differentiable, so training uses them too; with `gradients`, what is
+in float32 has its gradients in that dtype, on a CPU, see `dac_fast.model.cpu_gradients`.
 """
 
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dac_fast.model import half_gradients as with_half_gradients
+from dac_fast.model import cpu_gradients
 
 
 @runtime_checkable
@@ -36,13 +36,16 @@ def conv1d(
     padding: int,
     dilation: int,
     groups: int = 1,
-    half_gradients: bool = False,
+    gradients: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` with channels innermost, from arguments of any layout."""
     # PyTorch knows this layout for images only: a signal is an image of height 1.
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
-    convolve = with_half_gradients.conv2d if half_gradients else F.conv2d
-    y = convolve(x, weight, bias, (1, stride), (0, padding), (1, dilation), groups)
+    sizes = (1, stride), (0, padding), (1, dilation)
+    if gradients and x.dtype == torch.float32:
+        y = cpu_gradients.convolution(x, weight, bias, gradients, *sizes, False, (0, 0), groups)
+    else:
+        y = F.conv2d(x, weight, bias, *sizes, groups)
     return innermost(y).squeeze(2)
 
 
@@ -55,13 +58,17 @@ def conv_transpose1d(
     output_padding: int = 0,
     groups: int = 1,
     dilation: int = 1,
-    half_gradients: bool = False,
+    gradients: torch.dtype | None = None,
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` with channels innermost, as for `conv1d`."""
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
-    sizes = ((1, stride), (0, padding), (0, output_padding), groups, (1, dilation))
-    convolve = with_half_gradients.conv_transpose2d if half_gradients else F.conv_transpose2d
-    return innermost(convolve(x, weight, bias, *sizes)).squeeze(2)
+    sizes, extra, spread = ((1, stride), (0, padding)), (0, output_padding), (1, dilation)
+    if gradients and x.dtype == torch.float32:
+        more = (spread, True, extra, groups)
+        y = cpu_gradients.convolution(x, weight, bias, gradients, *sizes, *more)
+    else:
+        y = F.conv_transpose2d(x, weight, bias, *sizes, extra, groups, spread)
+    return innermost(y).squeeze(2)
 
 
 def pad(

@@ -52,8 +52,8 @@ class WeightNorm(nn.Module):
 
     Attributes:
         channels_last: whether outputs have channels innermost in memory, see `set_channels_last`.
-        half_gradients: whether a layer with channels innermost computes its gradients in bfloat16,
-            see `dac_fast.model.half_gradients`.
+        gradients: the dtype in which a layer in float32 with channels innermost computes its
+            gradients, see `dac_fast.model.cpu_gradients`; None: as PyTorch does.
         plain: whether a folded weight is convolved with by PyTorch's own function, which other
             runtimes know, and not as `dac_fast.model.folded` does.
     """
@@ -63,7 +63,7 @@ class WeightNorm(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.channels_last = False
-        self.half_gradients = False
+        self.gradients: torch.dtype | None = None
         self.plain = False
         # Within `weights_kept` a list, which holds the weight once it has been computed.
         self._kept: list[Tensor] | None = None
@@ -85,7 +85,7 @@ class WeightNorm(nn.Module):
         """PyTorch's function, or that of `dac_fast.model.channels_last`, as the attributes say."""
         if not self.channels_last:
             return usual
-        return functools.partial(innermost, half_gradients=self.half_gradients)
+        return functools.partial(innermost, gradients=self.gradients)
 
     def normed_weight(self) -> Tensor:
         """The weight to convolve with."""
@@ -129,14 +129,14 @@ def weights_kept(network: nn.Module) -> Iterator[None]:
             layer._kept = None
 
 
-def set_half_gradients(network: nn.Module) -> None:
-    """Have all layers of the network that keep channels innermost compute gradients in bfloat16.
+def set_gradients(network: nn.Module, dtype: torch.dtype) -> None:
+    """Have all layers of the network that keep channels innermost compute gradients in `dtype`.
 
-    Under autocast they would convolve in float32 still.
+    For training on a CPU. Under autocast they would convolve in float32 still.
     """
     for module in network.modules():
         if isinstance(module, WeightNorm):
-            module.half_gradients = True
+            module.gradients = dtype
 
 
 def default_init(weight: Tensor, fan_in: int) -> Tensor:
@@ -177,7 +177,9 @@ class Conv1d(WeightNorm, Layer):
 
     def sizes(self) -> tuple[Any, ...]:
         """What `torch.convolution` takes beside the tensors, for images of height 1."""
-        return (1, self.stride), (0, self.padding), (1, self.dilation), False, (0, 0), 1
+        # One tap is the same with any dilation, with which PyTorch leaves its slow loop for oneDNN.
+        dilation = self.dilation if self.kernel_size > 1 else 2
+        return (1, self.stride), (0, self.padding), (1, dilation), False, (0, 0), 1
 
     def forward(  # noqa: D102
         self, x: Tensor, lengths: Tensor | None = None, padded: bool = True
@@ -261,13 +263,17 @@ def fused_pairs(
     for snake, layer in zip(layers[::2], layers[1::2], strict=False):
         if not (isinstance(snake, Snake) and isinstance(layer, Conv1d | ConvTranspose1d)):
             break
-        halves = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and layer.half_gradients)
-        if layer.folded or not (layer.channels_last and halves):
+        # What is in bfloat16 already has its gradients in it too.
+        dtypes = {torch.float32: layer.gradients, torch.bfloat16: torch.bfloat16}
+        dtype = dtypes.get(x.dtype)
+        if layer.folded or not layer.channels_last or not dtype:
+            break
+        if pairs and pairs[0].dtype != dtype:
             break
         if ops.choose("snake", x, snake.alpha)[0] != "native":
             break
         weight = layer.normed_weight()
-        pairs.append(Activated(snake.alpha, weight, layer.bias, layer.sizes()))
+        pairs.append(Activated(snake.alpha, weight, layer.bias, layer.sizes(), dtype))
     return pairs
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dac_kernels import native
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,7 @@ from dac_fast.losses import (
     total,
 )
 from dac_fast.model.channels_last import set_channels_last
-from dac_fast.model.layers import Block, set_half_gradients, weights_kept
+from dac_fast.model.layers import Block, set_gradients, weights_kept
 from dac_fast.ops.cuda_graph import GraphedStep
 from dac_fast.spectral import Spectrograms, full_precision
 from dac_fast.training.recipe import LossConfig, OptimizerConfig, Recipe, RecipeError
@@ -88,7 +89,10 @@ class TrainingStep:
             # differ most, and what rounding adds there would drown the gradients of other layers.
             *decoder, _convolution, _tanh = self.codec.decoder.near_audio()
             for part in (self.codec.encoder.near_audio(), *decoder):
-                set_half_gradients(part)
+                set_gradients(part, torch.bfloat16)
+        elif device.type == "cpu" and native.extension is not None:
+            set_channels_last(self.codec)
+            set_gradients(self.codec, torch.float32)
         for module in self.codec.modules():
             # The blocks of encoder and decoder, not their subclasses, which are parts of blocks.
             if type(module) is Block:

@@ -4,8 +4,9 @@ Snake, convolutions and residual units on the CPU; the discriminators' input on 
 
 A module for each op, whose function hides it here. The ops are registered with PyTorch, so that
 autograd, torch.compile and torch.export see through them; gradients of gradients are not available.
-A registered op checks its arguments itself, whoever calls it. `snake_rounded` and `snake_gradients`
-are not registered: they are parts of a step of autograd (`dac_fast.model.activated`).
+A registered op checks its arguments itself, whoever calls it. `snake_rounded`, `snake_gradients`
+and `conv1d_weight_gradient` are not registered: they are parts of steps of autograd
+(`dac_fast.model.activated`, `dac_fast.model.cpu_gradients`).
 """
 
 from dac_kernels.native.compiled import extension, status
@@ -29,12 +30,18 @@ from dac_kernels.native.snake import (
 )
 from dac_kernels.native.stft_bands import BANDS, stft_bands, stft_bands_unsupported
 from dac_kernels.native.threads import torch_on_all_threads, torch_on_one_thread
+from dac_kernels.native.weight_gradient import (
+    conv1d_weight_gradient,
+    conv1d_weight_gradient_unsupported,
+)
 
 __all__ = [
     "BANDS",
     "Memory",
     "conv1d",
     "conv1d_unsupported",
+    "conv1d_weight_gradient",
+    "conv1d_weight_gradient_unsupported",
     "conv_transpose1d",
     "conv_transpose1d_unsupported",
     "disc_preprocess",

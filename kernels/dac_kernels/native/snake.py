@@ -31,20 +31,21 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
     return y
 
 
-def snake_rounded(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """`snake`, and the same in bfloat16. Autograd does not see it: see `snake_gradients`.
+def snake_rounded(x: Tensor, alpha: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`snake`, and the same in `dtype`. Autograd does not see it: see `snake_gradients`.
 
     Args:
         x: [B, C, T], float32 or bfloat16.
         alpha: as for `snake`.
+        dtype: x's or bfloat16.
     Raises:
         RuntimeError: they are something else.
     """
-    require("snake_rounded", _roundable(x))
-    if x.dtype == torch.bfloat16:
+    require("snake_rounded", _not_rounded(x, dtype))
+    if dtype == x.dtype:
         y = _forward(x, alpha, alpha)
         return y, y
-    rounded = _empty_like(x, torch.bfloat16)
+    rounded = _empty_like(x, dtype)
     return _forward(x, alpha, alpha, rounded), rounded
 
 
@@ -54,28 +55,32 @@ def snake_gradients(
     """The gradients of `snake` for x and, in float32, for alpha.
 
     Args:
-        grad: of its result, [B, C, T], bfloat16.
+        grad: of its result, [B, C, T], of x's dtype or bfloat16.
         x, alpha: as for `snake_rounded`.
-        dtype: of the first result, x's or bfloat16.
+        dtype: of the first result, x's or grad's.
     Raises:
         RuntimeError: they are something else.
     """
-    reason = _roundable(x) or snake_unsupported(x, alpha)
-    if (grad.shape, grad.dtype, grad.device) != (x.shape, torch.bfloat16, x.device):
+    reason = _not_rounded(x, x.dtype) or snake_unsupported(x, alpha)
+    dtypes = (x.dtype, torch.bfloat16)
+    if (grad.shape, grad.device) != (x.shape, x.device) or grad.dtype not in dtypes:
         found = f"{grad.dtype} {list(grad.shape)} on {grad.device}"
-        reason = reason or f"the gradient is {found}, not torch.bfloat16 {list(x.shape)} on cpu"
-    if dtype not in (x.dtype, torch.bfloat16):
-        reason = reason or f"gradients are to be {dtype}, not {x.dtype} or torch.bfloat16"
+        wanted = f"{x.dtype} or torch.bfloat16 {list(x.shape)} on {x.device}"
+        reason = reason or f"the gradient is {found}, not {wanted}"
+    if dtype not in (x.dtype, grad.dtype):
+        reason = reason or f"gradients are to be {dtype}, not {x.dtype} or {grad.dtype}"
     require("snake_gradients", reason)
     grad_x = _empty_like(x, dtype)
     return grad_x, _backward_into(grad_x, grad, x, alpha)
 
 
-def _roundable(x: Tensor) -> str | None:
-    """Why `snake_rounded` does not take x, or None."""
-    if x.dtype in (torch.float32, torch.bfloat16):
-        return None
-    return f"the dtype is {x.dtype}, not torch.float32 or torch.bfloat16"
+def _not_rounded(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why values of x are not rounded to `dtype`, or None."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"the dtype is {x.dtype}, not torch.float32 or torch.bfloat16"
+    if dtype not in (x.dtype, torch.bfloat16):
+        return f"{x.dtype} is not rounded to {dtype}, but to itself or torch.bfloat16"
+    return None
 
 
 def snake_unsupported(x: Tensor, alpha: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Training in bfloat16: gradients of convolutions in it, and what has to stay in float32 for it."""
+"""Training on a CPU: gradients of convolutions, and what has to stay in float32 beside bfloat16."""
 
 import copy
 from importlib import resources
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dac_fast import ops
 from dac_fast.codec import load
-from dac_fast.model import half_gradients
+from dac_fast.model import channels_last
 from dac_fast.model.channels_last import set_channels_last
 from dac_fast.model.layers import (
     Chain,
@@ -22,56 +22,68 @@ from dac_fast.model.layers import (
     ResidualUnit,
     Snake,
     WeightNorm,
-    set_half_gradients,
+    set_gradients,
 )
 from dac_fast.training import load_recipe
 from dac_fast.training.step import TrainingStep
 from dac_fast.training.trainer import default_precision
 
 CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(
+    native.extension is None, reason=f"dac_kernels._C: {native.status()}"
+)
 
 
 class Operators(TorchDispatchMode):
-    """Keeps the operators' names, and in which dtype convolutions compute their gradients."""
+    """Keeps the operators' names, and in which dtype convolutions compute which gradients."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.dtypes = [], []
+        self.names, self.dtypes, self.of_weights = [], [], []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.names.append(operator.overloadpacket.__name__)
         if operator.overloadpacket is torch.ops.aten.convolution_backward:
             self.dtypes.append(args[0].dtype)
+            self.of_weights.append(args[-1][1])
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+# What a gradient's error may be, as a share of its norm. In bfloat16 each product is of two rounded
+# factors, and their sum is rounded once more.
+ROUNDING = {torch.bfloat16: (1e-4, 6e-3), torch.float32: (0, 1e-6)}
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["conv1d", "conv_transpose1d"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_only_the_gradients_are_rounded(name, bias):
-    shapes = {"conv2d": (6, 4, 1, 5), "conv_transpose2d": (4, 6, 1, 5)}
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_gradients_alone_are_in_that_dtype(name, bias, dtype):
+    shapes = {"conv1d": (6, 4, 5), "conv_transpose1d": (4, 6, 5)}
     generator = torch.Generator().manual_seed(0)
     x, weight, biases = (
         torch.randn(shape, generator=generator).requires_grad_()
-        for shape in ((2, 4, 1, 50), shapes[name], (6,))
+        for shape in ((2, 4, 50), shapes[name], (6,))
     )
     given = (x, weight, biases) if bias else (x, weight)
-    stride, padding, dilation, extra = (1, 2), (0, 3), (1, 2), (0, 1)
+    stride, padding, dilation, extra = 2, 3, 2, 1
     sizes = {
-        "conv2d": (stride, padding, dilation, 1),
-        "conv_transpose2d": (stride, padding, extra, 1, dilation),
+        "conv1d": (stride, padding, dilation),
+        "conv_transpose1d": (stride, padding, extra, 1, dilation),
     }[name]
-    actual = getattr(half_gradients, name)(x, weight, biases if bias else None, *sizes)
+    convolve = getattr(channels_last, name)
+    actual = convolve(x, weight, biases if bias else None, *sizes, gradients=dtype)
     wide = [tensor.detach().double().requires_grad_() for tensor in given]
     expected = getattr(F, name)(wide[0], wide[1], wide[2] if bias else None, *sizes)
-    assert torch.equal(actual, getattr(F, name)(x, weight, biases if bias else None, *sizes))
+    assert torch.equal(actual, convolve(x, weight, biases if bias else None, *sizes))
 
     grad = torch.randn(actual.shape, generator=generator)
     ours = torch.autograd.grad(actual, given, grad)
     theirs = torch.autograd.grad(expected, wide, grad.double())
+    low, high = ROUNDING[dtype]
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
-        # Each product is of two rounded factors, and their sum is rounded once more.
-        assert 1e-4 < (a - b).norm() / b.norm() < 6e-3
+        assert low <= (a - b).norm() / b.norm() < high
 
 
 def pair(layer):
@@ -87,10 +99,17 @@ FUSED = {
 }
 
 
-@pytest.mark.skipif(native.extension is None, reason=f"dac_kernels._C: {native.status()}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "gradients"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, None),
+    ],
+)
 @pytest.mark.parametrize("name", FUSED)
-def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype):
+def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients):
     torch.manual_seed(0)
     layers = FUSED[name]()
     for snake in layers.modules():
@@ -98,9 +117,9 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype):
             torch.nn.init.uniform_(snake.alpha, 0.5, 2)
     wide = copy.deepcopy(layers).double()
     set_channels_last(layers)
-    if dtype == torch.float32:
+    if gradients:
         # What is in bfloat16 itself needs no word.
-        set_half_gradients(layers)
+        set_gradients(layers, gradients)
     leaf = torch.randn(2, 41, 6).to(dtype)
 
     def results(layers, dtype):
@@ -123,12 +142,12 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype):
 
 
 def test_other_layers_train_as_they_did():
-    """In float32 throughout, by the reference, folded, or when nothing trains."""
+    """With PyTorch's gradients, by the reference, folded, or when nothing trains."""
     x = torch.randn(2, 41, 6).transpose(1, 2)
     unit = ResidualUnit(6, 3, "snake")
     set_channels_last(unit)
     ways = [unit(x)]
-    set_half_gradients(unit)
+    set_gradients(unit, torch.bfloat16)
     with ops.use_backend("reference"):
         ways.append(unit(x))
     with torch.no_grad():
@@ -147,7 +166,7 @@ def test_ragged_unpadded_and_compiled_layers_train_as_they_did(name, how):
     torch.manual_seed(0)
     layers = FUSED[name]()
     set_channels_last(layers)
-    set_half_gradients(layers)
+    set_gradients(layers, torch.bfloat16)
     x = torch.randn(2, 41, 6).transpose(1, 2)
     run = torch.compile(layers, backend="eager") if how == "compiled" else layers
     given = (torch.tensor([41, 30]),) if how == "ragged" else (None, how != "unpadded")
@@ -160,10 +179,10 @@ def test_ragged_unpadded_and_compiled_layers_train_as_they_did(name, how):
 
 def test_one_channel_leads_to_channels_innermost():
     """Else the first layer's result, and its gradient, would be copied to the other layout."""
-    for half_gradients_too in (False, True):
+    for gradients in (None, torch.bfloat16, torch.float32):
         layer = Conv1d(1, 8, 7, padding=3)
         set_channels_last(layer)
-        layer.half_gradients = half_gradients_too
+        layer.gradients = gradients
         with Operators() as forward:
             y = layer(torch.randn(2, 1, 50))
         assert y.stride(1) == 1
@@ -225,6 +244,18 @@ def test_all_convolutions_but_the_last_compute_gradients_in_bfloat16(step, recor
         audio.square().mean().backward()
     count = sum(isinstance(layer, WeightNorm) for coder in coders for layer in coder.modules())
     assert backward.dtypes == [torch.float32, *[torch.bfloat16] * (count - 1)]
+
+
+@needs_native
+def test_a_step_in_float32_leaves_no_weight_gradient_to_onednn():
+    """It takes three times as long for them where channels are innermost."""
+    recipe = load_recipe("tiny_cpu", ["losses.adversarial=0", "losses.feature=0"])
+    step = TrainingStep(recipe, CPU, "fp32")
+    audio = step.codec.decoder(step.codec.encoder(torch.randn(1, 1, 2048)))
+    with Operators() as backward:
+        audio.square().mean().backward()
+    assert backward.dtypes
+    assert not any(backward.of_weights)
 
 
 def test_sums_of_residual_units_are_half_but_for_those_near_the_audio(step, recording):
