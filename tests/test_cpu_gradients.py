@@ -141,6 +141,25 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients)
         assert_as_good_as(ours.detach(), same.detach(), exact.detach())
 
 
+@needs_native
+def test_layers_with_gradients_of_other_dtypes_are_other_steps():
+    torch.manual_seed(0)
+    layers = Chain(*(f() for _ in range(2) for f in (lambda: Snake(6), lambda: Conv1d(6, 6, 3))))
+    set_channels_last(layers)
+    layers[1].gradients, layers[3].gradients = torch.bfloat16, torch.float32
+    x = torch.randn(2, 41, 6).transpose(1, 2)
+    layers(x).square().sum().backward()
+    wide = copy.deepcopy(layers).double()
+    wide.zero_grad()
+    wide(x.double()).square().sum().backward()
+    for layer, exact, (low, high) in (
+        (layers[1], wide[1], ROUNDING[torch.bfloat16]),
+        (layers[3], wide[3], ROUNDING[torch.float32]),
+    ):
+        expected = exact.weight_v.grad
+        assert low <= (layer.weight_v.grad - expected).norm() / expected.norm() < high
+
+
 def test_other_layers_train_as_they_did():
     """With PyTorch's gradients, by the reference, folded, or when nothing trains."""
     x = torch.randn(2, 41, 6).transpose(1, 2)
