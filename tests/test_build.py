@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from dac_kernels import native
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -73,6 +74,25 @@ native.extension.disc_preprocess_forward_cuda_float32(
     ran = run_installed(cuda_package, code, tmp_path, **environment)
     assert "CUDA ops for sm_80, sm_86, sm_89, sm_90, which cannot run here" in ran.stdout
     assert re.match(r"RuntimeError: disc_preprocess: .*(driver|device)", ran.stderr.split("\n")[-2])
+
+
+def test_loops_are_vectors_with_avx2():
+    """A compiler leaves a loop scalar, some times slower, for as little as a condition in it."""
+    objdump = shutil.which("objdump")
+    if native.extension is None or objdump is None:
+        pytest.skip("no compiled module, or no objdump on PATH")
+    module = native.extension.__file__
+    code = run(objdump, "-d", "--demangle", "--no-show-raw-insn", module, check=True).stdout
+    # In double precision Snake calls the C library for each element.
+    functions = [
+        function
+        for function in code.split("\n\n")
+        if re.match(r"\w+ <void dac::run_avx2<(?!.*double)", function)
+    ]
+    if not functions:
+        pytest.skip("the compiled module has no symbols, or is for another processor")
+    for function in functions:
+        assert len(re.findall(r"vfn?m\w+ps .*%ymm", function)) > 8, function.splitlines()[0]
 
 
 class Sanitized:
