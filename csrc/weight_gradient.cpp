@@ -76,15 +76,15 @@ class Product {
         channels_(swapped ? shape.columns : shape.inputs),
         vectors_((channels_ + lanes - 1) / lanes) {}
 
-  // Sums [taps, scalars, stride]: what one group of rows adds up to.
-  int64_t size() const { return shape_.taps * scalars_ * stride(); }
+  // Sums [taps, scalars, width]: what one group of rows adds up to.
+  int64_t size() const { return shape_.taps * scalars_ * width(); }
 
   // Where the product of two channels of grad and x is in them, for the first tap. The last vector holds the last
   // channels, some of which the one before may hold as well.
   int64_t place(int64_t of_grad, int64_t of_x) const {
     const int64_t scalar = swapped_ ? of_x : of_grad, channel = swapped_ ? of_grad : of_x;
     const int64_t whole = channels_ - channels_ % lanes_;
-    return scalar * stride() + channel + (channel < whole ? 0 : stride() - channels_);
+    return scalar * width() + channel + (channel < whole ? 0 : width() - channels_);
   }
 
   int64_t slices() const { return (scalars_ + kSlice - 1) / kSlice; }
@@ -96,13 +96,13 @@ class Product {
     const int64_t size = std::max(kLeastBlockRows, kBlockFloats / floats);
     for (int64_t row = begin; row < end; row += size) {
       for (int64_t tap = 0; tap < shape_.taps; ++tap) {
-        add_tap<kLanes>(item, row, std::min(row + size, end), tap, slice, sums + tap * scalars_ * stride());
+        add_tap<kLanes>(item, row, std::min(row + size, end), tap, slice, sums + tap * scalars_ * width());
       }
     }
   }
 
  private:
-  int64_t stride() const { return vectors_ * lanes_; }
+  int64_t width() const { return vectors_ * lanes_; }
 
   template <int kLanes>
   INLINE void add_tap(int64_t item, int64_t begin, int64_t end, int64_t tap, int64_t slice, float* sums) const {
@@ -123,11 +123,11 @@ class Product {
       const int64_t first = vectors_ * group / groups, past = vectors_ * (group + 1) / groups;
       const Run from = {right.data + first * kLanes, right.stride};
       const int64_t last = std::min((past - 1) * kLanes, channels_ - kLanes) - first * kLanes;
-      float* to = sums + skipped * this->stride() + first * kLanes;
-      const int64_t rows = end - begin, width = this->stride();
-      if (past - first == 1) multiply_all<kLanes, 1>(left, scalars, from, last, rows, to, width);
-      if (past - first == 2) multiply_all<kLanes, 2>(left, scalars, from, last, rows, to, width);
-      if (past - first == 3) multiply_all<kLanes, 3>(left, scalars, from, last, rows, to, width);
+      float* to = sums + skipped * width() + first * kLanes;
+      const int64_t rows = end - begin;
+      if (past - first == 1) multiply_all<kLanes, 1>(left, scalars, from, last, rows, to, width());
+      if (past - first == 2) multiply_all<kLanes, 2>(left, scalars, from, last, rows, to, width());
+      if (past - first == 3) multiply_all<kLanes, 3>(left, scalars, from, last, rows, to, width());
     }
   }
 

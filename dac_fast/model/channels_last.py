@@ -62,10 +62,11 @@ def conv_transpose1d(
 ) -> Tensor:
     """`torch.nn.functional.conv_transpose1d` with channels innermost, as for `conv1d`."""
     x, weight = innermost(x.unsqueeze(2)), innermost(weight.unsqueeze(2))
-    sizes, extra, spread = ((1, stride), (0, padding)), (0, output_padding), (1, dilation)
+    sizes = (1, stride), (0, padding)
+    extra, spread = (0, output_padding), (1, dilation)
     if gradients and x.dtype == torch.float32:
-        more = (spread, True, extra, groups)
-        y = cpu_gradients.convolution(x, weight, bias, gradients, *sizes, *more)
+        transposed = (spread, True, extra, groups)
+        y = cpu_gradients.convolution(x, weight, bias, gradients, *sizes, *transposed)
     else:
         y = F.conv_transpose2d(x, weight, bias, *sizes, extra, groups, spread)
     return innermost(y).squeeze(2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dac_kernels.native.compiled import call, differs, extension, require, unsupported
+from dac_kernels.tiles import channels_innermost, output_length
 
 DTYPES = {"cpu": (torch.float32,)}
 
@@ -36,10 +37,9 @@ def conv1d_weight_gradient(
     sizes = (batch, positions, inputs, length, channels, kernel, stride, dilation, padding)
     shape = extension.ConvShape(*sizes, channels, 0)
     # Named, since the extension reads their memory.
-    rows = [tensor.transpose(1, 2) for tensor in (grad, x)]
-    rows = [row if row.stride(2) == 1 else row.contiguous() for row in rows]
+    operands = channels_innermost(grad), channels_innermost(x)
     weight = grad.new_empty(channels, inputs, kernel)
-    places = [extension.Rows(row.data_ptr(), row.stride(0), row.stride(1)) for row in rows]
+    places = [extension.Rows(each.data_ptr(), each.stride(0), each.shape[1]) for each in operands]
     call("conv1d_weight_gradient", x, [x.dtype], shape, *places, weight.data_ptr())
     return weight
 
@@ -52,5 +52,5 @@ def conv1d_weight_gradient_unsupported(
         return reason
     if x.ndim != 3 or grad.ndim != 3:
         return f"x and grad have shapes {list(x.shape)} and {list(grad.shape)}, not [B, C, T]"
-    length = (x.shape[2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    length = output_length(x.shape[2], kernel, stride, padding, dilation, False)
     return differs("grad", grad, (len(x), grad.shape[1], length), x)
