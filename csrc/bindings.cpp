@@ -12,6 +12,7 @@
 #include "snake.h"
 #include "stft_bands.h"
 #include "weight_gradient.h"
+#include "winograd.h"
 #ifdef DAC_KERNELS_CUDA
 #include "cuda_check.h"
 #endif
@@ -107,6 +108,21 @@ void bind_weight_gradient(py::module_& m) {
           conv1d_weight_gradient(shape, grad.of<const float>(), x.of<const float>(), at<float>(weight), threads);
         },
         py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_winograd(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("winograd_float32",
+        [](const ConvShape& shape, const AnyRows& x, Address weight, Address bias, const AnyRows& y, int threads) {
+          winograd(shape, x.of<const float>(), at<const float>(weight), at<const float>(bias), y.of<float>(), threads);
+        },
+        unlocked);
+  m.def("winograd_weight_gradient_float32",
+        [](const ConvShape& shape, const AnyRows& grad, const AnyRows& x, Address weight, Address bias, int threads) {
+          winograd_weight_gradient(shape, grad.of<const float>(), x.of<const float>(), at<float>(weight),
+                                   at<float>(bias), threads);
+        },
+        unlocked);
 }
 
 template <class S>
@@ -226,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
   bind_conv1d<float>(m, "float32");
   bind_conv1d<BFloat16>(m, "bfloat16");
   bind_weight_gradient(m);
+  bind_winograd(m);
   bind_disc_preprocess<float>(m, "float32");
   bind_disc_preprocess<double>(m, "float64");
   bind_bands<float, float>(m, "float32_float32");

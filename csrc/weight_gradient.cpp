@@ -4,8 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "products.h"
 
 namespace dac {
 namespace {
@@ -14,54 +13,11 @@ namespace {
 constexpr int64_t kGroup = 4096, kSlice = 64;
 // Floats of both operands that are multiplied while they are in the first-level cache, and rows of it at least.
 constexpr int64_t kBlockFloats = 8192, kLeastBlockRows = 16;
-// Vectors that are multiplied at once.
-constexpr int kMostVectors = 3;
-
 // Some of an operand's channels, row by row.
 struct Run {
   const float* data;
   int64_t stride;
 };
-
-template <int kLanes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-};
-
-// Adds to sums [kScalars, stride] the products of channels, summed over rows: kScalars of the left operand's with the
-// vectors of the right one's, the last of which begins at `last`.
-template <int kLanes, int kScalars, int kVectors>
-INLINE void multiply(Run left, Run right, int64_t last, int64_t rows, float* sums, int64_t stride) {
-  using Vector = typename Lanes<kLanes>::Vector;
-  Vector total[kScalars][kVectors] = {};
-  for (int64_t row = 0; row < rows; ++row, left.data += left.stride, right.data += right.stride) {
-    Vector value[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      value[v] = *reinterpret_cast<const Vector*>(right.data + (v + 1 < kVectors ? v * kLanes : last));
-    }
-#pragma GCC unroll 8
-    for (int s = 0; s < kScalars; ++s) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[s][v] += left.data[s] * value[v];
-    }
-  }
-  for (int s = 0; s < kScalars; ++s) {
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(sums + s * stride + v * kLanes) += total[s][v];
-  }
-}
-
-// Twelve sums at once hide the time that one takes, and leave registers for what they are made of; fewer for the rest.
-template <int kLanes, int kVectors, int kScalars = kVectors == 1 ? 8 : 12 / kVectors>
-INLINE void multiply_all(Run left, int64_t scalars, Run right, int64_t last, int64_t rows, float* sums,
-                         int64_t stride) {
-  for (; scalars >= kScalars; scalars -= kScalars, left.data += kScalars, sums += kScalars * stride) {
-    multiply<kLanes, kScalars, kVectors>(left, right, last, rows, sums, stride);
-  }
-  if constexpr (kScalars > 1) {
-    multiply_all<kLanes, kVectors, kScalars * 2 / 3>(left, scalars, right, last, rows, sums, stride);
-  }
-}
 
 // Two operands, of which a row of the left one meets, for each tap, a row of the right one.
 class Product {
@@ -71,20 +27,17 @@ class Product {
         grad_(grad),
         x_(x),
         swapped_(swapped),
-        lanes_(lanes),
         scalars_(swapped ? shape.inputs : shape.columns),
-        channels_(swapped ? shape.columns : shape.inputs),
-        vectors_((channels_ + lanes - 1) / lanes) {}
+        channels_(swapped ? shape.columns : shape.inputs, lanes) {}
 
   // Sums [taps, scalars, width]: what one group of rows adds up to.
-  int64_t size() const { return shape_.taps * scalars_ * width(); }
+  int64_t size() const { return shape_.taps * scalars_ * channels_.width(); }
 
-  // Where the product of two channels of grad and x is in them, for the first tap. The last vector holds the last
-  // channels, some of which the one before may hold as well.
+  // Where the product of two channels of grad and x is in them, for the first tap.
   int64_t place(int64_t of_grad, int64_t of_x) const {
     const int64_t scalar = swapped_ ? of_x : of_grad, channel = swapped_ ? of_grad : of_x;
-    const int64_t whole = channels_ - channels_ % lanes_;
-    return scalar * width() + channel + (channel < whole ? 0 : width() - channels_);
+    const int64_t vector = channel / channels_.lanes;
+    return scalar * channels_.width() + vector * channels_.lanes + channel - channels_.channel(vector);
   }
 
   int64_t slices() const { return (scalars_ + kSlice - 1) / kSlice; }
@@ -96,14 +49,12 @@ class Product {
     const int64_t size = std::max(kLeastBlockRows, kBlockFloats / floats);
     for (int64_t row = begin; row < end; row += size) {
       for (int64_t tap = 0; tap < shape_.taps; ++tap) {
-        add_tap<kLanes>(item, row, std::min(row + size, end), tap, slice, sums + tap * scalars_ * width());
+        add_tap<kLanes>(item, row, std::min(row + size, end), tap, slice, sums + tap * scalars_ * channels_.width());
       }
     }
   }
 
  private:
-  int64_t width() const { return vectors_ * lanes_; }
-
   template <int kLanes>
   INLINE void add_tap(int64_t item, int64_t begin, int64_t end, int64_t tap, int64_t slice, float* sums) const {
     // Row t meets x's row t * stride + offset, where there is one.
@@ -116,26 +67,20 @@ class Product {
     Run right = {x_.at(item, begin * stride + offset), stride * x_.row_stride};
     if (swapped_) std::swap(left, right);
     const int64_t skipped = slice * kSlice, scalars = std::min(kSlice, scalars_ - skipped);
-    left.data += skipped;
-    // Groups of vectors of almost equal sizes.
-    const int64_t groups = (vectors_ + kMostVectors - 1) / kMostVectors;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = vectors_ * group / groups, past = vectors_ * (group + 1) / groups;
-      const Run from = {right.data + first * kLanes, right.stride};
-      const int64_t last = std::min((past - 1) * kLanes, channels_ - kLanes) - first * kLanes;
-      float* to = sums + skipped * width() + first * kLanes;
-      const int64_t rows = end - begin;
-      if (past - first == 1) multiply_all<kLanes, 1>(left, scalars, from, last, rows, to, width());
-      if (past - first == 2) multiply_all<kLanes, 2>(left, scalars, from, last, rows, to, width());
-      if (past - first == 3) multiply_all<kLanes, 3>(left, scalars, from, last, rows, to, width());
+    sums += skipped * channels_.width();
+    for (int64_t group = 0; group < channels_.count; ++group) {
+      const int64_t first = channels_.before(group) * kLanes;
+      const Vectors some = {right.data + first, channels_.size(group), channels_.last(group), right.stride};
+      multiply_all<kLanes, true>({left.data + skipped, 1, left.stride}, scalars, some, end - begin,
+                                 {sums + first, channels_.width()});
     }
   }
 
   const ConvShape& shape_;
   const Rows<const float> grad_, x_;
   const bool swapped_;
-  const int lanes_;
-  const int64_t scalars_, channels_, vectors_;
+  const int64_t scalars_;
+  const VectorGroups channels_;
 };
 
 }  // namespace

@@ -26,6 +26,7 @@
 #include "../csrc/snake.h"
 #include "../csrc/stft_bands.h"
 #include "../csrc/weight_gradient.h"
+#include "../csrc/winograd.h"
 
 namespace {
 
@@ -226,6 +227,49 @@ void weight_gradient() {
   }
 }
 
+// Results one by one; the gradients by what they are for: <y, grad> = <weight, its gradient> + <bias, its gradient>.
+void winograd() {
+  const int64_t batch = between(0, 3), inputs = between(8, 70), columns = between(8, 70), dilation = between(1, 9);
+  const int64_t padding = between(0, 30), span = 6 * dilation + 1;
+  const int64_t positions = std::max<int64_t>(1, span - 2 * padding) + size_up_to(3000);
+  const int64_t rows = positions + 2 * padding - span + 1;
+  const dac::ConvShape shape = {batch, positions, inputs, rows, columns, 7, 1, dilation, padding, columns, 0};
+  const std::vector<float> x = noise<float>(batch * positions * inputs), grad = noise<float>(batch * rows * columns);
+  const std::vector<float> weight = noise<float>(7 * inputs * columns), bias = noise<float>(columns);
+  const dac::Rows<const float> from_x = {x.data(), positions * inputs, inputs};
+  const dac::Rows<const float> from_grad = {grad.data(), rows * columns, columns};
+  for (const auto set : {dac::InstructionSet::portable, dac::InstructionSet::avx2, dac::InstructionSet::avx512}) {
+    if (!dac::supported(set)) continue;
+    std::vector<float> y(grad.size()), same(y), of_weight(weight.size()), of_bias(columns), again(of_weight);
+    const int64_t item = rows * columns;
+    dac::winograd(shape, from_x, weight.data(), bias.data(), {y.data(), item, columns}, 1, set);
+    dac::winograd(shape, from_x, weight.data(), bias.data(), {same.data(), item, columns}, some_threads(), set);
+    for (size_t i = 0; i < y.size(); ++i) expect_near(same[i], y[i], 0, "filtering by threads");
+    dac::winograd_weight_gradient(shape, from_grad, from_x, of_weight.data(), of_bias.data(), 1, set);
+    dac::winograd_weight_gradient(shape, from_grad, from_x, again.data(), of_bias.data(), some_threads(), set);
+    for (size_t i = 0; i < again.size(); ++i) expect_near(again[i], of_weight[i], 0, "gradient of filtering by threads");
+    for (int trial = 0; trial < 20 && batch; ++trial) {
+      const int64_t b = between(0, batch - 1), row = between(0, rows - 1), column = between(0, columns - 1);
+      double sum = bias[column];
+      for (int64_t tap = 0; tap < 7; ++tap) {
+        const int64_t position = row + tap * dilation - padding;
+        if (position < 0 || position >= positions) continue;
+        for (int64_t k = 0; k < inputs; ++k) {
+          sum += static_cast<double>(x[(b * positions + position) * inputs + k]) * weight[(tap * inputs + k) * columns + column];
+        }
+      }
+      expect_near(y[(b * rows + row) * columns + column], sum, 2e-5 * std::sqrt(7.0 * inputs), "filtering");
+    }
+    // [7, columns, inputs], where the weight is [7, inputs, columns].
+    double along = dot(bias, of_bias), scale = 1 + std::sqrt(dot(y, y) * dot(grad, grad));
+    for (int64_t i = 0; i < static_cast<int64_t>(weight.size()); ++i) {
+      const int64_t tap = i / (inputs * columns), k = i / columns % inputs, column = i % columns;
+      along += static_cast<double>(weight[i]) * of_weight[(tap * columns + column) * inputs + k];
+    }
+    expect_near(along, dot(y, grad), 1e-5 * scale, "gradient of filtering");
+  }
+}
+
 int frames_of(int samples, int window) { return (samples + window / 4 - 1) / (window / 4); }
 
 // Samples that reach far enough for the window's reflections.
@@ -371,12 +415,13 @@ void awkward_sizes() {
 }
 
 void random_op() {
-  const int64_t op = between(0, 4);
+  const int64_t op = between(0, 5);
   if (op == 0) snake(4e-7, 1e-14);
   if (op == 1) stft_bands();
   if (op == 2) disc_preprocess();
   if (op == 3) conv1d();
   if (op == 4) weight_gradient();
+  if (op == 5) winograd();
 }
 
 // Calls body(number) on threads of their own, with random numbers of their own.

@@ -8,7 +8,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from dac_kernels import native
-from tolerances import assert_as_good_as
+from tolerances import MINIMAL_FILTERING, assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dac_fast import ops
@@ -92,10 +92,12 @@ def pair(layer):
     return Chain(Snake(channels), layer)
 
 
+# Channels, and layers that take as many. With 8 they are enough for `native.winograd`.
 FUSED = {
-    "unit": lambda: ResidualUnit(6, 3, "snake"),
-    "strided": lambda: pair(Conv1d(6, 10, 8, stride=4, padding=2)),
-    "transposed": lambda: pair(ConvTranspose1d(6, 4, 3, padding=2)),
+    "unit": (6, lambda: ResidualUnit(6, 3, "snake")),
+    "filtered": (8, lambda: ResidualUnit(8, 3, "snake")),
+    "strided": (6, lambda: pair(Conv1d(6, 10, 8, stride=4, padding=2))),
+    "transposed": (6, lambda: pair(ConvTranspose1d(6, 4, 3, padding=2))),
 }
 
 
@@ -111,7 +113,8 @@ FUSED = {
 @pytest.mark.parametrize("name", FUSED)
 def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients):
     torch.manual_seed(0)
-    layers = FUSED[name]()
+    channels, build = FUSED[name]
+    layers = build()
     for snake in layers.modules():
         if isinstance(snake, Snake):
             torch.nn.init.uniform_(snake.alpha, 0.5, 2)
@@ -120,7 +123,7 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients)
     if gradients:
         # What is in bfloat16 itself needs no word.
         set_gradients(layers, gradients)
-    leaf = torch.randn(2, 41, 6).to(dtype)
+    leaf = torch.randn(2, 41, channels).to(dtype)
 
     def results(layers, dtype):
         x = leaf.to(dtype).transpose(1, 2).requires_grad_()
@@ -138,7 +141,8 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients)
     assert actual[0].stride(1) == 1
     for ours, same, exact in zip(actual, plain, results(wide, torch.float64), strict=True):
         assert ours.dtype == same.dtype
-        assert_as_good_as(ours.detach(), same.detach(), exact.detach())
+        floor = MINIMAL_FILTERING if name == "filtered" and dtype == torch.float32 else None
+        assert_as_good_as(ours.detach(), same.detach(), exact.detach(), floor=floor)
 
 
 @needs_native
@@ -183,10 +187,11 @@ def test_other_layers_train_as_they_did():
 @pytest.mark.parametrize("how", ["ragged", "unpadded", "compiled"])
 def test_ragged_unpadded_and_compiled_layers_train_as_they_did(name, how):
     torch.manual_seed(0)
-    layers = FUSED[name]()
+    channels, build = FUSED[name]
+    layers = build()
     set_channels_last(layers)
     set_gradients(layers, torch.bfloat16)
-    x = torch.randn(2, 41, 6).transpose(1, 2)
+    x = torch.randn(2, 41, channels).transpose(1, 2)
     run = torch.compile(layers, backend="eager") if how == "compiled" else layers
     given = (torch.tensor([41, 30]),) if how == "ragged" else (None, how != "unpadded")
     y = run(x, *given)

@@ -60,10 +60,16 @@ class _Activated(torch.autograd.Function):
         y, kept = x, []
         for i, size in enumerate(sizes):
             alpha, weight, bias = tensors[3 * i : 3 * i + 3]
-            active, rounded = native.snake_rounded(y, alpha, dtype)
-            image = weight.unsqueeze(2).to(x.dtype, memory_format=torch.channels_last)
-            kept += [y, alpha, rounded, image.to(dtype)]
-            y = torch.convolution(active.unsqueeze(2), image, bias.to(x.dtype), *size).squeeze(2)
+            previous = y
+            active, rounded = native.snake_rounded(previous, alpha, dtype)
+            image = weight.unsqueeze(2)
+            if cpu_gradients.by_winograd(active.unsqueeze(2), image, size):
+                y = native.winograd(active, weight, bias, padding=size[1][1], dilation=size[2][1])
+            else:
+                image = image.to(x.dtype, memory_format=torch.channels_last)
+                y = torch.convolution(active.unsqueeze(2), image, bias.to(x.dtype), *size)
+                y = y.squeeze(2)
+            kept += [previous, alpha, rounded, image.to(dtype)]
             del active  # The next result takes its memory, which is in the cache.
         ctx.save_for_backward(*kept)
         ctx.sizes, ctx.dtype, ctx.residual = sizes, dtype, residual

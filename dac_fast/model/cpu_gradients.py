@@ -8,8 +8,9 @@ bfloat16: processors that multiply it natively do so at twice the rate of float3
     gradient, far less than what one batch's differs from the next one's. In the forward pass it
     would be noise in the audio, which training fights in place of what is quiet: see
     docs/training.md.
-float32: as the rest. The weight's is dac_kernels' own, since oneDNN, which computes the rest
-    fastest in this layout, takes three times as long for it.
+float32: as the rest. Most are dac_kernels' own, by minimal filtering; of other convolutions the
+    weight's is, since oneDNN, which computes the rest fastest in this layout, takes three times as
+    long for it.
 """
 
 from collections.abc import Sequence
@@ -60,14 +61,26 @@ def gradients(
     """
     of_x, of_weight, of_bias = needed
     native_weight = of_weight and grad.dtype == torch.float32
+    if native_weight and of_x and by_winograd(x, weight, sizes):
+        given = grad.squeeze(2), x.squeeze(2), weight.squeeze(2)
+        grads = native.winograd_gradients(*given, padding=sizes[1][1], dilation=sizes[2][1])
+        return [grads[0].unsqueeze(2), grads[1].unsqueeze(2), grads[2] if of_bias else None]
     # Of transposed convolutions, oneDNN sums the bias's as slowly as it computes the other two.
     parts = [of_x, of_weight and not native_weight, False]
+    weight = weight.contiguous(memory_format=torch.channels_last)
     grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, parts)
     return [
         grads[0],
         _weight_gradient(grad, x, weight, sizes) if native_weight else grads[1],
         grad.sum((0, 2, 3)) if of_bias else None,
     ]
+
+
+def by_winograd(x: Tensor, weight: Tensor, sizes: Any) -> bool:
+    """Whether `native.winograd` does the same convolution as these sizes ask for."""
+    (_, stride), (_, padding), (_, dilation), transposed, *_ = sizes
+    given = x.squeeze(2), weight.squeeze(2), padding, dilation
+    return stride == 1 and not transposed and not native.winograd_unsupported(*given)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: Any) -> Tensor:

@@ -4,9 +4,9 @@ Snake, convolutions and residual units on the CPU; the discriminators' input on 
 
 A module for each op, whose function hides it here. The ops are registered with PyTorch, so that
 autograd, torch.compile and torch.export see through them; gradients of gradients are not available.
-A registered op checks its arguments itself, whoever calls it. `snake_rounded`, `snake_gradients`
-and `conv1d_weight_gradient` are not registered: they are parts of steps of autograd
-(`dac_fast.model.activated`, `dac_fast.model.cpu_gradients`).
+A registered op checks its arguments itself, whoever calls it. `snake_rounded`, `snake_gradients`,
+`conv1d_weight_gradient`, `winograd` and `winograd_gradients` are not registered: they are parts of
+steps of autograd (`dac_fast.model.activated`, `dac_fast.model.cpu_gradients`).
 """
 
 from dac_kernels.native.compiled import extension, status
@@ -34,6 +34,11 @@ from dac_kernels.native.weight_gradient import (
     conv1d_weight_gradient,
     conv1d_weight_gradient_unsupported,
 )
+from dac_kernels.native.winograd import (
+    winograd,
+    winograd_gradients,
+    winograd_unsupported,
+)
 
 __all__ = [
     "BANDS",
@@ -60,4 +65,7 @@ __all__ = [
     "stft_bands_unsupported",
     "torch_on_all_threads",
     "torch_on_one_thread",
+    "winograd",
+    "winograd_gradients",
+    "winograd_unsupported",
 ]
