@@ -8,9 +8,9 @@ bfloat16: processors that multiply it natively do so at twice the rate of float3
     gradient, far less than what one batch's differs from the next one's. In the forward pass it
     would be noise in the audio, which training fights in place of what is quiet: see
     docs/training.md.
-float32: as the rest. Most are dac_kernels' own, by minimal filtering; of other convolutions the
-    weight's is, since oneDNN, which computes the rest fastest in this layout, takes three times as
-    long for it.
+float32: as the rest. Those of seven taps are dac_kernels' own, by minimal filtering; of other
+    convolutions the weight's is, since oneDNN, which computes the rest fastest in this layout,
+    takes three times as long for it.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,9 @@ import torch
 from dac_kernels import native
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Of what is filtered: its sums take ten times the weight's memory, in up to eight parts.
+MOST_CHANNELS = 256
 
 
 def convolution(
@@ -79,8 +82,10 @@ def gradients(
 def by_winograd(x: Tensor, weight: Tensor, sizes: Any) -> bool:
     """Whether `native.winograd` does the same convolution as these sizes ask for."""
     (_, stride), (_, padding), (_, dilation), transposed, *_ = sizes
+    if stride > 1 or transposed or max(weight.shape[:2]) > MOST_CHANNELS:
+        return False
     given = x.squeeze(2), weight.squeeze(2), padding, dilation
-    return stride == 1 and not transposed and not native.winograd_unsupported(*given)
+    return native.winograd_unsupported(*given) is None
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: Any) -> Tensor:
