@@ -57,13 +57,14 @@ struct Vectors {
   int64_t count, last, term;
 };
 
-// [scalars, stride], filled or added to.
+// [scalars, stride], added to or filled.
 struct Sums {
   float* data;
   int64_t stride;
+  bool add;
 };
 
-template <int kLanes, bool kAdd, int kScalars, int kVectors>
+template <int kLanes, int kScalars, int kVectors>
 INLINE void multiply(Scalars left, Vectors right, int64_t terms, Sums sums) {
   using Vector = typename Lanes<kLanes>::Vector;
   Vector total[kScalars][kVectors] = {};
@@ -82,30 +83,28 @@ INLINE void multiply(Scalars left, Vectors right, int64_t terms, Sums sums) {
   for (int s = 0; s < kScalars; ++s) {
     for (int v = 0; v < kVectors; ++v) {
       float* to = sums.data + s * sums.stride + v * kLanes;
-      store<kLanes>(to, kAdd ? load<kLanes>(to) + total[s][v] : total[s][v]);
+      store<kLanes>(to, sums.add ? load<kLanes>(to) + total[s][v] : total[s][v]);
     }
   }
 }
 
 // Twelve sums at once hide the time that one takes, and leave registers for what they are made of; fewer for the rest.
-template <int kLanes, bool kAdd, int kVectors, int kScalars = kVectors == 1 ? 8 : 12 / kVectors>
+template <int kLanes, int kVectors, int kScalars = kVectors == 1 ? 8 : 12 / kVectors>
 INLINE void multiply_vectors(Scalars left, int64_t scalars, Vectors right, int64_t terms, Sums sums) {
   for (; scalars >= kScalars; scalars -= kScalars) {
-    multiply<kLanes, kAdd, kScalars, kVectors>(left, right, terms, sums);
+    multiply<kLanes, kScalars, kVectors>(left, right, terms, sums);
     left.data += kScalars * left.step;
     sums.data += kScalars * sums.stride;
   }
-  if constexpr (kScalars > 1) {
-    multiply_vectors<kLanes, kAdd, kVectors, kScalars * 2 / 3>(left, scalars, right, terms, sums);
-  }
+  if constexpr (kScalars > 1) multiply_vectors<kLanes, kVectors, kScalars * 2 / 3>(left, scalars, right, terms, sums);
 }
 
 // Sums, over the terms, of each scalar times each vector, of which there are kMostVectors or fewer.
-template <int kLanes, bool kAdd>
+template <int kLanes>
 INLINE void multiply_all(Scalars left, int64_t scalars, Vectors right, int64_t terms, Sums sums) {
-  if (right.count == 1) multiply_vectors<kLanes, kAdd, 1>(left, scalars, right, terms, sums);
-  if (right.count == 2) multiply_vectors<kLanes, kAdd, 2>(left, scalars, right, terms, sums);
-  if (right.count == 3) multiply_vectors<kLanes, kAdd, 3>(left, scalars, right, terms, sums);
+  if (right.count == 1) multiply_vectors<kLanes, 1>(left, scalars, right, terms, sums);
+  if (right.count == 2) multiply_vectors<kLanes, 2>(left, scalars, right, terms, sums);
+  if (right.count == 3) multiply_vectors<kLanes, 3>(left, scalars, right, terms, sums);
 }
 
 }  // namespace dac

@@ -71,8 +71,8 @@ class Product {
     for (int64_t group = 0; group < channels_.count; ++group) {
       const int64_t first = channels_.before(group) * kLanes;
       const Vectors some = {right.data + first, channels_.size(group), channels_.last(group), right.stride};
-      multiply_all<kLanes, true>({left.data + skipped, 1, left.stride}, scalars, some, end - begin,
-                                 {sums + first, channels_.width()});
+      multiply_all<kLanes>({left.data + skipped, 1, left.stride}, scalars, some, end - begin,
+                                 {sums + first, channels_.width(), true});
     }
   }
 

@@ -177,13 +177,13 @@ INLINE void transform_weight(const float* weight, int64_t inputs, const VectorGr
   }
 }
 
-template <int kLanes, bool kAdd>
+template <int kLanes>
 INLINE void multiply_in_parts(Scalars left, int64_t scalars, Vectors right, int64_t terms, Sums sums) {
-  multiply_all<kLanes, kAdd>(left, scalars, right, std::min(terms, kTerms), sums);
-  for (terms -= kTerms; terms > 0; terms -= kTerms) {
+  for (; terms > 0; terms -= kTerms) {
+    multiply_all<kLanes>(left, scalars, right, std::min(terms, kTerms), sums);
     left.data += kTerms * left.term;
     right.data += kTerms * right.term;
-    multiply_all<kLanes, true>(left, scalars, right, std::min(terms, kTerms), sums);
+    sums.add = true;
   }
 }
 
@@ -259,9 +259,9 @@ void convolve(const ConvShape& shape, Rows<const float> x, const float* weight, 
       for (int64_t group = 0; group < columns.count; ++group) {
         const int64_t vectors = columns.size(group), width = vectors * kLanes, product_plane = kBlock * width + kPad;
         for (int p = 0; p < kPoints; ++p, at += shape.inputs * width) {
-          multiply_in_parts<kLanes, false>({points + p * plane, shape.inputs, 1}, end - begin,
-                                           {at, vectors, width - kLanes, width}, shape.inputs,
-                                           {products + p * product_plane, width});
+          multiply_in_parts<kLanes>({points + p * plane, shape.inputs, 1}, end - begin,
+                                    {at, vectors, width - kLanes, width}, shape.inputs,
+                                    {products + p * product_plane, width, false});
         }
         for (int64_t tile = begin; tile < end; ++tile) {
           const float* from = products + (tile - begin) * width;
@@ -314,10 +314,10 @@ void differentiate(const ConvShape& shape, Rows<const float> grad, Rows<const fl
         for (int p = 0; p < kPoints; ++p) {
           for (int64_t group = 0; group < inputs.count; ++group) {
             const int64_t first = inputs.before(group) * kLanes;
-            multiply_in_parts<kLanes, true>(
+            multiply_in_parts<kLanes>(
                 {of_grad + p * grad_plane, 1, shape.columns}, shape.columns,
                 {of_x + p * x_plane + first, inputs.size(group), inputs.last(group), shape.inputs}, end - begin,
-                {to + p * per_point + first, inputs.width()});
+                {to + p * per_point + first, inputs.width(), true});
           }
         }
       }
