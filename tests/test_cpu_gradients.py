@@ -142,13 +142,24 @@ def test_snake_and_convolutions_are_one_step_of_autograd(name, dtype, gradients)
         assert_as_good_as(ours.detach(), same.detach(), exact.detach())
 
 
+@pytest.fixture
+def filtered(monkeypatch):
+    """What `native.winograd` and its gradients are called with."""
+    spies = []
+    for name in ("winograd", "winograd_gradients"):
+        spies.append(mock.Mock(wraps=getattr(native, name)))
+        monkeypatch.setattr(native, name, spies[-1])
+    return spies
+
+
 @needs_native
-def test_a_unit_of_enough_channels_is_filtered():
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_unit_of_enough_channels_is_filtered(dtype, filtered):
     torch.manual_seed(0)
     plain = ResidualUnit(8, 3, "snake")
     set_channels_last(plain)
     unit, wide = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    set_gradients(unit, torch.float32)
+    set_gradients(unit, dtype)
     leaf, grad = torch.randn(2, 8, 41), torch.randn(2, 8, 41)
 
     def results(layers, dtype=torch.float32):
@@ -156,16 +167,40 @@ def test_a_unit_of_enough_channels_is_filtered():
         y = layers(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *layers.parameters()], grad.to(dtype))]
 
-    with (
-        mock.patch.object(native, "winograd", wraps=native.winograd) as forward,
-        mock.patch.object(
-            native, "winograd_gradients", wraps=native.winograd_gradients
-        ) as backward,
-    ):
-        actual = results(unit)
-    assert forward.call_count == backward.call_count == 1
-    for result in zip(actual, results(plain), results(wide, torch.float64), strict=True):
+    actual = results(unit)
+    assert [spy.call_count for spy in filtered] == [1, int(dtype == torch.float32)]
+    compared = list(zip(actual, results(plain), results(wide, torch.float64), strict=True))
+    full = compared if dtype == torch.float32 else compared[:1]
+    for result in full:
         assert_as_good_as(*result, floor=MINIMAL_FILTERING)
+    for ours, _, exact in compared[len(full) :]:
+        # Two convolutions, one behind the other, round.
+        assert (ours - exact).norm() / exact.norm() < 2 * ROUNDING[dtype][1]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "channels", "sizes"),
+    [
+        ("conv1d", (8, 8), {"stride": 2, "padding": 3, "dilation": 1}),
+        ("conv1d", (16, 16), {"stride": 1, "padding": 3, "dilation": 1, "groups": 2}),
+        ("conv1d", (257, 8), {"stride": 1, "padding": 3, "dilation": 1}),
+        ("conv_transpose1d", (8, 8), {"stride": 1, "padding": 3}),
+    ],
+)
+def test_convolutions_of_other_sizes_are_not_filtered(name, channels, sizes, filtered):
+    inputs, outputs = channels
+    torch.manual_seed(0)
+    x = torch.randn(2, inputs, 50).requires_grad_()
+    weight = torch.randn(outputs, inputs // sizes.get("groups", 1), 7).requires_grad_()
+    actual = getattr(channels_last, name)(x, weight, None, **sizes, gradients=torch.float32)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = getattr(F, name)(*wide, None, **sizes)
+    grad = torch.randn(actual.shape)
+    ours = torch.autograd.grad(actual, (x, weight), grad)
+    for a, b in zip(ours, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+        assert (a - b).norm() / b.norm() < ROUNDING[torch.float32][1]
+    assert not any(spy.called for spy in filtered)
 
 
 @needs_native

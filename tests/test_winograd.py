@@ -100,6 +100,7 @@ def test_refusals_name_the_value():
         ((x, weight, bias[1:], 3, 1), r"bias has shape \[8\], not \[9\]"),
         ((x[:, 1:], weight, bias, 3, 1), r"x has shape \[2, 7, 20\], not \[B, 8, T\]"),
         ((x, weight[..., 1:], bias, 3, 1), r"\[9, 8, 6\], not 7 taps and at least 8 channels"),
+        ((x, weight[0], bias, 3, 1), r"weight has shape \[8, 7\], not \[C', C, 7\]"),
         ((x, weight[:7], bias, 3, 1), r"\[7, 8, 7\], not 7 taps and at least 8 channels"),
         ((x, weight, bias, -1, 1), "padding is -1 and dilation 1, not at least 0 and 1"),
         ((x, weight, bias, 0, 4), "nothing comes out of 20 positions"),

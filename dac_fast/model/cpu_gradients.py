@@ -63,7 +63,7 @@ def gradients(
         needed: for each of the three; None in the place of the others.
     """
     of_x, of_weight, of_bias = needed
-    native_weight = of_weight and grad.dtype == torch.float32
+    native_weight = of_weight and grad.dtype == torch.float32 and sizes[-1] == 1  # No groups.
     if native_weight and of_x and by_winograd(x, weight, sizes):
         given = grad.squeeze(2), x.squeeze(2), weight.squeeze(2)
         grads = native.winograd_gradients(*given, padding=sizes[1][1], dilation=sizes[2][1])
