@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kGroup = 4096, kSlice = 64;
 // Floats of both operands that are multiplied while they are in the first-level cache, and rows of it at least.
 constexpr int64_t kBlockFloats = 8192, kLeastBlockRows = 16;
+
 // Some of an operand's channels, row by row.
 struct Run {
   const float* data;
@@ -70,9 +71,9 @@ class Product {
     sums += skipped * channels_.width();
     for (int64_t group = 0; group < channels_.count; ++group) {
       const int64_t first = channels_.before(group) * kLanes;
-      const Vectors some = {right.data + first, channels_.size(group), channels_.last(group), right.stride};
-      multiply_all<kLanes>({left.data + skipped, 1, left.stride}, scalars, some, end - begin,
-                                 {sums + first, channels_.width(), true});
+      const Vectors vectors = {right.data + first, channels_.size(group), channels_.last(group), right.stride};
+      multiply_all<kLanes>({left.data + skipped, 1, left.stride}, scalars, vectors, end - begin,
+                           {sums + first, channels_.width(), true});
     }
   }
 

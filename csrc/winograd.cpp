@@ -85,15 +85,21 @@ INLINE void prefetch(const float* row, int64_t stride) {
   for (int i = 0; i < kOutputs; ++i) __builtin_prefetch(row + i * stride, kWritten);
 }
 
+// kCount rows of a tile, of the channels from c on.
+template <int kLanes, int kCount>
+INLINE void load_rows(Tile tile, int64_t c, Vector<kLanes>* row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) row[i] = load<kLanes>(tile.data + i * tile.stride + c);
+  prefetch<0>(tile.data + kCount * tile.stride + c, tile.stride);
+}
+
 // From kPoints rows of x to the points.
 template <int kLanes>
 INLINE void transform_inputs(Tile x, const VectorGroups& channels, float* points, int64_t plane) {
   for (int64_t vector = 0; vector < channels.vectors; ++vector) {
     const int64_t c = channels.channel(vector);
     Vector<kLanes> row[kPoints];
-#pragma GCC unroll 16
-    for (int i = 0; i < kPoints; ++i) row[i] = load<kLanes>(x.data + i * x.stride + c);
-    prefetch<0>(x.data + kPoints * x.stride + c, x.stride);
+    load_rows<kLanes, kPoints>(x, c, row);
     store<kLanes>(points + c, sum<kPairs + 1>(kFactors.all, row));
     store<kLanes>(points + kLast * plane + c, sum<kPairs + 1>(kFactors.all, row + 1));
 #pragma GCC unroll 16
@@ -112,9 +118,7 @@ INLINE void transform_gradients(Tile grad, const VectorGroups& channels, float* 
   for (int64_t vector = 0; vector < channels.vectors; ++vector) {
     const int64_t c = channels.channel(vector);
     Vector<kLanes> row[kOutputs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kOutputs; ++i) row[i] = load<kLanes>(grad.data + i * grad.stride + c);
-    prefetch<0>(grad.data + kOutputs * grad.stride + c, grad.stride);
+    load_rows<kLanes, kOutputs>(grad, c, row);
     float* to = bias + vector * kLanes;
     store<kLanes>(to, load<kLanes>(to) + ((row[0] + row[1]) + (row[2] + row[3])));
     store<kLanes>(points + c, row[0]);
@@ -177,6 +181,7 @@ INLINE void transform_weight(const float* weight, int64_t inputs, const VectorGr
   }
 }
 
+// As multiply_all, kTerms terms at a time.
 template <int kLanes>
 INLINE void multiply_in_parts(Scalars left, int64_t scalars, Vectors right, int64_t terms, Sums sums) {
   for (; terms > 0; terms -= kTerms) {

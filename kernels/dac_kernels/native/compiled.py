@@ -11,7 +11,16 @@ from torch import Tensor
 
 from dac_kernels.native import threads
 
-__all__ = ["call", "contiguous_rows", "differs", "extension", "require", "status", "unsupported"]
+__all__ = [
+    "call",
+    "channel_rows",
+    "contiguous_rows",
+    "differs",
+    "extension",
+    "require",
+    "status",
+    "unsupported",
+]
 
 try:
     from dac_kernels import _C as extension  # noqa: N811
@@ -77,6 +86,11 @@ def require(op: str, reason: str | None) -> None:
 def contiguous_rows(x: Tensor) -> Tensor:
     """x [rows, T] with the elements of each row next to each other: a copy only where not."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def channel_rows(x: Tensor) -> Any:
+    """x [B, C, T], whose channels lie innermost, as the extension's rows: one for each position."""
+    return extension.Rows(x.data_ptr(), x.stride(0), x.shape[1])
 
 
 def call(op: str, tensor: Tensor, dtypes: Sequence[torch.dtype], *args: Any) -> None:

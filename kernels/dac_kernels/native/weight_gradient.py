@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dac_kernels.native.compiled import call, differs, extension, require, unsupported
+from dac_kernels.native.compiled import call, channel_rows, differs, extension, require, unsupported
 from dac_kernels.tiles import channels_innermost, output_length
 
 DTYPES = {"cpu": (torch.float32,)}
@@ -39,7 +39,7 @@ def conv1d_weight_gradient(
     # Named, since the extension reads their memory.
     operands = channels_innermost(grad), channels_innermost(x)
     weight = grad.new_empty(channels, inputs, kernel)
-    places = [extension.Rows(each.data_ptr(), each.stride(0), each.shape[1]) for each in operands]
+    places = map(channel_rows, operands)
     call("conv1d_weight_gradient", x, [x.dtype], shape, *places, weight.data_ptr())
     return weight
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dac_kernels.native.compiled import call, differs, extension, require, unsupported
+from dac_kernels.native.compiled import call, channel_rows, differs, extension, require, unsupported
 from dac_kernels.residual_unit import KERNEL
 from dac_kernels.tiles import channels_innermost, dense, output_length
 
@@ -67,7 +67,15 @@ def winograd_gradients(
     of_weight, of_bias = x.new_empty(taps.shape), x.new_empty(len(weight))
     shape = _shape(x, grad, padding, dilation)
     addresses = of_weight.data_ptr(), of_bias.data_ptr()
-    call("winograd_weight_gradient", x, [x.dtype], shape, _rows(grad), _rows(x), *addresses)
+    call(
+        "winograd_weight_gradient",
+        x,
+        [x.dtype],
+        shape,
+        channel_rows(grad),
+        channel_rows(x),
+        *addresses,
+    )
     return of_x, of_weight.permute(1, 2, 0), of_bias
 
 
@@ -75,6 +83,8 @@ def winograd_unsupported(x: Tensor, weight: Tensor, padding: int, dilation: int)
     """Why `winograd` cannot run on these arguments, or None."""
     if reason := unsupported(x, DTYPES):
         return reason
+    if weight.ndim != 3:
+        return f"the weight has shape {list(weight.shape)}, not [C', C, {KERNEL}]"
     columns, inputs, taps = weight.shape
     if x.ndim != 3 or x.shape[1] != inputs:
         return f"x has shape {list(x.shape)}, not [B, {inputs}, T]"
@@ -91,21 +101,17 @@ def winograd_unsupported(x: Tensor, weight: Tensor, padding: int, dilation: int)
 def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, padding: int, dilation: int) -> Tensor:
     """taps: [7, C, C']."""
     # Named, since the extension reads their memory.
-    x, taps, bias = channels_innermost(x), taps.contiguous(), dense(bias)
+    x, taps = channels_innermost(x), taps.contiguous()
+    bias = dense(bias)
     length = output_length(x.shape[2], KERNEL, 1, padding, dilation, False)
     y = x.new_empty(len(x), length, taps.shape[2]).transpose(1, 2)
     addresses = taps.data_ptr(), 0 if bias is None else bias.data_ptr()
     shape = _shape(x, y, padding, dilation)
-    call("winograd", x, [x.dtype], shape, _rows(x), *addresses, _rows(y))
+    call("winograd", x, [x.dtype], shape, channel_rows(x), *addresses, channel_rows(y))
     return y
 
 
 def _shape(x: Tensor, y: Tensor, padding: int, dilation: int) -> Any:
-    (batch, inputs, positions), (_, columns, rows) = x.shape, y.shape
-    sizes = batch, positions, inputs, rows, columns
+    columns = y.shape[1]
+    sizes = len(x), x.shape[2], x.shape[1], y.shape[2], columns
     return extension.ConvShape(*sizes, KERNEL, 1, dilation, padding, columns, 0)
-
-
-def _rows(x: Tensor) -> Any:
-    """x [B, C, T] with channels innermost."""
-    return extension.Rows(x.data_ptr(), x.stride(0), x.shape[1])
